@@ -1,0 +1,575 @@
+"""Measures how fast swiftcms_ws pushes events, beside what else there is: `python3 .ci/bench.py`.
+
+It needs Python 3.10+ with pip, Linux, and better a C compiler. It makes its own environment, in
+~/.cache/swiftcms-ws-bench (or under $XDG_CACHE_HOME), and uses it again the next time.
+
+Each server (bench_servers.py) and the load client (loadclient.c) run in a process of their own, each
+on a core of its own where there are two, and talk over 127.0.0.1. The servers take turns, a whole
+round of them after another, and a ratio is always between two figures of the same round, so that
+a machine that is slow for a minute is slow for all. Tables show the median of the rounds, and
+(least..most). All messages are equally long (300 bytes unless it says otherwise).
+
+fan-out     from the first publish of a burst until the last client has its last event
+latency     one event; when all have it, the next: until half of the clients, and the last, have it
+publish     one call of publish(), back to back, with 1 and with 1000 clients subscribed
+memory      the server process's PSS for each of 200 clients that offer compression
+stuck       how much longer a burst takes the others when one of 200 clients never reads
+matching    one subscriber of what is published, while others subscribed to something else
+ceiling     what the load client can count: it must be more than any server sends
+
+The client checks that everybody gets every event, whole and in order; if not, this ends with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import resource
+import select
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PACKAGES = ["flask", "flask-sock", "simple-websocket", "pyjwt", "flask-socketio", "websockets"]
+RAW, OURS = "raw_python", "swiftcms_ws"
+SOCKET_IO_PATH = "/socket.io/?EIO=4&transport=websocket"
+# How a client joins each server: the path, and what else the load client must know.
+JOIN = {
+    RAW: ["/ws"],
+    "flask-sock": ["/ws"],
+    "Flask-SocketIO": [SOCKET_IO_PATH, "--engineio", "--send", "40", "--answers", "2"],
+    "websockets": ["/ws"],
+    OURS: ["/ws", "--send", '{"action":"subscribe","type":"content.*"}', "--answers", "2"],
+}
+ELSEWHERE = '{"action":"subscribe","type":"content.created","contentType":"elsewhere-#"}'
+COLUMNS = [(200, False), (200, True), (1000, False), (1000, True)]
+SMALL_BURST = 10  # warms up, and tells how many events a slow server can be asked for
+PATIENCE_S = 60  # for any one answer: longer means that it hangs
+STUCK_LIMIT_S = 10
+
+
+class Wrong(Exception):
+    """A server lost, repeated, reordered or damaged an event, or a process failed."""
+
+
+# --- An environment of its own ------------------------------------------------------------------
+
+
+def cache_directory() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "swiftcms-ws-bench"
+
+
+def enter_environment() -> None:
+    """Starts this program again in its virtual environment, made first where there is none."""
+    kind = hashlib.sha256(" ".join([sys.version, *PACKAGES]).encode()).hexdigest()[:12]
+    home = cache_directory() / kind
+    if Path(sys.prefix) == home:
+        return
+    python = home / "bin" / "python"
+    finished = home / "complete"  # an interrupted installation is begun again
+    if not finished.exists():
+        print(f"making an environment in {home}", file=sys.stderr)
+        venv.create(home, clear=True, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+        finished.touch()
+    os.execv(python, [str(python), str(Path(__file__).resolve()), *sys.argv[1:]])
+
+
+def build_client(directory: Path) -> tuple[list[str], str]:
+    """The command that runs the load client, and what to say about it."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    program = str(directory / "loadclient")
+    attempts = {
+        "C, looks into compressed frames too": ["-DWITH_ZLIB", "-lz"],
+        "C, without zlib: it only counts compressed frames": [],
+    }
+    for about, extra in attempts.items() if compiler else ():
+        command = [compiler, "-O2", "-o", program, str(HERE / "loadclient.c"), *extra]
+        if subprocess.run(command, capture_output=True).returncode == 0:
+            return [program], about
+    about = "Python, as there is no C compiler: IT MAY BE THE BOTTLENECK, see its ceiling"
+    return [sys.executable, str(HERE / "loadclient.py")], about
+
+
+# --- Processes ----------------------------------------------------------------------------------
+
+
+class Process:
+    """A child that takes a line and answers with lines of JSON."""
+
+    def __init__(self, command: list[str], core: int | None) -> None:
+        self.name = Path(command[0]).name if len(command) < 3 else " ".join(command[1:3])
+        self.errors = tempfile.TemporaryFile()
+        pipe = subprocess.PIPE
+        self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors)
+        if core is not None:
+            os.sched_setaffinity(self.child.pid, {core})  # before it starts a thread: they inherit
+        self.unread = b""
+
+    def tell(self, line: str) -> None:
+        self.child.stdin.write(line.encode() + b"\n")
+        self.child.stdin.flush()
+
+    def hear(self, patience: float = PATIENCE_S) -> dict:
+        deadline = time.monotonic() + patience
+        output = self.child.stdout.fileno()
+        while b"\n" not in self.unread:
+            left = max(0.0, deadline - time.monotonic())
+            data = os.read(output, 65536) if select.select([output], [], [], left)[0] else b""
+            if not data:
+                raise Wrong(f"{self.name} gave no answer: {self.complaint()}")
+            self.unread += data
+        line, _, self.unread = self.unread.partition(b"\n")
+        return json.loads(line)
+
+    def ask(self, line: str, patience: float = PATIENCE_S) -> dict:
+        self.tell(line)
+        return self.hear(patience)
+
+    def complaint(self) -> str:
+        self.errors.seek(0)
+        return self.errors.read().decode(errors="replace")[-2000:] or "nothing on standard error"
+
+    def pss_kib(self) -> int:
+        """Its memory; what it shares with other processes counts in part."""
+        for line in Path(f"/proc/{self.child.pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1])
+        raise Wrong("the kernel does not tell the PSS")
+
+    def end(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # it, or this very call, came before
+            self.tell("exit")
+        try:
+            self.child.wait(2)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
+        for stream in (self.child.stdin, self.child.stdout, self.errors):
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+class Session:
+    """One server with its clients, and what can be measured of them."""
+
+    def __init__(self, bench: Bench, name: str) -> None:
+        self.bench, self.name = bench, name
+        script = str(HERE / "bench_servers.py")
+        self.server = Process([sys.executable, script, name], bench.server_core)
+        self.processes = [self.server]
+
+    def __enter__(self) -> Session:
+        self.port = self.server.hear()["port"]
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for process in reversed(self.processes):
+            process.end()
+
+    def join(self, count: int, *options: str, join: list[str] | None = None) -> Process:
+        """Connects clients, and waits until the server knows them all."""
+        path, *more = join or JOIN[self.name]
+        command = [*self.bench.client, str(self.port), path, str(count), *more, *options]
+        client = Process(command, self.bench.client_core)
+        self.processes.append(client)
+        client.count, client.stuck = count, "--stuck" in options
+        client.hear()
+        deadline = time.monotonic() + PATIENCE_S
+        while self.server.ask("clients") not in (None, count):
+            if time.monotonic() > deadline:
+                raise Wrong(f"{self.name} does not see its {count} clients")
+            time.sleep(0.01)
+        return client
+
+    def publish(
+        self,
+        client: Process,
+        events: int,
+        command: str = "burst",
+        extra: str = "",
+        size: int = 300,
+        limit: float = PATIENCE_S,
+    ) -> dict:
+        """Publishes, and returns what the server and the client say of it, checked."""
+        client.ask(f"expect {events} {int(limit * 1000)}")
+        self.server.tell(f"{command} {events} {extra}")
+        report = client.hear(limit + 5)
+        everybody = client.count - client.stuck
+        if report["order_errors"] or report["bad_frames"]:
+            raise Wrong(f"{self.name}: events out of order or damaged: {report}")
+        if report["complete"] < everybody:
+            if client.stuck:
+                return {"stops": True}
+            raise Wrong(f"{self.name}: not everybody got {events} events: {report}")
+        if report["most"] != events or report["closed"]:
+            raise Wrong(f"{self.name}: too many events, or connections lost: {report}")
+        if not size * 0.95 <= report["smallest"] <= report["largest"] <= size * 1.05:
+            raise Wrong(f"{self.name}: messages should have {size} bytes: {report}")
+        report |= self.server.hear()
+        if "start_ns" in report:
+            report["seconds"] = (report["last_ns"] - report["start_ns"]) / 1e9
+            report["per_second"] = events * everybody / report["seconds"]
+        # How much of the time the client's core was at work: near 1, it was the bottleneck.
+        span = report["last_ns"] - report["first_ns"]
+        report["client_busy"] = report["busy_ns"] / span if span > 1e6 else 0.0
+        return report
+
+    def affordable(self, client: Process, wanted: int, budget: float) -> int:
+        """How many of the wanted events this server delivers within the budget, in seconds."""
+        rate = self.publish(client, SMALL_BURST)["per_second"]
+        return max(SMALL_BURST, min(wanted, int(rate * budget / client.count)))
+
+
+# --- Measurements: each returns its figures of one round ------------------------------------------
+
+
+class Bench:
+    """The machine, the options, and the measurements."""
+
+    def __init__(self, client: list[str], quick: bool) -> None:
+        self.client, self.quick = client, quick
+        cores = sorted(os.sched_getaffinity(0))
+        self.server_core, self.client_core = cores[:2] if len(cores) > 1 else (None, None)
+        self.burst = 100 if quick else 400
+        self.repeats = 1 if quick else 3
+        self.budget = 1.0 if quick else 4.0
+
+    def fan_out(self, name: str, clients: int, deflate: bool) -> dict:
+        """Bursts; without compression also events one at a time, and at 1000 publish()'s cost."""
+        with Session(self, name) as session:
+            client = session.join(clients, *["--deflate"] * deflate)
+            events = session.affordable(client, self.burst, self.budget)
+            bursts = [session.publish(client, events)]
+            while len(bursts) < self.repeats and bursts[0]["seconds"] * self.repeats < self.budget:
+                bursts.append(session.publish(client, events))
+            rates = [burst["per_second"] for burst in bursts]
+            middle = bursts[rates.index(statistics.median_low(rates))]
+            wanted = ("per_second", "client_busy", "wire_bytes")
+            figures = {"events": events} | {key: middle[key] for key in wanted}
+            if not deflate:
+                figures |= self.latency(session, client)
+            if clients == 1000 and not deflate and name not in (RAW, "websockets"):
+                figures |= self.publish_cost(session, client, events)
+        return figures
+
+    def latency(self, session: Session, client: Process) -> dict:
+        deadline = time.monotonic() + self.budget
+        events = []
+        while len(events) < self.burst // 2 and (time.monotonic() < deadline or len(events) < 5):
+            events.append(session.publish(client, 1))
+        half, last = (statistics.median(e[k] for e in events) / 1000 for k in ("p50_ns", "max_ns"))
+        return {"half_us": half, "last_us": last, "latency_events": len(events)}
+
+    def publish_cost(self, session: Session, client: Process, calls: int) -> dict:
+        report = session.publish(client, calls, "publish_cost")
+        return {"publish_us": report["p50_us"], "publish_max_us": report["max_us"]}
+
+    def publish_alone(self, name: str) -> dict:
+        with Session(self, name) as session:
+            client = session.join(1)
+            session.publish(client, SMALL_BURST)
+            return self.publish_cost(session, client, self.burst)
+
+    def memory(self, name: str) -> dict:
+        clients, settle_s = 200, 0.5
+        with Session(self, name) as session:
+            # The first client makes the server import and start what it needs for any client.
+            session.publish(first := session.join(1, "--deflate"), 5)
+            first.end()
+            time.sleep(settle_s)
+            before = session.server.pss_kib()
+            client = session.join(clients, "--deflate")
+            figures = {}
+            for moment, events in (("idle", 0), ("after_20", 20), ("after_400", 380)):
+                if events:
+                    session.publish(client, events)
+                time.sleep(settle_s)
+                figures[moment] = (session.server.pss_kib() - before) / clients
+        return figures
+
+    def stuck(self, name: str) -> dict:
+        """Messages of 4 KiB, 2.4 MB for each client: more than kernel and queue hold for one."""
+        events, size = 600, 4096
+        figures = {}
+        for who in ("without", "with"):
+            with Session(self, name) as session:
+                client = session.join(200, *["--stuck"] * (who == "with"))
+                session.server.ask(f"resize {size}")
+                limit = max(STUCK_LIMIT_S, 3 * figures.get("without", 0))
+                limit = limit if client.stuck else PATIENCE_S
+                report = session.publish(client, events, size=size, limit=limit)
+                if "stops" in report:
+                    if name == OURS:
+                        raise Wrong(f"{name}: one client that does not read stops the others")
+                    return figures | {"stops": True}
+                figures[who] = report["seconds"]
+                if client.stuck:
+                    figures["end"] = client.ask("stuck")
+        return figures | {"ratio": figures["with"] / figures["without"]}
+
+    def matching(self, name: str) -> dict:
+        """The same server, with 10 and then 10,000 subscriptions that do not match."""
+        figures = {}
+        with Session(self, name) as session:
+            client = session.join(1)
+            for others, count, each in ((10, 10, 1), (10_000, 100, 100)):
+                joining = ["/ws", "--send", ELSEWHERE, "--repeat", str(each)]
+                bystanders = session.join(
+                    count, join=[*joining, "--answers", str(1 + each)]
+                )
+                session.publish(client, SMALL_BURST)
+                bursts = [session.publish(client, 5 * self.burst)["seconds"] for _ in range(3)]
+                figures[str(others)] = {
+                    "burst_us": statistics.median(bursts) / (5 * self.burst) * 1e6,
+                    "alone_us": self.latency(session, client)["half_us"],
+                }
+                if others == 10:
+                    bystanders.end()
+        return figures
+
+    def ceiling(self) -> dict:
+        with Session(self, RAW) as session:
+            client = session.join(200)
+            report = session.publish(client, 64 * self.burst // 4, extra="64")
+            return {key: report[key] for key in ("per_second", "client_busy")}
+
+
+# --- What is printed ------------------------------------------------------------------------------
+
+
+def spread(values: list[float], form: str = "{:,.0f}") -> str:
+    """Median (least..most)."""
+    if not values:
+        return "–"
+    text = form.format(statistics.median(values))
+    if len(values) > 1:
+        text += f" ({form.format(min(values))}..{form.format(max(values))})"
+    return text
+
+
+def table(title: str, head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return f"\n### {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((x.partition(":")[2].strip() for x in cpuinfo if x.startswith("model name")), "?")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in [*PACKAGES, "werkzeug"])
+    return (
+        f"{model}, {len(os.sched_getaffinity(0))} cores, Linux {platform.release()}, "
+        f"load {os.getloadavg()[0]:.1f} before; Python {platform.python_version()}, {versions}"
+    )
+
+
+Figures = dict[str, dict[str, list[dict]]]  # measurement -> server -> one dict a round
+
+
+def values(found: Figures, measurement: str, server: str, key: str) -> list[float]:
+    return [each[key] for each in found.get(measurement, {}).get(server, []) if key in each]
+
+
+def ratios(found: Figures, measurement: str, server: str, key: str) -> list[float]:
+    """Each round's figure divided by the raw loop's in the same round."""
+    raw = {each["round"]: each for each in found.get(measurement, {}).get(RAW, [])}
+    mine = found.get(measurement, {}).get(server, [])
+    return [
+        each[key] / raw[each["round"]][key]
+        for each in mine
+        if key in each and key in raw.get(each["round"], {})
+    ]
+
+
+def column(clients: int, deflate: bool) -> str:
+    return f"{clients} clients" + (", deflate offered" if deflate else "")
+
+
+def in_markdown(found: Figures, names: list[str]) -> str:
+    def each_server(cells: Callable[[str], list[str]], only: list[str] = names) -> list[list[str]]:
+        rows = [[name, *cells(name)] for name in names if name in only]
+        return [row for row in rows if set(row[1:]) != {"–"}]
+
+    columns = [column(*each) for each in COLUMNS]
+    plain = [column(*each) for each in COLUMNS if not each[1]]
+    parts = [
+        table(
+            "Fan-out of a burst: deliveries a second, as a share of the raw loop's",
+            ["server", *columns],
+            each_server(
+                lambda n: [spread(ratios(found, c, n, "per_second"), "{:.2f}") for c in columns]
+            ),
+        ),
+        table(
+            "Fan-out of a burst: deliveries a second",
+            ["server", *columns],
+            each_server(lambda n: [spread(values(found, c, n, "per_second")) for c in columns]),
+        ),
+        table(
+            "One event at a time: µs until half of the clients, and the last, have it",
+            ["server", *(f"{c}: {who}" for c in plain for who in ("half", "ratio", "last"))],
+            each_server(
+                lambda n: [
+                    cell
+                    for c in plain
+                    for cell in (
+                        spread(values(found, c, n, "half_us")),
+                        spread(ratios(found, c, n, "half_us"), "{:.2f}"),
+                        spread(values(found, c, n, "last_us")),
+                    )
+                ]
+            ),
+        ),
+        table(
+            "One publish(), back to back: µs, median of the calls",
+            ["server", "1 client", "1000 clients"],
+            each_server(
+                lambda n: [
+                    spread(values(found, where, n, "publish_us"), "{:,.1f}")
+                    for where in ("publish", column(1000, False))
+                ]
+            ),
+        ),
+        table(
+            "Memory: KiB for each of 200 clients, deflate offered",
+            ["server", "idle", "after 20 events", "after 400 events"],
+            each_server(
+                lambda n: [
+                    spread(values(found, "memory", n, key), "{:.1f}")
+                    for key in ("idle", "after_20", "after_400")
+                ]
+            ),
+        ),
+        table(
+            "One of 200 clients never reads: seconds until the others have 600 events of 4 KiB",
+            ["server", "all read", "one does not", "ratio", "how it ended for that one"],
+            each_server(lambda n: stuck_cells(found, n)),
+        ),
+        table(
+            "Matching: µs an event for 1 subscriber, beside subscriptions to something else",
+            ["server", *(f"{o} others, {h}" for h in ("burst", "alone") for o in ("10", "10,000"))],
+            each_server(lambda n: matching_cells(found, n)),
+        ),
+        ceiling_line(found),
+    ]
+    return "\n".join(part for part in parts if part.count("\n| ") > 2 or "\n" not in part)
+
+
+def stuck_cells(found: Figures, name: str) -> list[str]:
+    rounds = found.get("stuck", {}).get(name, [])
+    stopped = any(each.get("stops") for each in rounds)
+    ends = {f"{e['end']['end']} {e['end']['code'] or ''}".strip() for e in rounds if "end" in e}
+    return [
+        spread(values(found, "stuck", name, "without"), "{:.2f}"),
+        "stops" if stopped else spread(values(found, "stuck", name, "with"), "{:.2f}"),
+        "–" if stopped else spread(values(found, "stuck", name, "ratio"), "{:.2f}"),
+        ", ".join(sorted(ends)) or "–",
+    ]
+
+
+def matching_cells(found: Figures, name: str) -> list[str]:
+    rounds = found.get("matching", {}).get(name, [])
+    return [
+        spread([each[others][key] for each in rounds], "{:.1f}")
+        for key in ("burst_us", "alone_us")
+        for others in ("10", "10000")
+    ]
+
+
+def ceiling_line(found: Figures) -> str:
+    fastest = max(
+        (rate, server, each, round_figures["client_busy"])
+        for each in map(lambda c: column(*c), COLUMNS)
+        for server, rounds in found.get(each, {}).items()
+        for round_figures in rounds
+        for rate in [round_figures["per_second"]]
+    )
+    ceiling = spread(values(found, "ceiling", RAW, "per_second"))
+    busy = spread(values(found, "ceiling", RAW, "client_busy"), "{:.0%}")
+    return (
+        f"Client ceiling: it counted {ceiling} events a second, sent 64 in a call to 200 clients, "
+        f"with its core {busy} busy. The fastest that any server sent: {fastest[0]:,.0f} "
+        f"({fastest[1]}, {fastest[2]}), with the client's core {fastest[3]:.0%} busy."
+    )
+
+
+# --- The run --------------------------------------------------------------------------------------
+
+
+def plan(bench: Bench, names: list[str]) -> Iterator[tuple[str, str, Callable[[], dict]]]:
+    """One round: (measurement, server, what to call)."""
+    yield "ceiling", RAW, bench.ceiling
+    for clients, deflate in COLUMNS:
+        for name in names:
+            args = (name, clients, deflate)
+            yield column(clients, deflate), name, lambda args=args: bench.fan_out(*args)
+    for name in names:
+        if name not in (RAW, "websockets"):  # they publish in a loop that is not a call
+            yield "publish", name, lambda name=name: bench.publish_alone(name)
+    for what in (bench.memory, bench.stuck, bench.matching):
+        for name in names if what != bench.matching else {OURS} & set(names):
+            yield what.__name__, name, lambda what=what, name=name: what(name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=0, help="default 3; with --quick 1")
+    parser.add_argument("--quick", action="store_true", help="fewer events: only to try it")
+    parser.add_argument("--only", default=",".join(JOIN), help=f"of {', '.join(JOIN)}")
+    parser.add_argument("--json", type=Path, default=HERE / "bench.json", help="default: %(default)s")
+    options = parser.parse_args()
+    names = [name for name in JOIN if name in options.only.split(",")]
+    if unknown := set(options.only.split(",")) - set(JOIN):
+        parser.error(f"no such server: {', '.join(sorted(unknown))}; there are {', '.join(JOIN)}")
+    enter_environment()
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if OURS in names and not (HERE.parent / "swiftcms_ws.py").exists():
+        print("swiftcms_ws.py is not there: only the others are measured", file=sys.stderr)
+        names.remove(OURS)
+    found: Figures = {}
+    failures: list[str] = []
+    started = time.monotonic()
+    about_machine = machine()
+    with tempfile.TemporaryDirectory() as directory:
+        client, about_client = build_client(Path(directory))
+        bench = Bench(client, options.quick)
+        rounds = options.rounds or (1 if options.quick else 3)
+        for number in range(1, rounds + 1):
+            for measurement, name, measure in plan(bench, names):
+                try:
+                    figures = measure() | {"round": number}
+                except Wrong as error:
+                    failures.append(f"round {number}, {measurement}, {name}: {error}")
+                    print("FAILED:", failures[-1], file=sys.stderr)
+                    continue
+                found.setdefault(measurement, {}).setdefault(name, []).append(figures)
+                print(f"round {number}, {measurement}, {name}: {figures}", file=sys.stderr)
+    minutes = (time.monotonic() - started) / 60
+    print(f"{about_machine}.\n{rounds} rounds in {minutes:.0f} minutes. Load client: {about_client}.")
+    print(in_markdown(found, names))
+    about = {"machine": about_machine, "client": about_client, "quick": options.quick}
+    document = about | {"figures": found, "failures": failures}
+    options.json.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"\nAll figures of all rounds: {options.json}")
+    for failure in failures:
+        print(f"\nFAILED: {failure}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,2071 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["flask>=3.0", "flask-sock>=0.7", "simple-websocket>=1.1", "pyjwt>=2.10"]
+# ///
+"""Real-time push for small Flask sites: one blueprint, one publish(), every subscribed browser.
+
+    from flask import Flask
+    from swiftcms_ws import blueprint, publish
+
+    app = Flask(__name__)
+    app.register_blueprint(blueprint)                       # ws://HOST/ws
+
+    publish("content.created", "posts", {"id": 7})          # from any view or thread
+
+Glossary
+    event         something that happened: a type (content.created), a content type (posts), a payload
+    pattern       which events: a type, a prefix (content.*) or *, and a content type or *
+    subscription  one pattern that one connection has asked for
+    connection    one client on one WebSocket
+    frame         bytes as they go over the wire (RFC 6455 section 5): a message, a ping, a close
+    broker        gives events their ids and their one order, and remembers the latest: the history
+    engine        broker, registry and the two threads that serve all connections
+    hub           an engine with its Flask blueprint: what a site talks to
+
+An event's way
+    publish()                 checks it and turns its payload into JSON, in the caller's thread
+    MemoryBroker.publish()    gives it an id and a place in the queue; the caller goes on
+    Engine._deliver()         asks the registry who wants it, and hands each connection the one frame
+    Connection.send()         writes what the kernel takes; the rest waits for the connection's writer
+
+Threads
+    dispatcher    one per hub and process: delivers every event; never waits for a client
+    heartbeat     one per hub and process: heartbeats and pings, ends what is dead or out of time
+    reader        one per connection, started by simple-websocket: carries out the client's messages
+    writer        one per connection, the web server's own: writes what the kernel did not take
+
+Locks (each made, and explained, in the __init__ of its owner)
+    Hub._starting         starting, at first use; held while the four below are taken, never the reverse
+    Counters._lock        leaf: the numbers of stats()
+    Registry._lock        leaf: who is connected, who subscribes to what
+    MemoryBroker._changed leaf: ids, queue and the wish to stop
+    Connection._lock      leaf: one socket and the bytes that wait for it
+Leaf: no other lock is taken under it. Under none of them is a hook called, user data logged or
+anything waited for but the lock's own condition. The history and the work of the dispatcher need
+no lock: one thread alone touches them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import difflib
+import functools
+import io
+import json
+import logging
+import os
+import re
+import secrets
+import selectors
+import socket
+import ssl
+import sys
+import threading
+import time
+import weakref
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # its own class before 3.11
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from enum import IntEnum
+from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
+
+import jwt
+from blinker import Namespace
+from flask import Blueprint, Flask, Response, jsonify, request
+from flask.globals import request_ctx
+from flask.typing import ResponseReturnValue
+from flask_sock import Sock
+from wsproto.frame_protocol import FrameProtocol
+from wsproto.utilities import ProtocolError as HandshakeError
+
+__version__ = "1.0.0"
+__all__ = [
+    "Hub",
+    "PublishError",
+    "User",
+    "blueprint",
+    "client_connected",
+    "client_disconnected",
+    "event_published",
+    "hub",
+    "publish",
+]
+
+logger = logging.getLogger("swiftcms_ws")
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Vocabulary: close codes, limits, settings, signals
+# ---------------------------------------------------------------------------------------------------
+
+
+class CloseCode(IntEnum):
+    """Why the server ends a connection (RFC 6455 section 7.4; PROTOCOL.md, close codes)."""
+
+    GOING_AWAY = 1001
+    MESSAGE_TOO_BIG = 1009
+    SERVER_ERROR = 1011
+    TOO_SLOW = 1013
+    SIGN_IN_AGAIN = 4401
+    NO_SIGN_OF_LIFE = 4408
+    TOO_MANY_MESSAGES = 4429
+
+
+SIGN_IN_SECONDS = 10.0  # to authenticate in, where AUTH is "required"
+CLOSE_SECONDS = 2.0  # for a client to take our close frame and end; then the line is cut
+LOOK_SECONDS = 0.5  # how late, at most, a token's end or a dead peer is noticed
+MISSED_HEARTBEATS = 2
+RATE_BURST = 2  # seconds' worth of messages that may come at once; as many too many end it
+BATCH_EVENTS = 64  # that go to a client in one system call, while more are waiting
+BATCH_BYTES = 64 * 1024  # ... and how large that call may grow
+BACKLOG_BYTES = 8 * 1024 * 1024  # published and not yet dispatched; beyond it publish() waits
+EVENT_OVERHEAD = 1024  # bytes that an event weighs in the backlog beside its payload
+NAME_LENGTH = 128  # characters of a type or content type: patterns are kept, so they are bounded
+
+CONFIG_PREFIX = "SWIFTCMS_WS_"
+
+
+def _setting(default: Any, wants: str, accepts: Callable[[Any], bool]) -> Any:
+    return dataclasses.field(default=default, metadata={"wants": wants, "accepts": accepts})
+
+
+def _is_number(value: object, at_least: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= at_least
+
+
+def _count_setting(default: int, at_least: int = 1) -> Any:
+    return _setting(
+        default,
+        f"a whole number, {at_least} or more",
+        lambda value: isinstance(value, int) and _is_number(value, at_least),
+    )
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+
+
+def _are_algorithms(value: object) -> bool:
+    # One family: a list that mixes HS256 with RS256 lets anyone sign with the public key.
+    known = set(jwt.algorithms.get_default_algorithms()) - {"none"}
+    return (
+        _are_texts(value)
+        and set(cast(list[str], value)) <= known
+        and len({name[:2] for name in cast(list[str], value)}) == 1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What `app.config["SWIFTCMS_WS_…"]` may say: a field `heartbeat` is SWIFTCMS_WS_HEARTBEAT."""
+
+    jwt_key: str | bytes | None = _setting(
+        None, "a text or bytes, not empty", lambda value: isinstance(value, (str, bytes)) and bool(value)
+    )
+    jwt_algorithms: list[str] = _setting(
+        ("HS256",), 'a list of algorithms of one family, such as ["HS256"]', _are_algorithms
+    )
+    jwt_audience: str | None = _setting(None, "a text", lambda value: isinstance(value, str))
+    jwt_issuer: str | None = _setting(None, "a text", lambda value: isinstance(value, str))
+    auth: str = _setting(
+        "optional", '"optional" or "required"', lambda value: value in ("optional", "required")
+    )
+    origins: list[str] | str | None = _setting(
+        None,
+        'a list of origins such as ["https://example.org"], or "*"',
+        lambda value: value == "*" or _are_texts(value),
+    )
+    heartbeat: float = _setting(25, "seconds, more than 0", lambda value: _is_number(value, 0.01))
+    history: int = _count_setting(1000, at_least=0)
+    max_connections: int = _count_setting(1000)
+    max_subscriptions: int = _count_setting(100)
+    max_message: int = _count_setting(64 * 1024)
+    max_queue: int = _count_setting(1024 * 1024)
+    rate: float = _setting(50, "messages a second, 1 or more", lambda value: _is_number(value, 1))
+    inspector: bool | None = _setting(None, "True or False", lambda value: isinstance(value, bool))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Settings:
+        """Read and check the keys of a Flask configuration; None stands for the default.
+
+        Raises ValueError, naming the key, for one that does not exist or a value that will not do.
+        """
+        fields = {CONFIG_PREFIX + field.name.upper(): field for field in dataclasses.fields(cls)}
+        values = {}
+        for key, value in config.items():
+            if not key.startswith(CONFIG_PREFIX):
+                continue
+            if key not in fields:
+                raise ValueError(f"there is no config key {key}{did_you_mean(key, fields)}")
+            field = fields[key]
+            if value is None:
+                continue
+            if not field.metadata["accepts"](value):
+                # A key must not end up in a log: name it, and show any other setting.
+                shown = "what it is set to" if field.name == "jwt_key" else repr(value)
+                raise ValueError(f"config key {key} must be {field.metadata['wants']}, not {shown}")
+            values[field.name] = value
+        return cls(**values)
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return the end of a sentence that suggests the nearest of `choices`, or nothing."""
+    near = difflib.get_close_matches(word, list(choices), 1)
+    return f" (did you mean `{near[0]}`?)" if near else ""
+
+
+_signals = Namespace()
+#: Sent with the app as sender and `hub`, `client_id`, `user`; in the connection's own thread.
+client_connected = _signals.signal("client-connected")
+client_disconnected = _signals.signal("client-disconnected")
+#: Sent with the app as sender and `hub`, `id`, `type`, `content_type`, `payload`, `to`; in the
+#: thread that published, once the broker has the event.
+event_published = _signals.signal("event-published")
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Errors: ours raise in the caller, a client's are answered
+# ---------------------------------------------------------------------------------------------------
+
+
+class PublishError(Exception):
+    """The broker could not take the event. Nobody has got it and nobody will."""
+
+
+class ClientError(Exception):
+    """A client's message, or its whole connection, that cannot go on.
+
+    code:        one of PROTOCOL.md's table of errors
+    message:     a sentence that says what was wrong and what would be right; the client reads it
+    closes_with: the close code, where the connection ends with it
+    """
+
+    def __init__(self, code: str, message: str, closes_with: CloseCode | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.closes_with = closes_with
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Events and the wire: pure functions
+# ---------------------------------------------------------------------------------------------------
+
+EventId = tuple[int, int]  # milliseconds since 1970 and a counter, as in a Redis stream; they only grow
+Pattern = tuple[str, str]  # of a type and of a content type
+
+_WORDS = r"[\w-]+(?:\.[\w-]+)*"
+_NAME = re.compile(_WORDS)
+_TYPE_PATTERN = re.compile(rf"\*|{_WORDS}(?:\.\*)?")
+_CONTENT_TYPE_PATTERN = re.compile(rf"\*|{_WORDS}")
+_EVENT_ID = re.compile(r"([0-9]{1,20})-([0-9]{1,20})")
+_NAME_RULE = f"words of letters, digits, _ and -, joined by dots, {NAME_LENGTH} characters at most"
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """One published event, as the broker ordered it."""
+
+    id: EventId
+    type: str
+    content_type: str
+    payload: str  # JSON
+    to: frozenset[str] | None  # user ids; None: everyone who subscribes
+
+    @functools.cached_property
+    def frame(self) -> bytes:
+        """The bytes that every client gets. Made once, by the dispatcher, the first to ask."""
+        return text_frame(
+            message_text(self.type, self.payload, self.content_type, self.id, milliseconds=self.id[0])
+        )
+
+
+def format_event_id(event_id: EventId) -> str:
+    return f"{event_id[0]}-{event_id[1]}"
+
+
+def parse_event_id(value: object) -> EventId:
+    """Return the id that a client gave as `since`, or raise ClientError."""
+    found = _EVENT_ID.fullmatch(value) if isinstance(value, str) else None
+    if not found:
+        raise ClientError(
+            "invalid_since",
+            f"`since` must be the `id` of an event, such as 1763832000123-0, not {describe(value)}",
+        )
+    return int(found[1]), int(found[2])
+
+
+def check_name(value: object, argument: str) -> str:
+    """Return a type or content type to publish under, or raise for the programmer to see."""
+    if not isinstance(value, str):
+        raise TypeError(f"{argument} must be a str, not {type(value).__name__}")
+    if len(value) > NAME_LENGTH or not _NAME.fullmatch(value):
+        raise ValueError(f"{argument} must be {_NAME_RULE}, not {value[:NAME_LENGTH]!r}")
+    return value
+
+
+def parse_pattern(message: Mapping[str, Any]) -> Pattern:
+    """Return what a message's `type` and `contentType` ask for, or raise ClientError."""
+    event_type, content_type = message.get("type", "*"), message.get("contentType", "*")
+    if not _is_pattern(event_type, _TYPE_PATTERN):
+        raise ClientError(
+            "invalid_type",
+            "`type` must be an event type such as content.created, a prefix such as content.*,"
+            f" or * ({_NAME_RULE}), not {describe(event_type)}",
+        )
+    if not _is_pattern(content_type, _CONTENT_TYPE_PATTERN):
+        raise ClientError(
+            "invalid_type",
+            "`contentType` must be a content type such as posts, or *"
+            f" ({_NAME_RULE}), not {describe(content_type)}",
+        )
+    return event_type, content_type
+
+
+def _is_pattern(value: object, pattern: re.Pattern[str]) -> bool:
+    return isinstance(value, str) and len(value) <= NAME_LENGTH and bool(pattern.fullmatch(value))
+
+
+@functools.lru_cache(maxsize=1024)
+def patterns_of(event_type: str, content_type: str) -> tuple[Pattern, ...]:
+    """Return every pattern that matches an event, so that a match is a few look-ups in an index."""
+    words = event_type.split(".")
+    prefixes = [".".join(words[:count]) + ".*" for count in range(len(words) - 1, 0, -1)]
+    return tuple((t, c) for t in (event_type, *prefixes, "*") for c in (content_type, "*"))
+
+
+def describe(value: object) -> str:
+    """Name a JSON value's kind, and show it where it is short: what the client sent, in its words."""
+    kinds = {dict: "an object", list: "an array", str: "the string", bool: "the boolean"}
+    if value is None:
+        return "null"
+    kind = kinds.get(type(value), "the number")
+    if isinstance(value, (dict, list)):
+        return kind
+    shown = json.dumps(value)
+    return f"{kind} {shown if len(shown) <= 60 else shown[:60] + '…'}"
+
+
+def timestamp(milliseconds: int) -> str:
+    """Return a time as the protocol writes it: UTC, ISO 8601, milliseconds."""
+    moment = datetime.fromtimestamp(milliseconds / 1000, timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def message_text(
+    message_type: str,
+    payload: str,
+    content_type: str | None = None,
+    event_id: EventId | None = None,
+    *,
+    milliseconds: int,
+    ref: str | None = None,
+) -> str:
+    """Put a message together. `payload` and `ref` are JSON already; names need no escaping."""
+    fields = [f'"type": "{message_type}"']
+    if content_type is not None:
+        fields.append(f'"contentType": "{content_type}"')
+    fields.append(f'"payload": {payload}')
+    if event_id is not None:
+        fields.append(f'"id": "{format_event_id(event_id)}"')
+    fields.append(f'"timestamp": "{timestamp(milliseconds)}"')
+    if ref is not None:
+        fields.append(f'"ref": {ref}')
+    return "{" + ", ".join(fields) + "}"
+
+
+# A FrameProtocol remembers whether a message is under way, so that each frame has one of its own:
+# any thread may make frames.
+def text_frame(text: str) -> bytes:
+    return bytes(FrameProtocol(client=False, extensions=[]).send_data(text))
+
+
+def ping_frame() -> bytes:
+    return bytes(FrameProtocol(client=False, extensions=[]).ping())
+
+
+def close_frame(code: CloseCode, reason: str) -> bytes:
+    """Return a close frame. wsproto cuts the reason at the 123 bytes of RFC 6455 section 5.5."""
+    return bytes(FrameProtocol(client=False, extensions=[]).close(code, reason))
+
+
+def parse_message(data: str | bytes) -> dict[str, Any]:
+    """Return the JSON object that a client sent, or raise ClientError."""
+    if isinstance(data, bytes):
+        raise ClientError(
+            "invalid_message", "a message must be a JSON object in a text message; this one was binary"
+        )
+    try:
+        message = json.loads(data, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ClientError("invalid_json", "the message is nested too deep; a few levels are enough") from None
+    except ValueError as error:
+        raise ClientError("invalid_json", f"the message is not JSON: {error}") from None
+    if not isinstance(message, dict):
+        raise ClientError(
+            "invalid_message",
+            f'a message must be a JSON object such as {{"action": "subscribe"}}, not {describe(message)}',
+        )
+    return message
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is JavaScript, but not JSON")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Tokens: JWTs, signed and checked by PyJWT
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class User:
+    """Who is signed in on a connection: an id, and the claims of the token if there was one."""
+
+    id: str
+    claims: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def expires_at(self) -> float | None:
+        """When the token runs out, in seconds since 1970; None without a token."""
+        return self.claims.get("exp")
+
+
+def check_user_id(value: object, source: str) -> str:
+    """Return a user id as text; sites that count their users may give the number."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise TypeError(f"{source} must be a user id, a str, not {type(value).__name__}")
+    if value == "":
+        raise ValueError(f"{source} must be a user id, not an empty str")
+    return str(value)
+
+
+def sign_token(
+    settings: Settings, user_id: str, now: float, expires_in: float, claims: Mapping[str, Any]
+) -> str:
+    """Return a JWT that `check_token` takes with the same settings, for `expires_in` seconds."""
+    own = {"sub": user_id, "iat": int(now), "exp": int(now + expires_in)}
+    if settings.jwt_audience is not None:
+        own["aud"] = settings.jwt_audience
+    if settings.jwt_issuer is not None:
+        own["iss"] = settings.jwt_issuer
+    return jwt.encode({**claims, **own}, settings.jwt_key or "", algorithm=settings.jwt_algorithms[0])
+
+
+_TOKEN_FAULTS: list[tuple[type[Exception], str, str]] = [  # the first that fits is told
+    (jwt.ExpiredSignatureError, "token_expired", "the token has run out; get a fresh one"),
+    (jwt.MissingRequiredClaimError, "invalid_token", "the token lacks a claim; it must have sub and exp"),
+    (jwt.InvalidAlgorithmError, "invalid_token", "the token must be signed with {algorithms}"),
+    (jwt.InvalidSignatureError, "invalid_token", "the token was not signed with this site's key"),
+    (jwt.InvalidAudienceError, "invalid_token", "the token's aud must name this site"),
+    (jwt.InvalidIssuerError, "invalid_token", "the token's iss must be the issuer that this site trusts"),
+    (jwt.ImmatureSignatureError, "invalid_token", "the token is not valid yet; compare the clocks"),
+    (Exception, "invalid_token", "the token is not a valid JWT; ask the site for one"),
+]
+
+
+def check_token(settings: Settings, token: str) -> User:
+    """Return whose token this is (RFC 7519 section 7.2; `exp` and `sub` must be there).
+
+    Raises ClientError, with a sentence that says what is wrong and never holds the token.
+    """
+    if settings.jwt_key is None:
+        raise ClientError(
+            "auth_not_configured",
+            "this site has no key to check tokens with: SWIFTCMS_WS_JWT_KEY or SECRET_KEY",
+        )
+    try:
+        claims = jwt.decode(
+            token,
+            settings.jwt_key,
+            algorithms=list(settings.jwt_algorithms),
+            audience=settings.jwt_audience,
+            issuer=settings.jwt_issuer,
+            # PyJWT refuses an integer `sub`, which many sites have; it is checked below instead.
+            options={"require": ["exp", "sub"], "verify_sub": False},
+        )
+        return User(check_user_id(claims["sub"], "sub"), claims)
+    except Warning:  # where warnings are errors: PyJWT's about a short key is for the site, not for a client
+        raise
+    except Exception as error:  # whatever a stranger's token makes PyJWT raise, it is the token's fault
+        code, sentence = next((code, text) for kind, code, text in _TOKEN_FAULTS if isinstance(error, kind))
+    raise ClientError(code, sentence.format(algorithms=" or ".join(settings.jwt_algorithms)))
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5. Connection: one client's socket, and the only place that touches it
+# ---------------------------------------------------------------------------------------------------
+
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+# Not DefaultSelector: epoll would cost one more file descriptor for every connection.
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
+def _wait_until(sock: socket.socket, event: int, timeout: float | None) -> None:
+    """Wait until `sock` may be read or written, is shut down, or `timeout` seconds are over."""
+    with suppress(ValueError, OSError), _Selector() as selector:  # closed: the next call will say so
+        selector.register(sock, event)
+        selector.select(timeout)
+
+
+class Connection:
+    """One client.
+
+    Three kinds of thread write to a client: the dispatcher (events), the heartbeat thread, and the
+    connection's own reader (answers, and the library's pongs). All of them call `send()`, which
+    keeps frames whole and in order. It never blocks, because the dispatcher has a thousand other
+    clients to serve: the socket is non-blocking, and bytes that the kernel does not take (its
+    buffer is full, for the client reads slowly or not at all) wait here. From then on all that is
+    sent to this client waits behind them, and the connection's writer, a thread that has nothing
+    else to do, passes them on whenever the socket has room. More than `max_queue` bytes waiting
+    end this client, and nobody else notices.
+    """
+
+    def __init__(self, sock: socket.socket, max_queue: int, user: User | None = None) -> None:
+        self.id = secrets.token_hex(8)
+        self.opened_at = time.monotonic()
+        self.last_heard = self.opened_at  # written by the reader alone; a float is read whole
+        # Under the registry's lock:
+        self.user = user
+        self.user_from: EventId = (0, 0)  # signed in before the event after this one
+        self.subscriptions: dict[Pattern, EventId] = {}  # has got what matched after this event
+
+        self._sock = sock
+        self._max_queue = max_queue
+        sock.setblocking(False)
+        with suppress(OSError):  # a Unix socket, behind a proxy, has no Nagle to switch off
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        # Guards all below, and the order of bytes on the socket. Only non-blocking calls are made
+        # under it. `_changed` is notified when the writer has something to do and when it, or the
+        # reader, is done.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._waiting: deque[bytes | memoryview] = deque()  # the first may be half sent
+        self._queued = self._written = 0  # bytes that ever had to wait, and those of them gone since
+        self._replay_room = 0  # waiting bytes allowed beyond max_queue: see send()
+        self._last_frame_is_in = False  # a close frame is sent or waiting: nothing may follow it
+        self._lost = False  # nothing more can be written
+        self._reader_is_done = False
+        self._give_up_at = float("inf")  # when a closing connection is cut
+        self.close_code: int | None = None
+
+        self._library: Any = None  # simple-websocket's side, once it is open
+        self._on_message: Callable[[str | bytes], None]
+        self._on_failure: Callable[[Exception], None]
+        self._max_message = 0
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def send(self, data: bytes, *, replay: bool = False) -> None:
+        """Send whole frames, now or as soon as the client takes them. Never blocks, never raises.
+
+        A `replay` may be larger than the queue: it is let in, and counts for nothing until the
+        queue has been empty again, or a client could never come back to a long history.
+        """
+        with self._lock:
+            if self._last_frame_is_in:
+                return
+            if not self._waiting:
+                sent = self._write(data)
+                if sent == len(data):
+                    return
+                data = data[sent:]
+            self._enqueue(data)
+            if replay:
+                self._replay_room += len(data)
+            too_slow = self.waiting_bytes > self._max_queue + self._replay_room
+            self._changed.notify_all()
+        if too_slow:
+            self.close(CloseCode.TOO_SLOW, "read too slowly; come back with since")
+
+    def close(self, code: CloseCode, reason: str) -> bool:
+        """Send a close frame and end, from any thread; return False where that was done before."""
+        with self._lock:
+            if self._last_frame_is_in:
+                return False
+            if code is CloseCode.TOO_SLOW:
+                # The first chunk may be half sent, and a close frame inside a frame is garbage.
+                # The rest is let go: it would keep this client's thread for nothing.
+                while len(self._waiting) > 1:
+                    self._written += len(self._waiting.pop())
+            self._finish(code, close_frame(code, reason))
+            return True
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether a close frame is sent or on its way. A bool is read whole, without the lock."""
+        return self._last_frame_is_in
+
+    @property
+    def waiting_bytes(self) -> int:
+        """How much the kernel has not taken yet."""
+        return self._queued - self._written
+
+    def wait_until_written(self, deadline: float) -> bool:
+        """Wait until what was sent up to now is with the kernel, or the connection has ended."""
+        with self._lock:
+            queued = self._queued
+            return self._changed.wait_for(
+                lambda: self._written >= queued or self._lost, deadline - time.monotonic()
+            )
+
+    def _write(self, data: bytes | memoryview) -> int:
+        """Hand bytes to the kernel and return how many it took. The lock is held."""
+        try:
+            return self._sock.send(data)
+        except _WOULD_BLOCK:
+            return 0
+        except OSError:  # the client is gone; the reader will find the same
+            self._lose()
+            return len(data)
+
+    def _enqueue(self, data: bytes) -> None:
+        """Let bytes wait behind those that wait already. The lock is held."""
+        if not self._lost:
+            self._waiting.append(data)
+            self._queued += len(data)
+
+    def _lose(self) -> None:
+        """Let go of everything: there is no line any more. The lock is held."""
+        self._lost = self._last_frame_is_in = True
+        self._waiting.clear()
+        self._written = self._queued
+        self._changed.notify_all()
+
+    def _finish(self, code: int | None, frame: bytes) -> None:
+        """Send or queue the last frame there will be. The lock is held."""
+        self.close_code = code
+        self._last_frame_is_in = True
+        self._give_up_at = time.monotonic() + CLOSE_SECONDS
+        self._enqueue(frame)
+        self._write_waiting()
+        self._changed.notify_all()
+
+    def _write_waiting(self) -> None:
+        """Write what waits, as far as the kernel takes it. The lock is held."""
+        while self._waiting:
+            data = self._waiting[0]
+            sent = self._write(data)
+            if not self._waiting:  # lost
+                return
+            self._written += sent
+            if sent < len(data):
+                self._waiting[0] = memoryview(data)[sent:]
+                return
+            self._waiting.popleft()
+        self._replay_room = 0
+        self._changed.notify_all()
+
+    def write_until_ended(self) -> None:
+        """Be the connection's writer until it has ended: the work of the web server's thread.
+
+        Ends cleanly: after the close frame our side is shut, so that the web server's own idea of
+        a response, which it writes when its view returns, never reaches a browser as garbage. Then
+        the client has a moment to end its side; closing at once would reset the connection under
+        bytes that the client has not read yet.
+        """
+        while self._something_to_write():
+            _wait_until(self._sock, selectors.EVENT_WRITE, LOOK_SECONDS)
+            with self._lock:
+                self._write_waiting()
+        self._shut(socket.SHUT_WR)
+        self._wait_for_reader(self._give_up_at)
+        self._shut(socket.SHUT_RDWR)  # wakes a reader that still waits
+        self._wait_for_reader(time.monotonic() + CLOSE_SECONDS)
+
+    def _something_to_write(self) -> bool:
+        """Wait for bytes that the kernel did not take; return False once there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._last_frame_is_in)
+            return bool(self._waiting) and time.monotonic() < self._give_up_at
+
+    def _wait_for_reader(self, deadline: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._reader_is_done, deadline - time.monotonic())
+
+    def _shut(self, how: int) -> None:
+        with suppress(OSError):  # the other side was faster
+            # Not sock.shutdown(): a TLS socket's own forgets its keys, and then reads ciphertext.
+            socket.socket.shutdown(self._sock, how)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def open(
+        self,
+        library: Any,
+        on_message: Callable[[str | bytes], None],
+        on_failure: Callable[[Exception], None],
+        max_message: int,
+    ) -> None:
+        """Let the reader go: from now on each message is handed to `on_message`, in its thread.
+
+        What that raises, and a ClientError for one of more than `max_message` bytes, goes to
+        `on_failure`. `library` is the simple_websocket.Server whose reader thread this is.
+        """
+        with self._changed:
+            self._on_message, self._on_failure = on_message, on_failure
+            self._max_message = max_message
+            self._library = library
+            self._changed.notify_all()
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def read(self, size: int) -> bytes:
+        """Return what the client sent, as soon as there is something; nothing once it has ended.
+
+        First hands over the messages in what was read before: the library keeps them in a list
+        without a bound, so that none are to be left there when it asks for more.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._library or self._lost)
+        if self._library:
+            self._hand_over_messages()
+        while True:
+            with self._lock:
+                try:
+                    data = self._sock.recv(size)
+                except _WOULD_BLOCK:
+                    data = None
+                except OSError:
+                    return b""
+                # After our close frame the client's end is waited for, and what it still sends dropped.
+                if data == b"" or (data and not self._last_frame_is_in):
+                    self.last_heard = time.monotonic()
+                    return data
+            if data is None:
+                _wait_until(self._sock, selectors.EVENT_READ, None)
+
+    def _hand_over_messages(self) -> None:
+        inbox = self._library.input_buffer
+        try:
+            while inbox and not self._last_frame_is_in:
+                message = inbox.pop(0)
+                self._check_size(len(message.encode() if isinstance(message, str) else message))
+                self._on_message(message)
+            if not self._last_frame_is_in:
+                self._check_size(self._library.incoming_message_len)  # of one that is not complete
+        except Exception as error:  # this is the library's thread: nobody above would hear of it
+            self._on_failure(error)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_message:
+            raise ClientError(
+                "message_too_big",
+                f"the message is over the limit of {self._max_message} bytes; send less, or several",
+                CloseCode.MESSAGE_TOO_BIG,
+            )
+
+    def send_for_library(self, data: bytes) -> int:
+        """Send the handshake's answer, a pong, or the answer to a close frame or a broken frame."""
+        if self._library is None or self._library.connected:
+            self.send(data)
+        else:  # the library has ended: what it sends now is its close frame
+            with self._lock:
+                if not self._last_frame_is_in:
+                    self._finish(self._library.close_reason, data)
+        return len(data)
+
+    def reader_is_done(self) -> None:
+        """Take note that the library's thread ends here, after a close frame or a broken line."""
+        if self._library:
+            self._hand_over_messages()  # what came in one piece with the close frame
+        with self._lock:
+            self._reader_is_done = True
+            if not self._last_frame_is_in:
+                self._lose()
+            self._changed.notify_all()
+
+
+class ReaderSocket:
+    """What simple-websocket takes for the socket: the connection, by a socket's method names."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.fileno = connection.fileno
+        self.recv = connection.read
+        self.send = connection.send_for_library
+        self.close = connection.reader_is_done
+
+
+# ---------------------------------------------------------------------------------------------------
+# 6. Registry: who is connected, and who subscribes to what
+# ---------------------------------------------------------------------------------------------------
+
+
+class Registry:
+    """Connections and their subscriptions, indexed by pattern and by user.
+
+    Finding who wants an event takes a few look-ups, whatever else is subscribed to.
+    """
+
+    def __init__(self) -> None:
+        # Guards all below and each connection's `user`, `user_from` and `subscriptions`, which
+        # change together. Nothing but dictionary work is done under it. `_released` is notified
+        # when a place is given back.
+        self._lock = threading.Lock()
+        self._released = threading.Condition(self._lock)
+        self._connections: set[Connection] = set()
+        self._subscribers: dict[Pattern, dict[Connection, None]] = {}  # a dict keeps the order
+        self._by_user: dict[str, set[Connection]] = {}
+        self._reserved = 0  # connections, and handshakes under way
+
+    def reserve(self, limit: int) -> bool:
+        """Take one of `limit` places for a handshake, until `release()`; False where all are taken."""
+        with self._lock:
+            if self._reserved >= limit:
+                return False
+            self._reserved += 1
+            return True
+
+    def release(self) -> None:
+        with self._released:
+            self._reserved -= 1
+            self._released.notify_all()
+
+    def wait_until_empty(self, deadline: float) -> bool:
+        """Wait until every place is free again; False where `deadline` (monotonic) comes first."""
+        with self._released:
+            return self._released.wait_for(lambda: not self._reserved, deadline - time.monotonic())
+
+    def add(self, connection: Connection) -> None:
+        with self._lock:
+            self._connections.add(connection)
+            if connection.user:
+                self._by_user.setdefault(connection.user.id, set()).add(connection)
+
+    def remove(self, connection: Connection) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+            for pattern in list(connection.subscriptions):
+                self._drop(connection, pattern)
+            if connection.user:
+                self._discard(self._by_user, connection.user.id, connection)
+
+    def sign_in(self, connection: Connection, user: User, after: EventId) -> None:
+        """Let events `to=` this user reach the connection, those after `after`."""
+        with self._lock:
+            if connection in self._connections:
+                if connection.user is None:
+                    connection.user_from = after
+                connection.user = user
+                self._by_user.setdefault(user.id, set()).add(connection)
+
+    def subscribe(self, connection: Connection, pattern: Pattern, after: EventId, limit: int) -> None:
+        """Add a subscription to what comes after `after`; twice the same is one, from the earlier.
+
+        Raises ClientError where the connection has `limit` others.
+        """
+        with self._lock:
+            if connection not in self._connections:  # it ended while this was on its way
+                return
+            already = connection.subscriptions.get(pattern)
+            if already is None and len(connection.subscriptions) >= limit:
+                raise ClientError(
+                    "too_many_subscriptions",
+                    f"a connection may have {limit} subscriptions; use a prefix such as content.*, or unsubscribe",
+                )
+            connection.subscriptions[pattern] = after if already is None else min(after, already)
+            self._subscribers.setdefault(pattern, {})[connection] = None
+
+    def unsubscribe(self, connection: Connection, pattern: Pattern | None) -> int:
+        """Take away one subscription, or all; return how many there were."""
+        with self._lock:
+            patterns = list(connection.subscriptions) if pattern is None else [pattern]
+            return sum(self._drop(connection, each) for each in patterns)
+
+    def _drop(self, connection: Connection, pattern: Pattern) -> bool:
+        if connection.subscriptions.pop(pattern, None) is None:
+            return False
+        self._discard(self._subscribers, pattern, connection)
+        return True
+
+    @staticmethod
+    def _discard(index: dict[Any, Any], key: object, connection: Connection) -> None:
+        """Take a connection out of an index, and the entry with its last: an index must not grow."""
+        members = index[key]
+        if isinstance(members, dict):
+            members.pop(connection, None)
+        else:
+            members.discard(connection)
+        if not members:
+            del index[key]
+
+    def matching(
+        self, event_type: str, content_type: str, to: frozenset[str] | None
+    ) -> Collection[Connection]:
+        """Return the connections, each once, that want such an event."""
+        patterns = patterns_of(event_type, content_type)
+        with self._lock:
+            if to is None:
+                found: dict[Connection, None] = {}
+                for pattern in patterns:
+                    found.update(self._subscribers.get(pattern, {}))
+                return found
+            return [
+                connection
+                for user_id in to
+                for connection in self._by_user.get(user_id, ())
+                if not connection.subscriptions.keys().isdisjoint(patterns)
+            ]
+
+    def missed(self, connection: Connection, pattern: Pattern, events: Iterable[Event]) -> list[Event]:
+        """Return those of `events` that `pattern` matches and that have not reached the connection."""
+        with self._lock:
+            user, user_from = connection.user, connection.user_from
+            subscriptions = dict(connection.subscriptions)
+
+        def reached(event: Event) -> bool:
+            if event.to is not None and event.id <= user_from:
+                return False
+            patterns = patterns_of(event.type, event.content_type)
+            return any(event.id > subscriptions.get(each, event.id) for each in patterns)
+
+        return [
+            event
+            for event in events
+            if pattern in patterns_of(event.type, event.content_type)
+            and (event.to is None or (user is not None and user.id in event.to))
+            and not reached(event)
+        ]
+
+    def __contains__(self, connection: Connection) -> bool:
+        with self._lock:
+            return connection in self._connections
+
+    def connections(self, user_id: str | None = None) -> list[Connection]:
+        """Return all connections, or those of one user."""
+        with self._lock:
+            return list(self._connections if user_id is None else self._by_user.get(user_id, ()))
+
+    def count_subscriptions(self) -> int:
+        with self._lock:
+            return sum(len(connections) for connections in self._subscribers.values())
+
+
+# ---------------------------------------------------------------------------------------------------
+# 7. Broker: one order for all events, and the history
+# ---------------------------------------------------------------------------------------------------
+
+Result = TypeVar("Result")
+
+
+class MemoryBroker:
+    """Gives events their ids in one order, queues them for the dispatcher and keeps the latest.
+
+    Jobs queue with the events: a job sees exactly the events published before it as delivered, and
+    none published after. Subscribing with `since` is such a job, and so has no gap and no overlap.
+    """
+
+    def __init__(self, history: int) -> None:
+        # Guards the ids, the queue and `_closed`; notified when any of them changes. Nothing under
+        # it takes longer than an append.
+        self._changed = threading.Condition()
+        self.last_id: EventId = (time.time_ns() // 1_000_000, 0)  # the newest published
+        self._queue: deque[Event | Callable[[], None]] = deque()
+        self._queued_bytes = 0
+        self._closed = False
+        # The dispatcher's alone: what it has delivered.
+        self._history: deque[Event] = deque()
+        self._history_size = history
+        self._forgotten: EventId = self.last_id  # the newest that the history does not hold any more
+        self._delivered: EventId = self.last_id
+
+    def publish(self, event_type: str, content_type: str, payload: str, to: frozenset[str] | None) -> EventId:
+        """Take an event for delivery and return its id. Waits while the dispatcher is far behind."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queued_bytes < BACKLOG_BYTES or self._closed)
+            milliseconds = time.time_ns() // 1_000_000
+            last, counter = self.last_id
+            # A clock that is set back must not take the ids with it.
+            self.last_id = (milliseconds, 0) if milliseconds > last else (last, counter + 1)
+            if not self._closed:
+                self._queue.append(Event(self.last_id, event_type, content_type, payload, to))
+                self._queued_bytes += len(payload) + EVENT_OVERHEAD
+                self._changed.notify_all()
+            return self.last_id
+
+    def in_order(self, job: Callable[[], Result]) -> Future[Result]:
+        """Have the dispatcher run `job` between the events published before and after this call.
+
+        `job` may not block. What it returns or raises is in the Future, which is cancelled where
+        the broker is closed.
+        """
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(job())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._changed:
+            if self._closed:
+                future.cancel()
+            else:
+                self._queue.append(run)
+                self._changed.notify_all()
+        return future
+
+    def take(self) -> list[Event] | Callable[[], None] | None:
+        """Wait for what is next: a job, or as many events as make one batch; None once closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            if not self._queue:
+                return None
+            first = self._queue.popleft()
+            if not isinstance(first, Event):
+                return first
+            batch, size = [first], len(first.payload)
+            while self._queue and len(batch) < BATCH_EVENTS and size < BATCH_BYTES:
+                following = self._queue[0]
+                if not isinstance(following, Event):
+                    break
+                self._queue.popleft()
+                batch.append(following)
+                size += len(following.payload)
+            self._queued_bytes -= size + EVENT_OVERHEAD * len(batch)
+            self._changed.notify_all()  # who waits to publish
+            return batch
+
+    def remember(self, events: list[Event]) -> None:
+        """Take note that `events` are delivered. For the dispatcher."""
+        self._history.extend(events)
+        self._delivered = events[-1].id
+        while len(self._history) > self._history_size:
+            self._forgotten = self._history.popleft().id
+
+    @property
+    def position(self) -> EventId:
+        """The id of the newest event delivered. For jobs."""
+        return self._delivered
+
+    def events_after(self, since: EventId) -> list[Event] | None:
+        """Return the events delivered after `since`, or None where that cannot be known. For jobs.
+
+        Only an id that this broker gave is answered: between two ids of its own there may have been
+        others, of a process before it.
+        """
+        found: list[Event] = []
+        for event in reversed(self._history):
+            if event.id <= since:
+                break
+            found.append(event)
+        else:
+            return found[::-1] if since == self._forgotten else None
+        return found[::-1] if event.id == since else None
+
+    def queue_length(self) -> int:
+        with self._changed:
+            return len(self._queue)
+
+    def close(self) -> None:
+        """Let the dispatcher end when the queue is empty, and nobody wait for it any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+# ---------------------------------------------------------------------------------------------------
+# 8. Presence: who edits what
+# ---------------------------------------------------------------------------------------------------
+
+Entry = tuple[str, str]  # a content type and the id of one of its entries
+
+
+@dataclasses.dataclass(frozen=True)
+class Editor:
+    """One connection that has an entry open for editing; one person in two tabs is two."""
+
+    connection: Connection
+    user_id: str | None
+    since: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {"clientId": self.connection.id, "userId": self.user_id, "since": self.since}
+
+
+class Presence:
+    """Who edits what, in the order in which they began.
+
+    Changed by the dispatcher alone, in the order of events, so that what is told about a change
+    is true when it is told. An entry that nobody edits takes no memory.
+    """
+
+    def __init__(self) -> None:
+        # A leaf: guards the two indexes against readers in other threads (hub.editors()).
+        self._lock = threading.Lock()
+        self._editors: dict[Entry, dict[Connection, Editor]] = {}
+        self._entries: dict[Connection, set[Entry]] = {}
+
+    def start(self, entry: Entry, editor: Editor, limit: int) -> bool:
+        """Add an editor; return False where it was one. Raises ClientError over `limit` entries."""
+        with self._lock:
+            own = self._entries.setdefault(editor.connection, set())
+            if entry in own:
+                return False
+            if len(own) >= limit:
+                raise ClientError(
+                    "too_many_subscriptions", f"a connection may edit {limit} entries at once; stop one first"
+                )
+            own.add(entry)
+            self._editors.setdefault(entry, {})[editor.connection] = editor
+            return True
+
+    def stop(self, entry: Entry, connection: Connection) -> Editor | None:
+        """Take an editor away and return it, or None where it was none."""
+        with self._lock:
+            editors = self._editors.get(entry, {})
+            editor = editors.pop(connection, None)
+            if editor is not None:
+                self._entries[connection].discard(entry)
+                if not self._entries[connection]:
+                    del self._entries[connection]
+                if not editors:
+                    del self._editors[entry]
+            return editor
+
+    def editors(self, entry: Entry) -> list[Editor]:
+        with self._lock:
+            return list(self._editors.get(entry, {}).values())
+
+    def entries(self, connection: Connection | None = None) -> list[Entry]:
+        """Return the entries that anyone edits, or those of one connection."""
+        with self._lock:
+            return list(self._editors if connection is None else self._entries.get(connection, ()))
+
+
+# ---------------------------------------------------------------------------------------------------
+# 9. Engine: publish, the dispatcher, the heartbeat
+# ---------------------------------------------------------------------------------------------------
+
+
+class Counters:
+    """The numbers that stats() shows and that no other part keeps."""
+
+    def __init__(self) -> None:
+        # A leaf: guards the numbers, which every thread adds to.
+        self._lock = threading.Lock()
+        self._numbers: Counter[str] = Counter()
+
+    def add(self, name: str, number: int = 1) -> None:
+        with self._lock:
+            self._numbers[name] += number
+
+    def __getitem__(self, name: str) -> int:
+        with self._lock:
+            return self._numbers[name]
+
+
+def _each(users: object) -> Iterable[str | int]:
+    if not isinstance(users, Iterable) or isinstance(users, (bytes, Mapping)):
+        raise TypeError(f"to must be a user id or several, not {type(users).__name__}")
+    return users
+
+
+class Engine:
+    """Everything that runs, for one hub in one process; a fork or another app gets a new one."""
+
+    def __init__(self, settings: Settings, to_json: Callable[[Any], str]) -> None:
+        self.settings = settings
+        self.to_json = to_json
+        self.server_is_stopping: Callable[[], bool] = lambda: False
+        self.counters = Counters()
+        self.registry = Registry()
+        self.broker = MemoryBroker(settings.history)
+        self.presence = Presence()
+        self.closing = threading.Event()
+        self._dispatcher = threading.Thread(
+            target=self._dispatch_until_closed, name="swiftcms-ws dispatcher", daemon=True
+        )
+        self._heartbeat = threading.Thread(
+            target=self._beat_until_closed, name="swiftcms-ws heartbeat", daemon=True
+        )
+
+    def start(self) -> None:
+        self._dispatcher.start()
+        self._heartbeat.start()
+
+    # -- an event's way ------------------------------------------------------------------------------
+
+    def publish(
+        self, event_type: str, content_type: str, payload: Any, to: str | int | Iterable[str | int] | None
+    ) -> str:
+        """Check and serialise an event, and give it to the broker. See Hub.publish()."""
+        check_name(event_type, "event_type")
+        if event_type.partition(".")[0] == "system":
+            raise ValueError(
+                f"event_type must not be under system., which is the server's own: {event_type!r}"
+            )
+        check_name(content_type, "content_type")
+        recipients = None
+        if to is not None:
+            users = [to] if isinstance(to, (str, int)) else _each(to)
+            recipients = frozenset(check_user_id(user, "to") for user in users)
+        try:
+            text = self.to_json(payload)
+            text.encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(f"payload cannot be sent as JSON: {error}") from error
+        event_id = self.broker.publish(event_type, content_type, text, recipients)
+        self.counters.add("published")
+        return format_event_id(event_id)
+
+    def _dispatch_until_closed(self) -> None:
+        while (work := self.broker.take()) is not None:
+            try:
+                if isinstance(work, list):
+                    self._deliver(work)
+                else:
+                    work()
+            except Exception:
+                logger.exception("the dispatcher failed, and goes on with what is next")
+
+    def _deliver(self, events: list[Event]) -> None:
+        """Send each client those of `events` that it wants, in one call.
+
+        One system call for a client costs about the same with one frame as with many, and it is
+        what a delivery costs. So events that were published while others were being sent go out
+        together; none is ever held back for company.
+        """
+        alike: dict[tuple[str, str, frozenset[str] | None], int] = {}  # who wants one wants the others
+        for index, event in enumerate(events):
+            route = (event.type, event.content_type, event.to)
+            alike[route] = alike.get(route, 0) | 1 << index
+        wanted: dict[Connection, int] = defaultdict(int)  # bit i stands for events[i]
+        for route, bits in alike.items():
+            for connection in self.registry.matching(*route):
+                wanted[connection] |= bits
+
+        @functools.cache
+        def frames(bits: int) -> bytes:
+            return b"".join(event.frame for index, event in enumerate(events) if bits >> index & 1)
+
+        for connection, bits in wanted.items():
+            connection.send(frames(bits))
+        self.broker.remember(events)
+        self.counters.add("delivered", sum(bits.bit_count() for bits in wanted.values()))
+
+    # -- presence: jobs for the dispatcher, never kept -----------------------------------------------
+
+    def start_editing(self, entry: Entry, connection: Connection) -> None:
+        if connection not in self.registry:
+            return  # it ended while this was on its way
+        user_id = connection.user.id if connection.user else None
+        editor = Editor(connection, user_id, timestamp(time.time_ns() // 1_000_000))
+        if self.presence.start(entry, editor, self.settings.max_subscriptions):
+            self._tell_of("user.editing", entry, editor)
+
+    def stop_editing(self, entry: Entry, connection: Connection) -> None:
+        editor = self.presence.stop(entry, connection)
+        if editor is not None:
+            self._tell_of("user.stoppedEditing", entry, editor)
+
+    def stop_all_editing(self, connection: Connection) -> None:
+        for entry in self.presence.entries(connection):
+            self.stop_editing(entry, connection)
+
+    def editing(self, entry: Entry) -> dict[str, Any]:
+        """Return what a message about an entry says of its editors."""
+        editors = [editor.as_json() for editor in self.presence.editors(entry)]
+        return {"entryId": entry[1], "editors": editors, "conflict": len(editors) > 1}
+
+    def _tell_of(self, event_type: str, entry: Entry, editor: Editor) -> None:
+        payload = {**self.editing(entry), "editor": editor.as_json()}
+        frame = self.message(event_type, payload, entry[0])
+        for connection in self.registry.matching(event_type, entry[0], None):
+            connection.send(frame)
+
+    def relay_change(self, entry: Entry, connection: Connection, change: object) -> None:
+        """Send a change to the entry's other editors, or raise ClientError for who is not one."""
+        editors = {editor.connection: editor for editor in self.presence.editors(entry)}
+        if connection not in editors:
+            raise ClientError("not_editing", f"send editStart for entry {describe(entry[1])} first")
+        payload = {"entryId": entry[1], "editor": editors[connection].as_json(), "change": change}
+        frame = self.message("user.edited", payload, entry[0])
+        for other in editors.keys() - {connection}:
+            other.send(frame)
+
+    # -- other messages ------------------------------------------------------------------------------
+
+    def message(
+        self,
+        message_type: str,
+        payload: Mapping[str, Any],
+        content_type: str | None = None,
+        ref: object = None,
+    ) -> bytes:
+        """Return the frame of a message of the server's own."""
+        text = message_text(
+            message_type,
+            self.to_json(payload),
+            content_type,
+            milliseconds=time.time_ns() // 1_000_000,
+            ref=None if ref is None else self.to_json(ref),
+        )
+        # A client's escaped lone surrogate can come back to it in an answer, but not as UTF-8.
+        return text_frame(text.encode("utf-8", "replace").decode())
+
+    def fail(
+        self, connection: Connection, error: Exception, action: object = None, ref: object = None
+    ) -> None:
+        """Tell a client what went wrong, and end the connection where the error says so."""
+        self.counters.add("errors")
+        if isinstance(error, ClientError):
+            payload = {"code": error.code, "message": str(error), "action": action}
+            connection.send(self.message("system.error", payload, ref=ref))
+            if error.closes_with is not None:
+                connection.close(error.closes_with, str(error))
+        else:
+            logger.error("connection %s failed", connection.id, exc_info=error)
+            connection.close(CloseCode.SERVER_ERROR, "the server failed; this is logged there")
+
+    # -- the heartbeat -------------------------------------------------------------------------------
+
+    def _beat_until_closed(self) -> None:
+        interval = self.settings.heartbeat
+        next_beat = time.monotonic() + interval
+        while not self.closing.wait(max(0.0, min(LOOK_SECONDS, next_beat - time.monotonic()))):
+            now = time.monotonic()
+            try:
+                if self.server_is_stopping():
+                    self.close(CLOSE_SECONDS)
+                    return
+                self._end_what_is_over(now, time.time())
+                if now >= next_beat:
+                    next_beat = max(next_beat + interval, now)
+                    self._beat()
+            except Exception:
+                logger.exception("the heartbeat failed, and goes on with the next")
+
+    def _beat(self) -> None:
+        """Send both kinds of heartbeat: one for scripts, one that every WebSocket library answers."""
+        both = self.message("system.heartbeat", {}) + ping_frame()
+        for connection in self.registry.connections():
+            connection.send(both)
+
+    def _end_what_is_over(self, now: float, wall_clock: float) -> None:
+        """End who is silent, or has not signed in, or whose token has run out."""
+        silence = self.settings.heartbeat * MISSED_HEARTBEATS
+        for connection in self.registry.connections():
+            user = connection.user
+            if connection.is_ending:
+                continue
+            if now - connection.last_heard > silence:
+                connection.close(
+                    CloseCode.NO_SIGN_OF_LIFE, f"nothing heard for {silence:g} seconds; come back with since"
+                )
+            elif user is None:
+                if self.settings.auth == "required" and now - connection.opened_at > SIGN_IN_SECONDS:
+                    sentence = (
+                        f"no token within {SIGN_IN_SECONDS:g} seconds; come back and authenticate first"
+                    )
+                    self.fail(connection, ClientError("auth_required", sentence, CloseCode.SIGN_IN_AGAIN))
+            elif user.expires_at is not None and user.expires_at <= wall_clock:
+                sentence = "the token has run out; come back with a fresh one"
+                self.fail(connection, ClientError("token_expired", sentence, CloseCode.SIGN_IN_AGAIN))
+
+    # -- the end -------------------------------------------------------------------------------------
+
+    def flush(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        try:
+            connections = self.broker.in_order(self.registry.connections).result(timeout)
+        except FutureTimeoutError:
+            return False
+        return all(connection.wait_until_written(deadline) for connection in connections)
+
+    def close(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        self.closing.set()
+        self.broker.close()
+        if self._dispatcher.is_alive():
+            self._dispatcher.join(timeout)
+        for connection in self.registry.connections():
+            connection.close(CloseCode.GOING_AWAY, "the server is going away; come back with since")
+        return self.registry.wait_until_empty(deadline)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 10. Conversation: what a client's messages do
+# ---------------------------------------------------------------------------------------------------
+
+
+class Conversation:
+    """Carries out one client's messages, one after the other, in that connection's reader thread."""
+
+    def __init__(
+        self, engine: Engine, connection: Connection, is_allowed: Callable[[User | None, str, str], bool]
+    ) -> None:
+        self._engine = engine
+        self._connection = connection
+        self._is_allowed = is_allowed
+        # The rate's bucket: a message takes one out, time puts them back. The reader's alone.
+        self._allowance = self._burst = engine.settings.rate * RATE_BURST
+        self._allowance_at = time.monotonic()
+
+    def greeting(self) -> bytes:
+        """Return the first message of every connection."""
+        user = self._connection.user
+        payload = {
+            "clientId": self._connection.id,
+            "userId": user and user.id,
+            "heartbeat": self._engine.settings.heartbeat,
+            "lastId": format_event_id(self._engine.broker.last_id),
+        }
+        return self._engine.message("system.connected", payload)
+
+    def handle(self, data: str | bytes) -> None:
+        """Carry out one message, or answer with what is wrong with it."""
+        action = ref = None
+        try:
+            self._keep_to_the_rate(time.monotonic())
+            message = parse_message(data)
+            action = message.get("action") if isinstance(message.get("action"), str) else None
+            ref = self._ref(message)
+            carry_out = self._action(message)
+            if carry_out is not authenticate and self._must_sign_in():
+                raise ClientError("auth_required", "sign in first: send authenticate with a token")
+            carry_out(self, message, ref)
+        except ClientError as error:
+            self._engine.fail(self._connection, error, action and action[:NAME_LENGTH], ref)
+        except CancelledError:  # the server is going away, and this connection with it
+            pass
+
+    def fail(self, error: Exception) -> None:
+        self._engine.fail(self._connection, error)
+
+    def answer(
+        self, message_type: str, payload: Mapping[str, Any], ref: object, content_type: str | None = None
+    ) -> None:
+        self._connection.send(self._engine.message(message_type, payload, content_type, ref))
+
+    def _keep_to_the_rate(self, now: float) -> None:
+        refilled = self._allowance + (now - self._allowance_at) * self._engine.settings.rate
+        self._allowance = min(self._burst, refilled) - 1
+        self._allowance_at = now
+        if self._allowance < -self._burst:
+            sentence = "far too many messages; come back in a minute, slower"
+            raise ClientError("rate_limited", sentence, CloseCode.TOO_MANY_MESSAGES)
+        if self._allowance < 0:
+            raise ClientError(
+                "rate_limited", f"too many messages; send {self._engine.settings.rate:g} a second at most"
+            )
+
+    def _must_sign_in(self) -> bool:
+        return self._engine.settings.auth == "required" and self._connection.user is None
+
+    @staticmethod
+    def _ref(message: Mapping[str, Any]) -> str | int | float | None:
+        if "ref" not in message:
+            return None
+        ref = message["ref"]
+        if isinstance(ref, bool) or not isinstance(ref, (str, int, float)):
+            raise ClientError("invalid_message", f"`ref` must be a string or a number, not {describe(ref)}")
+        return ref
+
+    @staticmethod
+    def _action(message: Mapping[str, Any]) -> Action:
+        name = text_field(message, "action")
+        if name not in ACTIONS:
+            raise ClientError(
+                "unknown_action",
+                f"there is no action {json.dumps(name[:NAME_LENGTH])}{did_you_mean(name, ACTIONS)}; there are {', '.join(ACTIONS)}",
+            )
+        return ACTIONS[name]
+
+    # The actions. Each is short, and all that it needs is above.
+
+    def subscribe(self, message: Mapping[str, Any], ref: object) -> None:
+        pattern = parse_pattern(message)
+        since = parse_event_id(message["since"]) if "since" in message else None
+        self._check_allowed(*pattern)
+        # Between two events, so that what is replayed ends exactly where what is live begins.
+        self._engine.broker.in_order(lambda: self._subscribe_now(pattern, since, ref)).result()
+
+    def _subscribe_now(self, pattern: Pattern, since: EventId | None, ref: object) -> None:
+        engine, connection = self._engine, self._connection
+        newer = [] if since is None else engine.broker.events_after(since)
+        missed = engine.registry.missed(connection, pattern, newer or [])
+        start = engine.broker.position if since is None or newer is None else since
+        engine.registry.subscribe(connection, pattern, start, engine.settings.max_subscriptions)
+        payload = {
+            "type": pattern[0],
+            "contentType": pattern[1],
+            "recovered": newer is not None,
+            "replayed": len(missed),
+        }
+        self.answer("system.subscribed", payload, ref)
+        for event in missed:
+            connection.send(event.frame, replay=True)
+        engine.counters.add("replayed", len(missed))
+
+    def unsubscribe(self, message: Mapping[str, Any], ref: object) -> None:
+        pattern = parse_pattern(message)
+        everything = "type" not in message and "contentType" not in message
+        removed = self._engine.registry.unsubscribe(self._connection, None if everything else pattern)
+        payload = {"type": pattern[0], "contentType": pattern[1], "removed": removed}
+        self.answer("system.unsubscribed", payload, ref)
+
+    def authenticate(self, message: Mapping[str, Any], ref: object) -> None:
+        engine, connection = self._engine, self._connection
+        user = check_token(engine.settings, text_field(message, "token"))
+        if connection.user is not None and connection.user.id != user.id:
+            raise ClientError(
+                "invalid_token",
+                "the token is another user's than this connection's; open a new connection for it",
+            )
+        broker, registry = engine.broker, engine.registry
+        broker.in_order(lambda: registry.sign_in(connection, user, broker.position)).result()
+        expires_at = timestamp(int(user.claims["exp"] * 1000))
+        self.answer("system.authenticated", {"userId": user.id, "expiresAt": expires_at}, ref)
+
+    def pong(self, message: Mapping[str, Any], ref: object) -> None:
+        """A sign of life, as all that is received: the connection has noted it already."""
+
+    def heartbeat(self, message: Mapping[str, Any], ref: object) -> None:
+        self.answer("system.heartbeat", {}, ref)
+
+    def edit_start(self, message: Mapping[str, Any], ref: object) -> None:
+        entry = self._entry(message)
+        self._engine.broker.in_order(lambda: self._start_now(entry, ref)).result()
+
+    def _start_now(self, entry: Entry, ref: object) -> None:
+        self._engine.start_editing(entry, self._connection)
+        self.answer("system.editing", self._engine.editing(entry), ref, entry[0])
+
+    def edit_stop(self, message: Mapping[str, Any], ref: object) -> None:
+        entry = self._entry(message)
+        self._engine.broker.in_order(lambda: self._stop_now(entry, ref)).result()
+
+    def _stop_now(self, entry: Entry, ref: object) -> None:
+        self._engine.stop_editing(entry, self._connection)
+        self.answer("system.editing", self._engine.editing(entry), ref, entry[0])
+
+    def edit_change(self, message: Mapping[str, Any], ref: object) -> None:
+        entry = self._entry(message)
+        if "payload" not in message:
+            raise ClientError(
+                "invalid_message",
+                f"the message has no `payload`{did_you_mean('payload', message)}; it is the change, any JSON",
+            )
+        change = message["payload"]
+        engine, connection = self._engine, self._connection
+        engine.broker.in_order(lambda: engine.relay_change(entry, connection, change)).result()
+
+    def presence(self, message: Mapping[str, Any], ref: object) -> None:
+        _, content_type = parse_pattern({**message, "type": "*"})
+        entry_id = text_field(message, "entryId") if "entryId" in message else None
+        self._check_allowed("user.editing", content_type)
+        entries = [
+            {"contentType": entry[0], "entryId": entry[1], "editors": self._engine.editing(entry)["editors"]}
+            for entry in self._engine.presence.entries()
+            if content_type in ("*", entry[0]) and entry_id in (None, entry[1])
+        ]
+        self.answer("system.presence", {"entries": entries}, ref)
+
+    def _entry(self, message: Mapping[str, Any]) -> Entry:
+        content_type, entry_id = text_field(message, "contentType"), text_field(message, "entryId")
+        if parse_pattern({"contentType": content_type})[1] == "*":
+            raise ClientError("invalid_type", "`contentType` must be that of the entry, such as posts, not *")
+        if not 0 < len(entry_id) <= NAME_LENGTH:
+            raise ClientError("invalid_message", f"`entryId` must have 1 to {NAME_LENGTH} characters")
+        self._check_allowed("user.editing", content_type)
+        return content_type, entry_id
+
+    def _check_allowed(self, event_type: str, content_type: str) -> None:
+        if not self._is_allowed(self._connection.user, event_type, content_type):
+            raise ClientError("forbidden", f"you may not have {event_type} of content type {content_type}")
+
+
+Action = Callable[[Conversation, Mapping[str, Any], object], None]
+authenticate = Conversation.authenticate
+ACTIONS: dict[str, Action] = {
+    "subscribe": Conversation.subscribe,
+    "unsubscribe": Conversation.unsubscribe,
+    "authenticate": authenticate,
+    "pong": Conversation.pong,
+    "heartbeat": Conversation.heartbeat,
+    "editStart": Conversation.edit_start,
+    "editStop": Conversation.edit_stop,
+    "editChange": Conversation.edit_change,
+    "presence": Conversation.presence,
+}
+
+
+def text_field(message: Mapping[str, Any], name: str) -> str:
+    """Return a field that must be there and be a string, or raise ClientError."""
+    if name not in message:
+        raise ClientError(
+            "invalid_message",
+            f"the message has no `{name}`{did_you_mean(name, message)}; it must be a string",
+        )
+    if not isinstance(message[name], str):
+        raise ClientError("invalid_message", f"`{name}` must be a string, not {describe(message[name])}")
+    return cast(str, message[name])
+
+
+# ---------------------------------------------------------------------------------------------------
+# 11. Flask: the hub, its blueprint, the handshake and the hooks
+# ---------------------------------------------------------------------------------------------------
+
+SOCKET_KEYS = ("werkzeug.socket", "gunicorn.socket")  # where a server leaves it in the environ
+_CONNECTION_KEY = "swiftcms_ws.connection"
+_QUIET_SECONDS = 60.0  # between two log lines of one kind that clients can cause
+
+Identify = TypeVar("Identify", bound=Callable[[], "str | int | None"])
+Authorize = TypeVar("Authorize", bound=Callable[["User | None", str, str], bool])
+
+
+class HandshakeRefused(Exception):
+    """No WebSocket: answered as HTTP with a JSON body (PROTOCOL.md, before the handshake)."""
+
+    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers
+
+
+class Hub:
+    """What a site talks to: `publish` and the hooks, and a blueprint with the `/ws` route.
+
+    One hub serves one app at a time; registered with another app it ends its connections and
+    starts anew there.
+    """
+
+    def __init__(self) -> None:
+        self.blueprint = Blueprint("swiftcms_ws", __name__)
+        self.blueprint.record(lambda state: self._registered(cast(Flask, state.app)))
+        self.blueprint.before_request(self._before_request)
+        self.blueprint.teardown_request(self._after_handshake)
+        self.blueprint.register_error_handler(HandshakeRefused, self._refused)
+        self.blueprint.register_error_handler(HandshakeError, self._malformed)
+        Sock().route("/ws", bp=self.blueprint, endpoint="websocket")(self._websocket)
+        self.blueprint.add_url_rule("/ws", "about", self._about)
+
+        self._app: Flask | None = None
+        self._settings = Settings()
+        self._identify: Callable[[], str | int | None] | None = None
+        self._authorize: Callable[[User | None, str, str], bool] | None = None
+        # Guards the making of `_engine`, which is set once it is whole and so is read without.
+        self._starting = threading.Lock()
+        self._engine: Engine | None = None
+        self._last_said: dict[str, float] = {}  # racy, and harmless: a line twice at the worst
+        _hubs.add(self)
+
+    # -- what a site calls ---------------------------------------------------------------------------
+
+    def init_app(self, app: Flask, **options: Any) -> None:
+        """Register the blueprint, for an application factory.
+
+        `options` are those of Flask.register_blueprint(), such as `url_prefix`. A second hub in one
+        app needs a `name` of its own. Raises ValueError for a SWIFTCMS_WS_… key that will not do.
+        """
+        app.register_blueprint(self.blueprint, **options)
+
+    def publish(
+        self,
+        event_type: str,
+        content_type: str,
+        payload: Any,
+        *,
+        to: str | int | Iterable[str | int] | None = None,
+    ) -> str:
+        """Send an event to everyone who subscribes to it, and return its id.
+
+        Takes the same short time however many there are, from any thread, without a context. Call
+        it once what it tells of is committed: a client may ask for it at once.
+
+        event_type:    such as "content.created": words joined by dots, none under "system."
+        content_type:  such as "posts"
+        payload:       anything that `app.json` can serialise
+        to:            a user id, or several, to whom alone it goes; None: to all
+
+        Raises TypeError or ValueError, naming the argument, with nothing sent; and PublishError
+        where the broker cannot take it.
+        """
+        event_id = self._running().publish(event_type, content_type, payload, to)
+        if event_published.receivers:
+            event_published.send(
+                self._app or self,
+                hub=self,
+                id=event_id,
+                type=event_type,
+                content_type=content_type,
+                payload=payload,
+                to=to,
+            )
+        return event_id
+
+    def identify(self, hook: Identify) -> Identify:
+        """Register `hook() -> user id or None`: who is the user of the handshake's request?
+
+        It runs in a request context of its own, so `session` and login extensions work. A token in
+        the handshake goes before it.
+        """
+        self._identify = hook
+        return hook
+
+    def authorize(self, hook: Authorize) -> Authorize:
+        """Register `hook(user, event_type, content_type) -> bool`: may this user subscribe to this?
+
+        `user` is a User or None. The other two are the pattern as the client sent it: "content.*"
+        and "*" too, so answer for all that it matches. Runs in a request context of its own.
+        """
+        self._authorize = hook
+        return hook
+
+    def issue_token(self, user_id: str | int, expires_in: float = 3600, **claims: Any) -> str:
+        """Return a JWT that `authenticate` takes, for `expires_in` seconds.
+
+        Raises ValueError where there is no key, or the algorithm is one that is checked with a
+        public key: whoever has the private one signs those.
+        """
+        settings = self._current_settings()
+        if settings.jwt_key is None:
+            raise ValueError("there is no key to sign with: set SECRET_KEY or SWIFTCMS_WS_JWT_KEY")
+        if not settings.jwt_algorithms[0].startswith("HS"):
+            raise ValueError(
+                f"SWIFTCMS_WS_JWT_KEY only checks {settings.jwt_algorithms[0]} tokens; sign them with the private key"
+            )
+        return sign_token(settings, check_user_id(user_id, "user_id"), time.time(), expires_in, claims)
+
+    def stats(self) -> dict[str, int]:
+        """Return the numbers of this process for a status page, by name."""
+        engine = self._running()
+        connections = engine.registry.connections()
+        return {
+            "connections": len(connections),
+            "subscriptions": engine.registry.count_subscriptions(),
+            "queue_length": engine.broker.queue_length(),
+            "waiting_bytes": sum(connection.waiting_bytes for connection in connections),
+            **{name: engine.counters[name] for name in COUNTED},
+        }
+
+    def editors(self, content_type: str, entry_id: str) -> list[dict[str, Any]]:
+        """Return who has an entry open for editing: dicts of `clientId`, `userId` and `since`."""
+        editors = self._running().presence.editors((content_type, str(entry_id)))
+        return [editor.as_json() for editor in editors]
+
+    def disconnect(self, user_id: str | int) -> int:
+        """End a user's connections, for a logout or a ban; return how many there were."""
+        connections = self._running().registry.connections(check_user_id(user_id, "user_id"))
+        reason = "the site signed you out; sign in again"
+        return sum(connection.close(CloseCode.SIGN_IN_AGAIN, reason) for connection in connections)
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Wait until all that was published before is with the sockets; False after `timeout` seconds."""
+        return self._running().flush(timeout)
+
+    def close(self, timeout: float = CLOSE_SECONDS) -> bool:
+        """End every connection with 1001 and take no more; False where some linger after `timeout` seconds."""
+        return self._engine is None or self._engine.close(timeout)
+
+    # -- starting ------------------------------------------------------------------------------------
+
+    def _registered(self, app: Flask) -> None:
+        self._settings = Settings.from_config(app.config)
+        if self._app is not app:
+            self.close()
+            self._app, self._engine = app, None
+        for name in ("werkzeug", "gunicorn.access"):
+            access_log = logging.getLogger(name)
+            if _hide_token not in access_log.filters:
+                access_log.addFilter(_hide_token)
+
+    def _current_settings(self) -> Settings:
+        """Return the settings, once they cannot have changed: Flask wants configuration done by now."""
+        if self._app is None:
+            return self._settings
+        settings = Settings.from_config(self._app.config)
+        for field in dataclasses.fields(settings):
+            if getattr(settings, field.name) != getattr(self._settings, field.name):
+                key = CONFIG_PREFIX + field.name.upper()
+                raise ValueError(
+                    f"config key {key} was set after the blueprint was registered; set it before"
+                )
+        return dataclasses.replace(settings, jwt_key=settings.jwt_key or self._app.secret_key or None)
+
+    def _running(self) -> Engine:
+        """Return the engine, which starts with the first use of the hub in this process."""
+        if self._engine is None:
+            with self._starting:
+                if self._engine is None:
+                    app = self._app or Flask(__name__)
+                    engine = Engine(
+                        self._current_settings(), lambda value: app.json.dumps(value, allow_nan=False)
+                    )
+                    _warn_of_a_short_key(engine.settings)
+                    engine.start()
+                    self._engine = engine
+        return self._engine
+
+    def _forget_engine(self) -> None:
+        """Start anew in a forked child, where the threads do not exist and locks may be held for ever."""
+        self._starting = threading.Lock()
+        self._engine = None
+
+    # -- the handshake -------------------------------------------------------------------------------
+
+    def _before_request(self) -> None:
+        """Refuse a handshake as HTTP, or make its connection; other requests pass."""
+        if not _is_handshake():
+            return
+        engine = self._running()
+        environ = request.environ
+        socket_key = self._check_server(engine)
+        self._check_origin(engine.settings)
+        user = self._find_user(engine.settings)
+        if engine.closing.is_set() or not engine.registry.reserve(engine.settings.max_connections):
+            raise self._full(engine)
+        # The library takes its socket from here, and so writes nothing past the connection.
+        connection = Connection(environ[socket_key], engine.settings.max_queue, user)
+        environ[socket_key] = ReaderSocket(connection)
+        environ[_CONNECTION_KEY] = connection
+        # No compression (PROTOCOL.md): one frame goes to all clients as it is.
+        environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
+
+    def _check_server(self, engine: Engine) -> str:
+        """Return where the socket is, or raise where this server cannot serve a WebSocket."""
+        environ = request.environ
+        cure = "run it with Werkzeug (flask run, threaded) or gunicorn -k gthread --threads 100"
+        socket_key = next((key for key in SOCKET_KEYS if key in environ), None)
+        if socket_key is None:
+            server = environ.get("SERVER_SOFTWARE", "this server")
+            raise self._cannot_serve(f"{server} gives no access to the socket; {cure}")
+        if not environ.get("wsgi.multithread"):
+            raise self._cannot_serve(f"one WebSocket would hold this server's only thread; {cure}")
+        worker = _gunicorn_worker()
+        if worker is not None:
+            engine.server_is_stopping = lambda: not worker.alive
+            if worker.cfg.threads <= engine.settings.max_connections:
+                self._say(
+                    "gunicorn has %s threads and each WebSocket holds one: set SWIFTCMS_WS_MAX_CONNECTIONS"
+                    " to fewer than --threads (it is %s), or %s clients stop the whole site",
+                    worker.cfg.threads,
+                    engine.settings.max_connections,
+                    worker.cfg.threads,
+                    once=True,
+                )
+        if environ.get("wsgi.multiprocess"):
+            self._say(
+                "there are several server processes: an event reaches the clients of the process that"
+                " publishes it only; run one process with threads",
+                once=True,
+            )
+        return socket_key
+
+    def _cannot_serve(self, message: str) -> HandshakeRefused:
+        self._say("refused a WebSocket: %s", message)
+        return HandshakeRefused(501, "not_supported", message)
+
+    def _check_origin(self, settings: Settings) -> None:
+        """Refuse pages of other sites, which would come with the user's cookies (RFC 6455 section 10.2)."""
+        origin = request.headers.get("Origin")
+        if origin is None or settings.origins == "*":
+            return
+        if settings.origins is None:
+            allowed = _host_and_port(origin) == _host_and_port(
+                f"{origin.partition('://')[0]}://{request.host}"
+            )
+        else:
+            allowed = origin.lower() in [each.lower().rstrip("/") for each in settings.origins]
+        if not allowed:
+            self._say(
+                "refused a WebSocket to a page of %r, for it is not on this host (%s); if it may connect,"
+                " name it in SWIFTCMS_WS_ORIGINS",
+                origin[:200],
+                request.host,
+            )
+            raise HandshakeRefused(403, "forbidden", "pages of this origin may not connect to this site")
+
+    def _find_user(self, settings: Settings) -> User | None:
+        token = request.args.get("token")
+        if token is None and request.authorization is not None and request.authorization.type == "bearer":
+            token = request.authorization.token
+        if token is not None:
+            try:
+                return check_token(settings, token)
+            except ClientError as error:
+                raise HandshakeRefused(
+                    401, error.code, str(error), **{"WWW-Authenticate": "Bearer"}
+                ) from None
+        if self._identify is None:
+            return None
+        with self._hook_context(_lasting(request.environ)):
+            user_id = self._identify()
+        return None if user_id is None else User(check_user_id(user_id, "what the identify hook returns"))
+
+    def _full(self, engine: Engine) -> HandshakeRefused:
+        if engine.closing.is_set():
+            return HandshakeRefused(503, "going_away", "the server is going away", **{"Retry-After": "2"})
+        engine.counters.add("refused_full")
+        limit = engine.settings.max_connections
+        self._say("refused a WebSocket: %s are open, which is SWIFTCMS_WS_MAX_CONNECTIONS", limit)
+        return HandshakeRefused(503, "too_many_connections", "too many connections", **{"Retry-After": "10"})
+
+    def _after_handshake(self, error: BaseException | None) -> None:
+        """Give the place back where the library refused what we had let in."""
+        if request.environ.pop(_CONNECTION_KEY, None) is not None:
+            self._running().registry.release()
+
+    def _refused(self, refusal: HandshakeRefused) -> Response:
+        response = jsonify(code=refusal.code, message=str(refusal))
+        response.status_code = refusal.status
+        response.headers.update(refusal.headers)
+        return response
+
+    def _malformed(self, error: HandshakeError) -> Response:
+        return self._refused(HandshakeRefused(400, "bad_handshake", f"not a WebSocket handshake: {error}"))
+
+    def _about(self) -> ResponseReturnValue:
+        """Answer a plain GET."""
+        message = "this is a WebSocket address; connect to it with ws:// or wss://"
+        return self._refused(
+            HandshakeRefused(426, "upgrade_required", message, Upgrade="websocket", Connection="Upgrade")
+        )
+
+    # -- a connection's life -------------------------------------------------------------------------
+
+    def _websocket(self, library: Any) -> None:
+        """Serve one client, in the web server's thread, until it has ended."""
+        connection: Connection = request.environ.pop(_CONNECTION_KEY)
+        environ = _lasting(request.environ)
+        engine = self._running()
+        conversation = Conversation(engine, connection, functools.partial(self._is_allowed, environ))
+        library.max_message_size = None  # the connection's own limit answers before it closes
+        with _outside_the_request():
+            try:
+                connection.send(conversation.greeting())
+                engine.registry.add(connection)
+                if engine.closing.is_set():  # since the handshake
+                    connection.close(CloseCode.GOING_AWAY, "the server is going away; come back with since")
+                self._tell(client_connected, environ, connection)
+                connection.open(library, conversation.handle, conversation.fail, engine.settings.max_message)
+            except Exception as error:  # a signal's receiver
+                conversation.fail(error)
+                connection.open(library, conversation.handle, conversation.fail, engine.settings.max_message)
+            connection.write_until_ended()
+            engine.registry.remove(connection)
+            engine.registry.release()
+            engine.broker.in_order(lambda: engine.stop_all_editing(connection))
+            if connection.close_code == CloseCode.TOO_SLOW:
+                engine.counters.add("slow_clients")
+            self._tell(client_disconnected, environ, connection)
+
+    def _is_allowed(
+        self, environ: dict[str, Any], user: User | None, event_type: str, content_type: str
+    ) -> bool:
+        if self._authorize is None:
+            return True
+        with self._hook_context(environ):
+            return bool(self._authorize(user, event_type, content_type))
+
+    def _tell(self, signal: Any, environ: dict[str, Any], connection: Connection) -> None:
+        if signal.receivers:
+            with self._hook_context(environ):
+                signal.send(self._app, hub=self, client_id=connection.id, user=connection.user)
+
+    def _hook_context(self, environ: dict[str, Any]) -> Any:
+        """A request context for one call: when it ends, so does what the hook opened, a session say."""
+        assert self._app is not None
+        return self._app.request_context(dict(environ, **{"wsgi.input": io.BytesIO()}))
+
+    def _say(self, text: str, *values: object, once: bool = False) -> None:
+        """Log a warning, but not again and again: clients decide how often there is a reason to."""
+        now = time.monotonic()
+        if now < self._last_said.get(text, -_QUIET_SECONDS) + (float("inf") if once else _QUIET_SECONDS):
+            return
+        self._last_said[text] = now
+        logger.warning(text, *values)
+
+
+COUNTED = ("published", "delivered", "replayed", "slow_clients", "refused_full", "errors")
+
+
+def _is_handshake() -> bool:
+    return (request.endpoint or "").rpartition(".")[2] == "websocket"
+
+
+def _host_and_port(origin: str) -> tuple[str | None, int | None] | None:
+    try:
+        parts = urlsplit(origin)
+        return parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return None
+
+
+def _lasting(environ: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what hooks may need of a handshake hours later: no sockets, no streams, no request."""
+    return {key: value for key, value in environ.items() if isinstance(value, (str, bool, tuple))} | {
+        "wsgi.errors": environ["wsgi.errors"]
+    }
+
+
+@contextmanager
+def _outside_the_request() -> Iterator[None]:
+    """Leave the request that the handshake was, so that what the site opened in it is closed.
+
+    A site's before_request functions and its identify hook may hold a database connection until
+    the request is torn down, and this one lasts for hours. Flask wants its context back at the end.
+    """
+    context = request_ctx._get_current_object()  # type: ignore[attr-defined]
+    context.pop()
+    try:
+        yield
+    finally:
+        context.push()
+
+
+def _gunicorn_worker() -> Any:
+    """Return the gthread worker that this thread works for, or None. It is up the stack, and only there."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        found = frame.f_locals.get("self")
+        if type(found).__module__ == "gunicorn.workers.gthread" and hasattr(found, "alive"):
+            return found
+    return None
+
+
+def _warn_of_a_short_key(settings: Settings) -> None:
+    key = settings.jwt_key
+    length = len(key.encode() if isinstance(key, str) else key or b"")
+    if 0 < length < 32 and settings.jwt_algorithms[0].startswith("HS"):
+        logger.warning(
+            "the key that tokens are signed with has %s bytes, and can be guessed (RFC 7518 section 3.2 wants"
+            " 32): set SWIFTCMS_WS_JWT_KEY or SECRET_KEY to the output of"
+            " python -c 'import secrets; print(secrets.token_hex())'",
+            length,
+        )
+
+
+def _hide_token(record: logging.LogRecord) -> bool:
+    """Take tokens out of an access log: who reads one there could sign in with it."""
+    text = record.getMessage()
+    if "token=" in text:
+        record.msg, record.args = re.sub(r"token=[^&\s\"']*", "token=…", text), ()
+    return True
+
+
+_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
+
+
+def _close_hubs() -> None:
+    for each in list(_hubs):
+        each.close()
+
+
+def _forget_engines() -> None:
+    for each in list(_hubs):
+        each._forget_engine()
+
+
+atexit.register(_close_hubs)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_engines)
+
+hub = Hub()
+blueprint = hub.blueprint
+publish = hub.publish

@@ -1,0 +1,1519 @@
+"""Behaviour of swiftcms_ws, over real sockets: real servers on free ports, real clients, a real browser.
+
+Nothing here sleeps to wait for something: it waits for the thing, until a deadline. A warning, and
+an exception in any thread, fails the test in which it happens (see pyproject.toml).
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from datetime import date, datetime, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import jwt
+import pytest
+import simple_websocket
+from flask import Flask, g, request, session
+from werkzeug.serving import make_server
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import (
+    AcceptConnection,
+    BytesMessage,
+    CloseConnection,
+    Message,
+    Ping,
+    RejectConnection,
+    RejectData,
+    Request,
+    TextMessage,
+)
+from wsproto.extensions import PerMessageDeflate
+from wsproto.frame_protocol import FrameProtocol
+
+import swiftcms_ws
+from swiftcms_ws import Hub
+
+HERE = Path(__file__).parent
+SEED = HERE.parent / "shared" / "seed" / "websocket-api.md"
+KEY = "a key for tests that is longer than the 64 bytes that HS512 asks for, and so for all"
+PATIENCE = 20.0  # seconds, for anything that is bound to happen; a busy machine is slow
+
+# ---------------------------------------------------------------------------------------------------
+# Tools: a server, a client, a process, a browser
+# ---------------------------------------------------------------------------------------------------
+
+
+def until(condition: Callable[[], Any], what: str = "it", timeout: float = PATIENCE) -> Any:
+    """Wait until `condition()` is true and return what it returned."""
+    deadline = time.monotonic() + timeout
+    pause = threading.Event()
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout} seconds"
+        pause.wait(0.005)
+    return result
+
+
+class Server:
+    """A hub and an app under Werkzeug's threaded server, on a free port of this machine."""
+
+    def __init__(self, configure: Callable[[Flask, Hub], None] | None = None, **config: Any) -> None:
+        self.hub = Hub()
+        self.app = Flask("site")
+        self.app.secret_key = KEY
+        for name, value in config.items():
+            self.app.config[f"SWIFTCMS_WS_{name}"] = value
+        if configure is not None:
+            configure(self.app, self.hub)
+        self.hub.init_app(self.app)
+        ssl_context = self.app.config.get("TEST_SSL")
+        self._http = make_server("127.0.0.1", 0, self.app, threaded=True, ssl_context=ssl_context)
+        self.port: int = self._http.port
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
+
+    def __enter__(self) -> Server:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.hub.close()
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join(PATIENCE)
+
+    def publish(self, number: int = 0, kind: str = "content.created", to: Any = None, **more: Any) -> str:
+        return self.hub.publish(kind, "posts", {"n": number, **more}, to=to)
+
+    def client(self, **options: Any) -> Client:
+        return Client(self.port, **options)
+
+    def get(self, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+        return http(f"http://127.0.0.1:{self.port}{path}", **headers)
+
+    def handshake(self, path: str = "/ws", **changes: str | None) -> tuple[int, dict[str, str], Any]:
+        """Send a handshake as plain HTTP with some headers changed; return status, headers, JSON body."""
+        headers: dict[str, str | None] = {
+            "Host": f"127.0.0.1:{self.port}",
+            "Connection": "Upgrade",
+            "Upgrade": "websocket",
+            "Sec-WebSocket-Key": base64.b64encode(os.urandom(16)).decode(),
+            "Sec-WebSocket-Version": "13",
+        }
+        headers.update({name.replace("_", "-"): value for name, value in changes.items()})
+        lines = [f"GET {path} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items() if v is not None)]
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
+            sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+            answer = b""
+            while b"\r\n\r\n" not in answer:
+                answer += sock.recv(4096)
+            head, _, body = answer.partition(b"\r\n\r\n")
+            status, *fields = head.decode("latin-1").split("\r\n")
+            found = dict(field.split(": ", 1) for field in fields)
+            if status.split()[1] == "101":
+                return 101, found, None
+            while len(body) < int(found["Content-Length"]):
+                body += sock.recv(4096)
+            return int(status.split()[1]), found, json.loads(body)
+
+
+def http(url: str, method: str = "GET", data: Any = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    body = None if data is None else json.dumps(data).encode()
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    if body is not None:
+        sent["Content-Type"] = "application/json"
+    ask = urllib.request.Request(url, body, sent, method=method)
+    try:
+        with urllib.request.urlopen(ask, timeout=PATIENCE) as answer:
+            return answer.status, dict(answer.headers), answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, dict(error.headers), error.read()
+
+
+class Refused(Exception):
+    """The server answered the handshake with HTTP."""
+
+
+class Closed(Exception):
+    """The server ended the connection, as `code` and `reason` say; None: without a close frame."""
+
+    def __init__(self, code: int | None, reason: str | None) -> None:
+        super().__init__(f"{code} {reason}")
+        self.code, self.reason = code, reason
+
+
+class Client:
+    """A client that offers permessage-deflate, as every browser does, and is strict in what it accepts.
+
+    wsproto fails it for a reserved bit, a broken frame or text that is not UTF-8; it fails itself
+    for a single byte that comes after the server's close frame.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        path: str = "/ws",
+        headers: dict[str, str] | None = None,
+        receive_buffer: int | None = None,
+        greeted: bool = True,
+        sock: socket.socket | None = None,
+    ) -> None:
+        self.sock = sock or socket.socket()
+        self.messages: deque[dict[str, Any]] = deque()
+        self.pings = 0
+        self._ws = WSConnection(ConnectionType.CLIENT)
+        self._refs = itertools.count(1)
+        self._text = ""
+        self._closed: Closed | None = None
+        if receive_buffer is not None:  # a stuck reader: loopback would else take megabytes for it
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
+        self.sock.settimeout(PATIENCE)
+        if sock is None:
+            self.sock.connect(("127.0.0.1", port))
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        hello = Request(
+            host=f"127.0.0.1:{port}",
+            target=path,
+            extensions=[PerMessageDeflate()],
+            extra_headers=[(name.encode(), value.encode()) for name, value in (headers or {}).items()],
+        )
+        self.sock.sendall(self._ws.send(hello))
+        self._accepted = False
+        while not self._accepted:
+            self._read(PATIENCE)
+        if greeted:
+            self.hello = self.receive()
+            assert self.hello["type"] == "system.connected"
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.sock.close()
+
+    def _read(self, timeout: float) -> None:
+        self.sock.settimeout(max(timeout, 0.001))
+        try:
+            data = self.sock.recv(65536)
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            self._closed = self._closed or Closed(None, None)
+            raise self._closed
+        if self._closed is not None:
+            raise AssertionError(f"bytes after the close frame: {data[:80]!r}")
+        self._ws.receive_data(data)
+        status = 0
+        for event in self._ws.events():
+            match event:
+                case AcceptConnection():
+                    assert not event.extensions, "the server must not compress"
+                    self._accepted = True
+                case RejectConnection():
+                    status = event.status_code
+                case RejectData():
+                    if event.body_finished:
+                        raise Refused(status)
+                case Ping():
+                    self.pings += 1
+                    with contextlib.suppress(OSError):  # the server may be gone by now
+                        self.sock.sendall(self._ws.send(event.response()))
+                case TextMessage():
+                    self._text += event.data
+                    if event.message_finished:
+                        self.messages.append(json.loads(self._text))
+                        self._text = ""
+                case BytesMessage():
+                    raise AssertionError("the server sends text only")
+                case CloseConnection():
+                    self._closed = Closed(event.code, event.reason)
+                    with contextlib.suppress(OSError):
+                        self.sock.sendall(self._ws.send(event.response()))
+
+    def receive(self, timeout: float = PATIENCE, heartbeats: bool = False) -> dict[str, Any]:
+        """Return the next message, heartbeats only where wanted; raise Closed at the end."""
+        deadline = time.monotonic() + timeout
+        while True:
+            while self.messages:
+                message = self.messages.popleft()
+                if heartbeats or message["type"] != "system.heartbeat" or "ref" in message:
+                    return message
+            self._read(deadline - time.monotonic())
+
+    def receive_many(self, count: int) -> list[dict[str, Any]]:
+        return [self.receive() for _ in range(count)]
+
+    def send(self, **message: Any) -> None:
+        self.send_raw(json.dumps(message))
+
+    def send_raw(self, data: str | bytes) -> None:
+        self.sock.sendall(self._ws.send(Message(data=data)))
+
+    def ask(self, action: str, **fields: Any) -> dict[str, Any]:
+        """Send a message with a `ref` and return its answer; what else comes is kept for receive()."""
+        ref = next(self._refs)
+        self.send(action=action, ref=ref, **fields)
+        others = []
+        while (message := self.receive(heartbeats=True)).get("ref") != ref:
+            others.append(message)
+        self.messages.extendleft(reversed(others))
+        return message
+
+    def subscribe(self, pattern: str = "*", content_type: str = "*", **fields: Any) -> dict[str, Any]:
+        answer = self.ask("subscribe", type=pattern, contentType=content_type, **fields)
+        assert answer["type"] == "system.subscribed", answer
+        return answer["payload"]
+
+    def authenticate(self, token: str) -> dict[str, Any]:
+        return self.ask("authenticate", token=token)
+
+    def nothing_more(self) -> None:
+        """Make sure that nothing is on its way: an answer comes after all that was sent before it."""
+        assert self.ask("heartbeat")["type"] == "system.heartbeat"
+        assert [m for m in self.messages if m["type"] != "system.heartbeat"] == []
+
+    def closing(self) -> Closed:
+        """Read on until the server has ended the connection, and the end of the stream after it."""
+        with pytest.raises(Closed) as caught:
+            while True:
+                self._read(PATIENCE)
+        return caught.value
+
+    def close(self, code: int = 1000) -> Closed:
+        """End the connection as a client does, and wait for the server's close frame and its end."""
+        self.sock.sendall(self._ws.send(CloseConnection(code)))
+        return self.closing()
+
+    def reset(self) -> None:
+        """Vanish without a word: the kernel sends RST."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+
+class Frames:
+    """Raw frames, well formed and not, for what no library would send."""
+
+    @staticmethod
+    def masked(opcode: int, payload: bytes = b"", *, fin: bool = True, rsv: int = 0, length: int | None = None) -> bytes:
+        size = len(payload) if length is None else length
+        head = bytes([(0x80 if fin else 0) | rsv << 4 | opcode])
+        if size < 126:
+            head += bytes([0x80 | size])
+        elif size < 65536:
+            head += bytes([0x80 | 126]) + struct.pack("!H", size)
+        else:
+            head += bytes([0x80 | 127]) + struct.pack("!Q", size)
+        return head + b"\0\0\0\0" + payload
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        yield running
+
+
+class Process:
+    """A server in a process of its own, with its output in a file; ended by its id."""
+
+    def __init__(self, *command: str, cwd: Path, port: int, **environ: str) -> None:
+        self.port = port
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.popen = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1", **environ},
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def __enter__(self) -> Process:
+        until(self._is_up, f"the start of {self.popen.args}", timeout=60)
+        return self
+
+    def _is_up(self) -> bool:
+        assert self.popen.poll() is None, self.output()
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+            return True
+        return False
+
+    def __exit__(self, *exc: object) -> None:
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait(PATIENCE)
+        self._log.close()
+
+    def output(self) -> str:
+        self._log.flush()
+        self._log.seek(0)
+        return self._log.read()
+
+    def client(self, **options: Any) -> Client:
+        return Client(self.port, **options)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+
+
+class Browser:
+    """Headless Chromium, driven over its DevTools protocol."""
+
+    def __init__(self) -> None:
+        assert CHROMIUM is not None
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.popen = subprocess.Popen(
+            [
+                CHROMIUM,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--disable-dev-shm-usage",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--remote-debugging-port=0",
+                f"--user-data-dir={self._profile.name}",
+                "about:blank",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def __enter__(self) -> Browser:
+        until(lambda: self._port() > 0, "Chromium's start", timeout=60)
+        return self
+
+    def _port(self) -> int:
+        try:
+            return int((Path(self._profile.name) / "DevToolsActivePort").read_text().split()[0])
+        except (OSError, IndexError):
+            return 0
+
+    def __exit__(self, *exc: object) -> None:
+        self.kill()
+        self._log.close()
+        self._profile.cleanup()
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self.popen.wait(PATIENCE)
+
+    def page(self, url: str, **options: Any) -> Page:
+        answer = json.loads(http(f"http://127.0.0.1:{self._port()}/json/new?about:blank", "PUT")[2])
+        page = Page(self._port(), answer["webSocketDebuggerUrl"].split(str(self._port()), 1)[1], answer["id"])
+        page.open(url, **options)
+        return page
+
+
+class Page:
+    """One page of a Browser. `console` has what it logged and what the browser complained of."""
+
+    def __init__(self, port: int, path: str, target: str) -> None:
+        self._port, self._target = port, target
+        self._numbers = itertools.count(1)
+        self.console: list[str] = []
+        self._socket = simple_websocket.Client.connect(f"ws://127.0.0.1:{port}{path}")
+
+    def call(self, method: str, **params: Any) -> Any:
+        number = next(self._numbers)
+        self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
+        while True:
+            data = self._socket.receive(PATIENCE)
+            assert data is not None, f"Chromium did not answer {method}"
+            message = json.loads(data)
+            if message.get("id") == number:
+                assert "error" not in message, message
+                return message["result"]
+            self._note(message)
+
+    def _note(self, message: dict[str, Any]) -> None:
+        params = message.get("params", {})
+        match message["method"]:
+            case "Runtime.consoleAPICalled":
+                values = [str(arg.get("value", arg.get("description"))) for arg in params["args"]]
+                self.console.append(f"{params['type']}: {' '.join(values)}")
+            case "Runtime.exceptionThrown":
+                self.console.append(f"exception: {params['exceptionDetails']}")
+            case "Log.entryAdded":
+                self.console.append(f"{params['entry']['level']}: {params['entry']['text']}")
+
+    def open(self, url: str, before: str = "", width: int = 1200, height: int = 900) -> None:
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+        if before:
+            self.call("Page.addScriptToEvaluateOnNewDocument", source=before)
+        self.call("Page.navigate", url=url)
+        until(lambda: self.js("document.readyState === 'complete' && location.href !== 'about:blank'"), url)
+
+    def js(self, expression: str) -> Any:
+        result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        return result["result"].get("value")
+
+    def wait(self, expression: str, timeout: float = PATIENCE) -> Any:
+        try:
+            return until(lambda: self.js(expression), expression, timeout)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; console: {self.console}; page: {self.js('document.body.innerText')}") from None
+
+    def complaints(self) -> list[str]:
+        """Return what stands in the console but was not logged by the page itself."""
+        self.js("1")  # collects what is on its way
+        return [line for line in self.console if not line.startswith(("log:", "info:"))]
+
+    def close(self) -> None:
+        http(f"http://127.0.0.1:{self._port}/json/close/{self._target}")
+        self._socket.close()
+
+
+
+# ---------------------------------------------------------------------------------------------------
+# The protocol: every action, answer and error
+# ---------------------------------------------------------------------------------------------------
+
+
+def token(user: Any = "ana", expires_in: float = 600, key: str = KEY, algorithm: str = "HS256", **claims: Any) -> str:
+    """Sign a token without our help, so that ours is not checked against itself."""
+    return jwt.encode({"sub": user, "exp": time.time() + expires_in, **claims}, key, algorithm)
+
+
+def unsigned_token() -> str:
+    head, body = ({"alg": "none", "typ": "JWT"}, {"sub": "ana", "exp": time.time() + 600})
+    encode = [base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode() for part in (head, body)]
+    return ".".join([*encode, ""])
+
+
+def test_greeting_and_message_form(server: Server) -> None:
+    """The first message, and the form of a published one, are exactly PROTOCOL.md's."""
+    with server.client() as client:
+        assert client.hello.keys() == {"type", "payload", "timestamp"}
+        assert client.hello["payload"].keys() == {"clientId", "userId", "heartbeat", "lastId"}
+        assert client.hello["payload"]["userId"] is None
+        assert client.hello["payload"]["heartbeat"] == 25
+        assert re.fullmatch(r"\d+-\d+", client.hello["payload"]["lastId"])
+        client.subscribe()
+        event_id = server.publish(7)
+        message = client.receive()
+    assert message == {
+        "type": "content.created",
+        "contentType": "posts",
+        "payload": {"n": 7},
+        "id": event_id,
+        "timestamp": message["timestamp"],
+    }
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", message["timestamp"])
+    sent = datetime.fromisoformat(message["timestamp"].replace("Z", "+00:00"))
+    assert abs((datetime.now(timezone.utc) - sent).total_seconds()) < PATIENCE
+
+
+ANSWERS = [
+    ({"action": "subscribe"}, "system.subscribed", {"type": "*", "contentType": "*", "recovered": True, "replayed": 0}),
+    ({"action": "subscribe", "type": "content.*"}, "system.subscribed", {"type": "content.*", "contentType": "*"}),
+    ({"action": "subscribe", "contentType": "posts"}, "system.subscribed", {"type": "*", "contentType": "posts"}),
+    ({"action": "subscribe", "type": "a.b-c.d_e", "color": "blue"}, "system.subscribed", {"type": "a.b-c.d_e"}),
+    ({"action": "subscribe", "since": "1-0"}, "system.subscribed", {"recovered": False, "replayed": 0}),
+    ({"action": "subscribe", "since": "99999999999999999999-0"}, "system.subscribed", {"recovered": False}),
+    ({"action": "unsubscribe"}, "system.unsubscribed", {"type": "*", "contentType": "*", "removed": 0}),
+    ({"action": "unsubscribe", "type": "content.*"}, "system.unsubscribed", {"type": "content.*", "removed": 0}),
+    ({"action": "heartbeat"}, "system.heartbeat", {}),
+    ({"action": "authenticate", "token": token()}, "system.authenticated", {"userId": "ana"}),
+    ({"action": "authenticate", "token": token(42)}, "system.authenticated", {"userId": "42"}),
+    ({"action": "editStart", "contentType": "posts", "entryId": "1"}, "system.editing", {"conflict": False}),
+    ({"action": "editStop", "contentType": "posts", "entryId": "1"}, "system.editing", {"editors": []}),
+    ({"action": "presence"}, "system.presence", {"entries": []}),
+]
+
+
+@pytest.mark.parametrize(("message", "answer", "payload"), ANSWERS, ids=lambda value: json.dumps(value)[:60])
+def test_answer(server: Server, message: dict[str, Any], answer: str, payload: dict[str, Any]) -> None:
+    """Every action has the answer of the table, with `ref` and without."""
+    with server.client() as client:
+        for ref in (None, 0, 1.5, "", "a ref"):
+            client.send(**message, **({} if ref is None else {"ref": ref}))
+            got = client.receive(heartbeats=True)
+            assert got["type"] == answer
+            assert got["payload"].items() >= payload.items()
+            assert got.get("ref") == ref
+            assert ("ref" in got) == (ref is not None)
+            assert "id" not in got
+
+
+ERRORS = [
+    ("{", "invalid_json", "not JSON"),
+    ("", "invalid_json", "not JSON"),
+    ("[" * 50000, "invalid_json", "nested too deep"),
+    ('{"action": NaN}', "invalid_json", "NaN"),
+    ("1" * 5000, "invalid_json", "not JSON"),
+    ("[]", "invalid_message", "an array"),
+    ("null", "invalid_message", "null"),
+    ('"subscribe"', "invalid_message", "the string"),
+    (b"\x00\x01", "invalid_message", "binary"),
+    ({}, "invalid_message", "`action`"),
+    ({"acton": "subscribe"}, "invalid_message", "did you mean `acton`?"),
+    ({"action": 7}, "invalid_message", "the number 7"),
+    ({"action": "subscribe", "ref": {}}, "invalid_message", "`ref`"),
+    ({"action": "subscribe", "ref": True}, "invalid_message", "the boolean true"),
+    ({"action": "subscribe", "ref": None}, "invalid_message", "null"),
+    ({"action": "subscrbe"}, "unknown_action", "did you mean `subscribe`?"),
+    ({"action": "fly"}, "unknown_action", "unsubscribe"),
+    ({"action": "subscribe", "type": "con*"}, "invalid_type", "`type`"),
+    ({"action": "subscribe", "type": "*.created"}, "invalid_type", "prefix"),
+    ({"action": "subscribe", "type": "a.*.b"}, "invalid_type", "prefix"),
+    ({"action": "subscribe", "type": "a..b"}, "invalid_type", "prefix"),
+    ({"action": "subscribe", "type": ".*"}, "invalid_type", "prefix"),
+    ({"action": "subscribe", "type": "a\n"}, "invalid_type", "prefix"),
+    ({"action": "subscribe", "type": "a" * 200}, "invalid_type", "128 characters"),
+    ({"action": "subscribe", "type": ""}, "invalid_type", 'the string ""'),
+    ({"action": "subscribe", "type": None}, "invalid_type", "null"),
+    ({"action": "subscribe", "contentType": ["posts"]}, "invalid_type", "`contentType`"),
+    ({"action": "subscribe", "contentType": "posts.*"}, "invalid_type", "`contentType`"),
+    ({"action": "unsubscribe", "type": 5}, "invalid_type", "the number 5"),
+    ({"action": "subscribe", "since": "yesterday"}, "invalid_since", "1763832000123-0"),
+    ({"action": "subscribe", "since": "-1-0"}, "invalid_since", "`since`"),
+    ({"action": "subscribe", "since": "9" * 30 + "-0"}, "invalid_since", "`since`"),
+    ({"action": "subscribe", "since": "\u0661-0"}, "invalid_since", "`since`"),
+    ({"action": "subscribe", "since": 5}, "invalid_since", "the number 5"),
+    ({"action": "authenticate"}, "invalid_message", "`token`"),
+    ({"action": "authenticate", "tokn": "x"}, "invalid_message", "did you mean `tokn`?"),
+    ({"action": "authenticate", "token": 5}, "invalid_message", "a string"),
+    ({"action": "authenticate", "token": "nonsense"}, "invalid_token", "JWT"),
+    ({"action": "authenticate", "token": token(key="k" * 32)}, "invalid_token", "key"),
+    ({"action": "authenticate", "token": token(expires_in=-5)}, "token_expired", "fresh"),
+    ({"action": "authenticate", "token": token(algorithm="HS384")}, "invalid_token", "HS256"),
+    ({"action": "authenticate", "token": token(aud="elsewhere")}, "invalid_token", "aud"),
+    ({"action": "authenticate", "token": token(user="")}, "invalid_token", "JWT"),
+    ({"action": "authenticate", "token": token(user=True)}, "invalid_token", "JWT"),
+    ({"action": "authenticate", "token": token(user=None)}, "invalid_token", "sub"),
+    ({"action": "authenticate", "token": jwt.encode({"sub": "ana"}, KEY)}, "invalid_token", "exp"),
+    ({"action": "authenticate", "token": token(nbf=time.time() + 900)}, "invalid_token", "clocks"),
+    ({"action": "authenticate", "token": unsigned_token()}, "invalid_token", "HS256"),
+    ({"action": "editStart", "contentType": "posts"}, "invalid_message", "`entryId`"),
+    ({"action": "editStart", "contentType": "posts", "entryID": "1"}, "invalid_message", "did you mean `entryID`?"),
+    ({"action": "editStart", "contentType": "*", "entryId": "1"}, "invalid_type", "not *"),
+    ({"action": "editStart", "entryId": "1"}, "invalid_message", "`contentType`"),
+    ({"action": "editStart", "contentType": "posts", "entryId": ""}, "invalid_message", "1 to 128"),
+    ({"action": "editStart", "contentType": "posts", "entryId": 5}, "invalid_message", "the number 5"),
+    ({"action": "editChange", "contentType": "posts", "entryId": "1", "payload": 1}, "not_editing", "editStart"),
+    ({"action": "editChange", "contentType": "posts", "entryId": "1"}, "invalid_message", "`payload`"),
+    ({"action": "presence", "entryId": 5}, "invalid_message", "`entryId`"),
+    ({"action": "presence", "contentType": 5}, "invalid_type", "`contentType`"),
+]
+
+
+@pytest.mark.parametrize(("message", "code", "hint"), ERRORS, ids=lambda value: repr(value)[:60])
+def test_error(server: Server, message: Any, code: str, hint: str) -> None:
+    """Bad input is answered with its code and a sentence that helps, and the connection stays."""
+    with server.client() as client:
+        client.send_raw(message if isinstance(message, (str, bytes)) else json.dumps(message))
+        error = client.receive()
+        assert error["type"] == "system.error"
+        assert error["payload"].keys() == {"code", "message", "action"}
+        assert error["payload"]["code"] == code
+        assert hint in error["payload"]["message"]
+        action = message.get("action") if isinstance(message, dict) else None
+        assert error["payload"]["action"] == (action if isinstance(action, str) else None)
+        if isinstance(message, dict) and isinstance(message.get("token"), str):
+            assert message["token"] not in json.dumps(error)
+        assert client.subscribe()["recovered"] is True
+
+
+def test_auth_not_configured() -> None:
+    """Without a key a token cannot be checked, and the error says what sets one."""
+
+    def without_key(app: Flask, hub: Hub) -> None:
+        app.secret_key = None
+
+    with Server(without_key) as server, server.client() as client:
+        error = client.authenticate(token())["payload"]
+        assert error["code"] == "auth_not_configured"
+        assert "SWIFTCMS_WS_JWT_KEY" in error["message"]
+        with pytest.raises(ValueError, match="SECRET_KEY"):
+            server.hub.issue_token("ana")
+
+
+MATCHES = [
+    ("*", "*", True),
+    ("*", "posts", True),
+    ("*", "pages", False),
+    ("content.*", "*", True),
+    ("content.media.*", "*", True),
+    ("content.media.added", "posts", True),
+    ("content.media.added.*", "*", False),
+    ("content", "*", False),
+    ("content.media", "*", False),
+    ("cont", "*", False),
+    ("order.*", "posts", False),
+]
+
+
+def test_patterns(server: Server) -> None:
+    """A pattern gets what it matches, and nothing else."""
+    with contextlib.ExitStack() as stack:
+        clients = [(stack.enter_context(server.client()), *match) for match in MATCHES]
+        for client, pattern, content_type, _ in clients:
+            client.subscribe(pattern, content_type)
+        server.publish(1, "content.media.added")
+        for client, pattern, content_type, matches in clients:
+            client.ask("heartbeat")
+            got = [message["payload"] for message in client.messages]
+            assert got == ([{"n": 1}] if matches else []), (pattern, content_type)
+
+
+def test_overlapping_subscriptions_deliver_once_and_can_be_left(server: Server) -> None:
+    """An event that matches several subscriptions comes once; twice the same subscription is one."""
+    with server.client() as client:
+        for pattern in ("*", "content.*", "content.created", "content.created"):
+            client.subscribe(pattern)
+        client.subscribe("content.created", "posts")
+        assert server.hub.stats()["subscriptions"] == 4
+        server.publish(1)
+        assert client.receive()["payload"] == {"n": 1}
+        client.nothing_more()
+        assert client.ask("unsubscribe", type="content.created")["payload"]["removed"] == 1
+        assert client.ask("unsubscribe", type="content.created")["payload"]["removed"] == 0
+        server.publish(2)
+        assert client.receive()["payload"] == {"n": 2}
+        assert client.ask("unsubscribe")["payload"] == {"type": "*", "contentType": "*", "removed": 3}
+        server.publish(3)
+        client.nothing_more()
+        assert server.hub.stats()["subscriptions"] == 0
+
+
+def test_authenticate_again_and_running_out() -> None:
+    """A fresh token moves the end; when it comes, token_expired and 4401 do."""
+    with Server() as server, server.client() as client:
+        answer = client.authenticate(token(expires_in=600))
+        expected = datetime.fromtimestamp(time.time() + 600, timezone.utc)
+        expires_at = datetime.fromisoformat(answer["payload"]["expiresAt"].replace("Z", "+00:00"))
+        assert abs((expires_at - expected).total_seconds()) < PATIENCE
+        other = client.authenticate(token("eve"))["payload"]
+        assert (other["code"], "another user" in other["message"]) == ("invalid_token", True)
+        assert client.authenticate(server.hub.issue_token("ana", expires_in=1))["payload"]["userId"] == "ana"
+        error = client.receive()
+        assert (error["type"], error["payload"]["code"]) == ("system.error", "token_expired")
+        closed = client.closing()
+        assert (closed.code, "token" in (closed.reason or "")) == (4401, True)
+
+
+def test_token_in_the_handshake(server: Server) -> None:
+    """A token in the address or in a header signs in; a bad one is a 401 in JSON."""
+    good = server.hub.issue_token("ana", role="editor")
+    for options in ({"path": f"/ws?token={good}"}, {"headers": {"Authorization": f"Bearer {good}"}}):
+        with server.client(**options) as client:
+            assert client.hello["payload"]["userId"] == "ana"
+    for bad, code in ((token(key="k" * 32), "invalid_token"), (token(expires_in=-1), "token_expired")):
+        status, headers, body = server.handshake(f"/ws?token={bad}")
+        assert (status, body["code"], headers["WWW-Authenticate"]) == (401, code, "Bearer")
+        assert bad not in body["message"]
+        assert server.handshake(Authorization=f"Bearer {bad}")[0] == 401
+
+
+def test_audience_issuer_and_other_algorithms() -> None:
+    """Audience and issuer are demanded once they are configured, and are in what issue_token signs."""
+    with Server(JWT_AUDIENCE="cms", JWT_ISSUER="site", JWT_ALGORITHMS=["HS512"], JWT_KEY="j" * 64) as server:
+        sign = lambda **claims: token(key="j" * 64, algorithm="HS512", **claims)  # noqa: E731
+        with server.client() as client:
+            for claims in ({}, {"aud": "cms"}, {"iss": "site"}, {"aud": "x", "iss": "site"}, {"aud": "cms", "iss": "x"}):
+                assert client.authenticate(sign(**claims))["payload"]["code"] == "invalid_token"
+            assert client.authenticate(sign(aud=["x", "cms"], iss="site"))["payload"]["userId"] == "ana"
+            assert client.authenticate(server.hub.issue_token("ana"))["type"] == "system.authenticated"
+
+
+def test_heartbeats_and_silence() -> None:
+    """Everyone gets both kinds of heartbeat; who answers neither is ended with 4408, others stay."""
+    with Server(HEARTBEAT=0.3) as server, server.client() as alive, server.client() as silent:
+        assert alive.hello["payload"]["heartbeat"] == 0.3
+        started = time.monotonic()
+        while time.monotonic() < started + 1.5:
+            assert alive.receive(heartbeats=True)["type"] == "system.heartbeat"
+        assert 3 <= alive.pings <= 6
+        until(lambda: server.hub.stats()["connections"] == 1)
+        assert silent.closing().code == 4408
+        alive.nothing_more()
+
+
+def test_http_answers() -> None:
+    """What is no handshake, or one that cannot be served, is answered over HTTP with a JSON sentence."""
+    with Server(MAX_CONNECTIONS=2) as server:
+        status, _, body = server.get("/ws")
+        assert (status, json.loads(body)["code"]) == (426, "upgrade_required")
+        assert "WebSocket" in json.loads(body)["message"]
+        assert server.handshake(Origin="http://evil.example")[0] == 403
+        for broken in (
+            {"Sec_WebSocket_Key": None},
+            {"Sec_WebSocket_Version": None},
+            {"Sec_WebSocket_Version": "7"},
+            {"Connection": "Upgrade, Upgrade", "Sec_WebSocket_Key": ""},
+        ):
+            status, _, body = server.handshake(**broken)
+            assert status in (400, 426), broken
+            assert body["code"] in ("bad_handshake", "upgrade_required")
+        with server.client(), server.client():
+            status, headers, body = server.handshake()
+            assert (status, body["code"]) == (503, "too_many_connections")
+            assert int(headers["Retry-After"]) > 0
+        until(lambda: server.handshake()[0] == 101, "a free place")
+        assert server.hub.stats()["refused_full"] >= 1
+
+
+def test_server_without_a_socket(server: Server) -> None:
+    """Where the WSGI server gives no socket, or has one thread, 501 names the servers that do."""
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket"}
+    answer = server.app.test_client().get("/ws", headers=upgrade)
+    assert (answer.status_code, answer.json["code"]) == (501, "not_supported")
+    assert "gunicorn" in answer.json["message"]
+
+
+def test_compression_is_refused_for_our_route_alone() -> None:
+    """permessage-deflate is declined here; another flask-sock route of the site still accepts it."""
+    from flask_sock import Sock
+
+    with Server(lambda app, hub: Sock(app).route("/echo")(lambda ws: ws.send(ws.receive()))) as server:
+        offer = {"Sec_WebSocket_Extensions": "permessage-deflate; client_max_window_bits"}
+        assert "Sec-WebSocket-Extensions" not in server.handshake("/ws", **offer)[1]
+        assert "permessage-deflate" in server.handshake("/echo", **offer)[1]["Sec-WebSocket-Extensions"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# publish
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_publish_from_anywhere(server: Server) -> None:
+    """No context, no client and no thread of its own is needed; ids grow as numbers do."""
+    first = server.publish(1)
+    with server.client() as client:
+        assert client.hello["payload"]["lastId"] == first
+        client.subscribe()
+        ids = [first]
+        threading.Thread(target=lambda: ids.append(server.publish(2))).start()
+        assert client.receive()["payload"] == {"n": 2}
+        ids += [server.publish(n) for n in range(50)]
+        assert [message["id"] for message in client.receive_many(50)] == ids[2:]
+    numbers = [tuple(map(int, each.split("-"))) for each in ids]
+    assert numbers == sorted(set(numbers))
+
+
+def test_publish_serialises_as_the_app_does(server: Server) -> None:
+    """Dates, UUIDs, Decimals and dataclasses go through app.json, as in the site's other answers."""
+    with server.client() as client:
+        client.subscribe()
+        server.hub.publish("user.login", "users", {"a": date(2026, 1, 2), "b": UUID(int=7), "c": Decimal("1.5")})
+        assert client.receive()["payload"] == {
+            "a": "Fri, 02 Jan 2026 00:00:00 GMT",
+            "b": str(UUID(int=7)),
+            "c": "1.5",
+        }
+        for payload in (None, [], "text", 5, "☃ \u2028 </script>"):
+            server.hub.publish("notification", "users", payload)
+            assert client.receive()["payload"] == payload
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ((5, "posts", {}), TypeError, "event_type"),
+        (("", "posts", {}), ValueError, "event_type"),
+        (("content.*", "posts", {}), ValueError, "event_type"),
+        (("a b", "posts", {}), ValueError, "event_type"),
+        (("x" * 200, "posts", {}), ValueError, "event_type"),
+        (("system.connected", "posts", {}), ValueError, "event_type"),
+        (("system", "posts", {}), ValueError, "event_type"),
+        (("content.created", None, {}), TypeError, "content_type"),
+        (("content.created", "*", {}), ValueError, "content_type"),
+        (("content.created", "posts", object()), TypeError, "payload"),
+        (("content.created", "posts", {"x": float("nan")}), TypeError, "payload"),
+        (("content.created", "posts", {1: 1, "a": 2}), TypeError, "payload"),
+        (("content.created", "posts", {}, 5.5), TypeError, "to"),
+        (("content.created", "posts", {}, ""), ValueError, "to"),
+        (("content.created", "posts", {}, [None]), TypeError, "to"),
+        (("content.created", "posts", {}, {"ana": 1}), TypeError, "to"),
+    ],
+    ids=repr,
+)
+def test_publish_refuses_in_the_caller(
+    server: Server, arguments: tuple[Any, ...], error: type[Exception], named: str
+) -> None:
+    """A programmer's mistake raises at once, names the argument, and nothing is sent."""
+    with server.client() as client:
+        client.subscribe()
+        with pytest.raises(error, match=f"^{named} "):
+            server.hub.publish(*arguments[:3], to=arguments[3] if len(arguments) > 3 else None)
+        client.nothing_more()
+        assert server.hub.stats()["published"] == 0
+
+
+def test_publish_to_some(server: Server) -> None:
+    """`to=` reaches the named users in all their tabs, and nobody else."""
+    names = ["ana", "ana", "bob", "7", None]
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.client()) for _ in names]
+        for client, name in zip(clients, names, strict=True):
+            if name:
+                client.authenticate(token(name))
+            client.subscribe("notification")
+        for number, to in enumerate(["ana", ["bob", 7], {"nobody"}, []]):
+            server.publish(number, "notification", to=to)
+        for client, name in zip(clients, names, strict=True):
+            client.ask("heartbeat")
+            assert [m["payload"]["n"] for m in client.messages] == {"ana": [0], "bob": [1], "7": [1], None: []}[name]
+
+
+def test_one_order_for_all_under_load(server: Server) -> None:
+    """Eight threads publish to twenty clients that ping and re-subscribe: each has all, once, in order.
+
+    The clients do as the seed's Swift example: authenticate, subscribe, pong to heartbeats.
+    """
+    publishers, each, names = 8, 60, 20
+    start = threading.Barrier(publishers + names)
+    got: list[list[dict[str, Any]]] = [[] for _ in range(names)]
+
+    def listen(index: int) -> None:
+        with server.client() as client:
+            client.send(action="authenticate", token=token(f"user-{index}"))
+            client.send(action="subscribe", type="content.*", contentType="posts")
+            assert client.receive_many(2)[1]["type"] == "system.subscribed"
+            start.wait(PATIENCE)
+            while len(got[index]) < publishers * each:
+                message = client.receive(heartbeats=True)
+                if message["type"] == "system.heartbeat":
+                    client.send(action="pong")
+                elif message["type"].startswith("content."):
+                    got[index].append(message)
+                    if len(got[index]) % 40 == 0:
+                        client.sock.sendall(client._ws.send(Ping(b"are you there")))
+                        client.send(action="subscribe", type="content.*", contentType="posts")
+            assert client.close(1001).code == 1001
+
+    def publish(index: int) -> None:
+        start.wait(PATIENCE)
+        for number in range(each):
+            kind = ("created", "updated", "deleted", "published")[number % 4]
+            server.publish(number, f"content.{kind}", by=index)
+
+    run_all([*(lambda i=i: listen(i) for i in range(names)), *(lambda i=i: publish(i) for i in range(publishers))])
+    order = [message["id"] for message in got[0]]
+    assert order == sorted(set(order), key=lambda text: tuple(map(int, text.split("-"))))
+    assert len(order) == publishers * each
+    for messages in got:
+        assert [message["id"] for message in messages] == order
+    for index in range(publishers):
+        assert [m["payload"]["n"] for m in got[0] if m["payload"]["by"] == index] == list(range(each))
+
+
+def run_all(tasks: list[Callable[[], None]], timeout: float = 60) -> None:
+    """Run each task in a thread, wait for all, and raise what the first of them raised."""
+    failures: list[BaseException] = []
+
+    def run(task: Callable[[], None]) -> None:
+        try:
+            task()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(task,), daemon=True) for task in tasks]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    if failures:
+        raise failures[0]
+    assert not any(thread.is_alive() for thread in threads), "a thread is stuck"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Flask: factory, hooks, configuration, signals, the end
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_two_hubs_prefixes_and_the_ready_made_one() -> None:
+    """Several hubs in a process keep their events apart; url_prefix moves the address."""
+    other = Hub()
+
+    def configure(app: Flask, hub: Hub) -> None:
+        other.init_app(app, url_prefix="/shop", name="shop")
+        app.register_blueprint(swiftcms_ws.blueprint, url_prefix="/ready", name="ready")
+
+    with Server(configure) as server, server.client() as first:
+        with server.client(path="/shop/ws") as second, server.client(path="/ready/ws") as third:
+            for client in (first, second, third):
+                client.subscribe()
+            server.publish(1)
+            other.publish("order.paid", "orders", {"n": 2})
+            swiftcms_ws.publish("user.login", "users", {"n": 3})
+            for number, client in enumerate((first, second, third), 1):
+                assert client.receive()["payload"] == {"n": number}
+                client.nothing_more()
+        other.close()
+        swiftcms_ws.hub.close()
+
+
+def test_a_factory_called_twice_starts_anew() -> None:
+    """A test suite makes an app for every test; the ready-made hub serves the latest."""
+    for number in range(3):
+        with Server(lambda app, hub: app.register_blueprint(swiftcms_ws.blueprint, name="ready", url_prefix="/r")) as s:
+            with s.client(path="/r/ws") as client:
+                client.subscribe()
+                swiftcms_ws.publish("notification", "users", number)
+                assert client.receive()["payload"] == number
+                client.close()
+            assert swiftcms_ws.hub.stats()["published"] == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("HEARTBEET", 5, "did you mean `SWIFTCMS_WS_HEARTBEAT`"),
+        ("HEARTBEAT", "25", "seconds"),
+        ("HEARTBEAT", 0, "seconds"),
+        ("HEARTBEAT", True, "seconds"),
+        ("HISTORY", -1, "whole number"),
+        ("MAX_QUEUE", 1.5, "whole number"),
+        ("AUTH", "yes", '"required"'),
+        ("ORIGINS", "https://a.example", "list"),
+        ("JWT_ALGORITHMS", ["none"], "one family"),
+        ("JWT_ALGORITHMS", ["HS256", "RS256"], "one family"),
+        ("JWT_ALGORITHMS", [], "one family"),
+        ("JWT_KEY", "", "not empty"),
+        ("INSPECTOR", "no", "True or False"),
+        ("RATE", 0, "messages a second"),
+    ],
+)
+def test_a_wrong_config_key_raises_at_registration(key: str, value: object, hint: str) -> None:
+    """A config key that does not exist, or a value of the wrong kind, is named at once."""
+    app = Flask("site")
+    app.config[f"SWIFTCMS_WS_{key}"] = value
+    with pytest.raises(ValueError, match=re.escape(hint)) as caught:
+        Hub().init_app(app)
+    assert f"SWIFTCMS_WS_{key}" in str(caught.value)
+
+
+def test_a_config_key_set_too_late_raises_at_first_use() -> None:
+    """What is set after registration would be ignored, so it raises; SECRET_KEY may come late."""
+    hub, app = Hub(), Flask("site")
+    hub.init_app(app)
+    app.config["SWIFTCMS_WS_HISTORY"] = 5
+    with pytest.raises(ValueError, match="SWIFTCMS_WS_HISTORY was set after"):
+        hub.publish("content.created", "posts", {})
+    del app.config["SWIFTCMS_WS_HISTORY"]
+    app.secret_key = KEY
+    assert hub.issue_token("ana")
+    assert hub.publish("content.created", "posts", {})
+    hub.close()
+
+
+def test_identify_takes_the_sites_own_login() -> None:
+    """The identify hook reads the session cookie of the handshake, in a context that ends with it."""
+    seen: list[str] = []
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @app.post("/login/<name>")
+        def login(name: str) -> str:
+            session["user"] = name
+            return name
+
+        @hub.identify
+        def identify() -> str | None:
+            g.seen = True
+            return session.get("user")
+
+        @app.teardown_appcontext
+        def note(error: BaseException | None) -> None:
+            if "seen" in g:
+                seen.append("torn down")
+
+    with Server(configure) as server:
+        cookie = http(f"http://127.0.0.1:{server.port}/login/ana", "POST")[1]["Set-Cookie"].split(";")[0]
+        with server.client(headers={"Cookie": cookie}) as client, server.client() as stranger:
+            assert client.hello["payload"]["userId"] == "ana"
+            assert stranger.hello["payload"]["userId"] is None
+            assert seen == ["torn down", "torn down"]
+
+
+def test_authorize_sees_the_pattern_and_a_context() -> None:
+    """The authorize hook decides each subscription, as asked for, in a request context of its own."""
+    asked: list[tuple[Any, ...]] = []
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @hub.authorize
+        def authorize(user: swiftcms_ws.User | None, event_type: str, content_type: str) -> bool:
+            asked.append((user and user.id, user and user.claims.get("role"), event_type, content_type, request.path))
+            return content_type == "posts" or bool(user and user.claims["role"] == "editor")
+
+    with Server(configure) as server, server.client() as client:
+        client.subscribe("content.*", "posts")
+        refused = client.ask("subscribe", type="content.*")["payload"]
+        assert (refused["code"], "content.*" in refused["message"]) == ("forbidden", True)
+        assert client.ask("editStart", contentType="pages", entryId="1")["payload"]["code"] == "forbidden"
+        assert client.ask("presence")["payload"]["code"] == "forbidden"
+        client.authenticate(server.hub.issue_token("ana", role="editor"))
+        client.subscribe("content.*")
+        assert asked == [
+            (None, None, "content.*", "posts", "/ws"),
+            (None, None, "content.*", "*", "/ws"),
+            (None, None, "user.editing", "pages", "/ws"),
+            (None, None, "user.editing", "*", "/ws"),
+            ("ana", "editor", "content.*", "*", "/ws"),
+        ]
+
+
+def test_a_hook_that_fails_is_logged_and_closes_with_1011(caplog: pytest.LogCaptureFixture) -> None:
+    """A failure inside is logged with its traceback, and only that connection ends."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @hub.authorize
+        def authorize(user: object, event_type: str, content_type: str) -> bool:
+            return 1 / (0 if event_type == "broken" else 1) > 0
+
+    with Server(configure) as server, server.client() as other, server.client() as client:
+        other.subscribe()
+        client.send(action="subscribe", type="broken")
+        assert client.closing().code == 1011
+        other.nothing_more()
+    records = [record for record in caplog.records if record.name == "swiftcms_ws"]
+    assert [record.levelname for record in records] == ["ERROR"]
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_signals() -> None:
+    """Connections and events are told to whoever listens, which a site's own tests can do."""
+    told: list[tuple[str, Any]] = []
+
+    def on_connected(app: Flask, hub: Hub, client_id: str, user: Any) -> None:
+        told.append(("connected", client_id))
+
+    def on_disconnected(app: Flask, hub: Hub, client_id: str, user: Any) -> None:
+        told.append(("disconnected", client_id))
+
+    def on_published(app: Flask, hub: Hub, **event: Any) -> None:
+        told.append(("published", event))
+
+    with Server() as server, contextlib.ExitStack() as stack:
+        stack.enter_context(swiftcms_ws.client_connected.connected_to(on_connected, server.app))
+        stack.enter_context(swiftcms_ws.client_disconnected.connected_to(on_disconnected, server.app))
+        stack.enter_context(swiftcms_ws.event_published.connected_to(on_published, server.app))
+        with server.client() as client:
+            client_id = client.hello["payload"]["clientId"]
+            event_id = server.publish(1, to="ana")
+            client.close()
+        until(lambda: len(told) == 3, "all signals")
+    event = {"id": event_id, "type": "content.created", "content_type": "posts", "payload": {"n": 1}, "to": "ana"}
+    assert told == [("connected", client_id), ("published", event), ("disconnected", client_id)]
+
+
+def test_disconnect_flush_stats_and_close() -> None:
+    """What a site calls: a user's connections end with 4401, all others with 1001 in the end."""
+    with Server() as server, server.client() as ana, server.client() as bob:
+        ana.authenticate(server.hub.issue_token("ana"))
+        for client in (ana, bob):
+            client.subscribe("content.*")
+        server.publish(1)
+        assert server.hub.flush()
+        stats = server.hub.stats()
+        assert (stats["connections"], stats["subscriptions"]) == (2, 2)
+        assert (stats["published"], stats["delivered"], stats["queue_length"], stats["waiting_bytes"]) == (1, 2, 0, 0)
+        assert server.hub.disconnect("ana") == 1
+        assert ana.receive()["payload"] == {"n": 1}
+        assert ana.closing().code == 4401
+        until(lambda: server.hub.stats()["connections"] == 1)
+        assert server.hub.disconnect("ana") == 0
+        closer = threading.Thread(target=server.hub.close)
+        closer.start()
+        assert bob.closing().code == 1001
+        closer.join(PATIENCE)
+        assert server.handshake()[0] == 503
+        assert server.hub.stats()["connections"] == 0
+        server.publish(2)  # a request that outlives the hub is not to fail
+
+
+# ---------------------------------------------------------------------------------------------------
+# The connection: one writer, clean ends, slow clients
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 3000, 4999])
+def test_a_client_that_closes_gets_its_close_frame_and_then_the_end(server: Server, code: int) -> None:
+    """The close code comes back, then the stream ends: no HTTP response after it (the client checks)."""
+    with server.client() as client:
+        client.subscribe()
+        assert client.close(code).code == code
+    until(lambda: server.hub.stats()["connections"] == 0)
+
+
+def test_a_client_that_vanishes_leaves_nothing(server: Server) -> None:
+    """A reset, an end without a close frame and a half-closed socket all free what they held."""
+    before = threading.active_count()
+    for end in (Client.reset, lambda c: c.sock.close(), lambda c: c.sock.shutdown(socket.SHUT_WR)):
+        client = server.client()
+        client.subscribe()
+        client.ask("editStart", contentType="posts", entryId="1")
+        end(client)
+        until(lambda: server.hub.stats()["connections"] == 0)
+        until(lambda: not server.hub.editors("posts", "1"))
+        client.sock.close()
+    until(lambda: threading.active_count() <= before + 2, "the end of all threads but the hub's two")
+    assert server.hub.stats()["subscriptions"] == 0
+
+
+def test_pongs_and_events_are_never_mixed(server: Server) -> None:
+    """The library's own pongs go between frames, not into them, with large frames and a slow reader."""
+    with server.client(receive_buffer=4096) as client:
+        client.subscribe()
+        expected = 60
+        publisher = threading.Thread(
+            target=lambda: [server.publish(n, padding="x" * 15_000) for n in range(expected)]
+        )
+        publisher.start()
+        got = []
+        while len(got) < expected:
+            client.sock.sendall(Frames.masked(0x9, b"p" * 100))
+            got.append(client.receive()["payload"]["n"])
+        assert got == list(range(expected))
+        publisher.join(PATIENCE)
+
+
+def stuck_reader(server: Server) -> Client:
+    client = server.client(receive_buffer=2048)
+    client.subscribe()
+    return client
+
+
+def test_a_stuck_reader_costs_the_others_nothing_and_is_cut() -> None:
+    """One that never reads is ended with 1013; the others have everything, and publish never waits for it.
+
+    What it reads afterwards is whole and in order: events from the first on, then the close frame.
+    """
+    with Server(MAX_QUEUE=200_000) as server, stuck_reader(server) as stuck, server.client() as healthy:
+        healthy.subscribe()
+        for number in range(400):
+            server.publish(number, padding="x" * 4000)
+        assert [message["payload"]["n"] for message in healthy.receive_many(400)] == list(range(400))
+        until(lambda: server.hub.stats()["slow_clients"] == 1 or stuck_is_ending(server))
+        got = []
+        with pytest.raises(Closed) as closed:
+            while True:
+                got.append(stuck.receive()["payload"]["n"])
+        assert closed.value.code == 1013
+        assert got == list(range(len(got)))
+        assert 0 < len(got) < 400
+        until(lambda: server.hub.stats()["slow_clients"] == 1)
+        assert server.hub.flush()
+        healthy.nothing_more()
+
+
+def stuck_is_ending(server: Server) -> bool:
+    assert server.hub._engine is not None
+    return any(connection.is_ending for connection in server.hub._engine.registry.connections())
+
+
+def test_bytes_split_by_a_full_socket_arrive_whole_and_in_order() -> None:
+    """A slow reader inside its queue loses nothing; flush() waits for what the kernel has not taken."""
+    with Server(MAX_QUEUE=50_000_000) as server, stuck_reader(server) as slow:
+        count, padding = 500, "x" * 20_000
+        for number in range(count):
+            server.publish(number, padding=padding)
+        assert server.hub.flush(0.2) is False
+        assert server.hub.stats()["waiting_bytes"] > 0
+        flushed: list[bool] = []
+        waiter = threading.Thread(target=lambda: flushed.append(server.hub.flush(PATIENCE)))
+        waiter.start()
+        messages = slow.receive_many(count)
+        assert [message["payload"]["n"] for message in messages] == list(range(count))
+        assert all(message["payload"]["padding"] == padding for message in messages)
+        waiter.join(PATIENCE)
+        assert flushed == [True]
+        assert server.hub.stats()["waiting_bytes"] == 0
+        assert slow.ask("heartbeat")["type"] == "system.heartbeat"
+
+
+def test_a_slow_reader_is_still_heard() -> None:
+    """While its queue is full of events, a client's own messages are carried out."""
+    with Server(MAX_QUEUE=50_000_000) as server, stuck_reader(server) as slow:
+        for number in range(200):
+            server.publish(number, padding="x" * 20_000)
+        until(lambda: server.hub.stats()["waiting_bytes"] > 0)
+        slow.send(action="unsubscribe")
+        until(lambda: server.hub.stats()["subscriptions"] == 0)
+
+
+def test_publish_waits_for_a_dispatcher_that_is_far_behind(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backlog is bounded: publish() waits for room, and then nothing is lost or out of order."""
+    monkeypatch.setattr(swiftcms_ws, "BACKLOG_BYTES", 20_000)
+    with server.client() as client:
+        client.subscribe()
+        engine = server.hub._running()
+        gate, published = threading.Event(), []
+        engine.broker.in_order(lambda: gate.wait(PATIENCE))
+        publisher = threading.Thread(target=lambda: published.extend(server.publish(n) for n in range(100)))
+        publisher.start()
+        until(lambda: server.hub.stats()["queue_length"] >= 15)
+        publisher.join(0.2)
+        assert publisher.is_alive()
+        assert server.hub.stats()["queue_length"] <= 21
+        gate.set()
+        assert [message["payload"]["n"] for message in client.receive_many(100)] == list(range(100))
+        publisher.join(PATIENCE)
+        assert len(published) == 100
+
+
+def self_signed(directory: Path) -> tuple[str, str]:
+    """Make a certificate for 127.0.0.1 with openssl."""
+    cert, key = directory / "cert.pem", directory / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
+         "-keyout", key, "-out", cert],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    return str(cert), str(key)
+
+
+def test_tls_in_the_process(tmp_path: Path) -> None:
+    """`flask run --cert` works: every byte goes through the same place, and a slow reader loses nothing."""
+    import ssl
+
+    trusting = ssl.create_default_context()
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    certificate = self_signed(tmp_path)
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.config["TEST_SSL"] = certificate
+
+    with Server(configure, MAX_QUEUE=50_000_000) as server:
+        plain = socket.socket()
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.settimeout(PATIENCE)
+        plain.connect(("127.0.0.1", server.port))
+        with Client(server.port, sock=trusting.wrap_socket(plain)) as client:
+            client.subscribe()
+            for number in range(300):
+                server.publish(number, padding="x" * 20_000)
+            until(lambda: server.hub.stats()["waiting_bytes"] > 0)
+            assert [message["payload"]["n"] for message in client.receive_many(300)] == list(range(300))
+            assert client.close().code == 1000
+        until(lambda: server.hub.stats()["connections"] == 0)
+
+
+# ---------------------------------------------------------------------------------------------------
+# History: resume with `since`
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_resume_replays_what_was_missed_and_goes_live() -> None:
+    """`since` brings exactly what came after it for this subscription, then what is new."""
+    with Server() as server:
+        with server.client() as client:
+            start = client.hello["payload"]["lastId"]
+            client.subscribe("content.*")
+            ids = [server.publish(n) for n in range(5)]
+            assert [m["id"] for m in client.receive_many(5)] == ids
+        server.hub.publish("order.paid", "orders", {"n": 99})
+        for since, numbers in ((start, [0, 1, 2, 3, 4]), (ids[2], [3, 4]), (ids[4], [])):
+            with server.client() as client:
+                answer = client.subscribe("content.*", since=since)
+                assert (answer["recovered"], answer["replayed"]) == (True, len(numbers))
+                server.publish(5)
+                assert [m["payload"]["n"] for m in client.receive_many(len(numbers) + 1)] == [*numbers, 5]
+                client.nothing_more()
+            ids.append("")
+            server.hub.publish("order.paid", "orders", {})
+            if len(numbers) == 5:
+                ids[4] = server.publish(4)
+
+
+def test_resume_beyond_the_history_is_told() -> None:
+    """What the history does not reach, an id of the future or of another process: recovered is false."""
+    with Server(HISTORY=50) as server:
+        ids = [server.publish(n) for n in range(100)]
+        for since, count in ((ids[0], None), (ids[48], None), (ids[49], 50), (ids[98], 1), (ids[99], 0)):
+            with server.client() as client:
+                answer = client.subscribe(since=since)
+                assert (answer["recovered"], answer["replayed"]) == (count is not None, count or 0)
+                client.nothing_more() if not count else client.receive_many(count)
+        milliseconds, counter = map(int, ids[99].split("-"))
+        for unknown in ("0-0", f"{milliseconds}-{counter + 1}", f"{milliseconds + 9}-0", f"{milliseconds - 9**9}-0"):
+            with server.client() as client:
+                assert client.subscribe(since=unknown)["recovered"] is False
+                client.nothing_more()
+    with Server(HISTORY=0) as server, server.client() as client:
+        first = server.publish(0)
+        assert client.subscribe("content.*", since=first)["recovered"] is True
+        server.publish(1)
+        assert client.receive()["payload"] == {"n": 1}
+        assert client.subscribe(since=first)["recovered"] is False
+
+
+def test_resume_respects_to_and_who_is_signed_in() -> None:
+    """Replay shows a user what was sent to her while she was away, and nobody else's."""
+    with Server() as server:
+        start = server.publish(0)
+        server.publish(1, "notification", to="ana")
+        server.publish(2, "notification", to="bob")
+        for user, numbers in (("ana", [1]), ("bob", [2]), ("eve", [])):
+            with server.client() as client:
+                client.authenticate(token(user))
+                assert client.subscribe("notification", since=start)["replayed"] == len(numbers)
+                assert [m["payload"]["n"] for m in client.receive_many(len(numbers))] == numbers
+                client.nothing_more()
+        with server.client() as client:
+            client.subscribe("notification")
+            event = server.publish(3, "notification", to="ana")
+            client.authenticate(token("ana"))
+            assert client.subscribe("notification", since=start)["replayed"] == 2
+            assert [m["payload"]["n"] for m in client.receive_many(2)] == [1, 3]
+            server.publish(4, "notification", to="ana")
+            assert client.receive()["payload"]["n"] == 4
+            assert client.subscribe("notification", since=event)["replayed"] == 0
+            client.nothing_more()
+
+
+def test_overlapping_subscriptions_resumed_together_deliver_once() -> None:
+    """What an earlier subscription of the connection has brought is not replayed by a later one."""
+    with Server() as server:
+        start = server.publish(0)
+        for n in range(1, 5):
+            server.publish(n, ("content.created", "user.login")[n % 2])
+        with server.client() as client:
+            assert client.subscribe("content.*", since=start)["replayed"] == 2
+            assert client.subscribe("*", since=start)["replayed"] == 2
+            assert client.subscribe("user.login", since=start)["replayed"] == 0
+            assert sorted(m["payload"]["n"] for m in client.receive_many(4)) == [1, 2, 3, 4]
+            server.publish(5)
+            assert client.receive()["payload"]["n"] == 5
+            client.nothing_more()
+
+
+def test_a_long_replay_is_not_taken_for_a_slow_client() -> None:
+    """A history larger than MAX_QUEUE can still be resumed, or its client would be cut for ever."""
+    with Server(MAX_QUEUE=50_000) as server:
+        start = server.publish(0)
+        for n in range(1, 200):
+            server.publish(n, padding="x" * 20_000)
+        with server.client(receive_buffer=4096) as client:
+            client.send(action="subscribe", since=start)
+            assert client.receive()["payload"]["replayed"] == 199
+            server.publish(200)
+            assert [m["payload"]["n"] for m in client.receive_many(200)] == list(range(1, 201))
+
+
+class Proxy:
+    """A TCP relay before a server that can reset whatever goes through it."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._lock = threading.Lock()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near = self._listener.accept()[0]
+                far = socket.create_connection(("127.0.0.1", self._target))
+                with self._lock:
+                    self._pairs.append((near, far))
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._relay, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _relay(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """Reset every connection, both ways."""
+        with self._lock:
+            pairs, self._pairs = self._pairs, []
+        for sock in itertools.chain(*pairs):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._listener.close()
+        self.cut()
+
+
+def publish_steadily(publish: Callable[[int], object], stop: threading.Event, rate: int = 500) -> list[int]:
+    """Publish numbers at a steady rate until `stop`; return them."""
+    numbers = []
+    began = time.monotonic()
+    while not stop.wait(max(0, began + len(numbers) / rate - time.monotonic())):
+        publish(len(numbers))
+        numbers.append(len(numbers))
+    return numbers
+
+
+def test_thirty_cuts_at_random_points_lose_nothing() -> None:
+    """A client whose line is reset 30 times under 500 events a second has each once, in order."""
+    chance = random.Random(7)
+    stop, published = threading.Event(), []
+    got: list[int] = []
+    with Server(RATE=1000) as server, Proxy(server.port) as proxy:
+        last = server.publish(-1)
+        publisher = threading.Thread(target=lambda: published.extend(publish_steadily(server.publish, stop)))
+        publisher.start()
+        cuts = 0
+        while not (cuts == 30 and stop.is_set() and len(got) == len(published)):
+            with contextlib.suppress(Closed, OSError), Client(proxy.port) as client:
+                cutter = threading.Timer(chance.uniform(0, 0.08), proxy.cut)
+                if cuts < 30:
+                    cuts += 1
+                    cutter.start()
+                else:
+                    stop.set()
+                    publisher.join(PATIENCE)
+                client.send(action="subscribe", type="content.*", since=last)
+                while not (stop.is_set() and len(got) == len(published)):
+                    message = client.receive()
+                    if message["type"] == "system.subscribed":
+                        assert message["payload"]["recovered"] is True
+                    else:
+                        got.append(message["payload"]["n"])
+                        last = message["id"]
+    assert got == published
