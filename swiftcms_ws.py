@@ -58,6 +58,7 @@ import os
 import re
 import secrets
 import selectors
+import signal
 import socket
 import ssl
 import sys
@@ -76,7 +77,7 @@ from urllib.parse import urlsplit
 
 import jwt
 from blinker import Namespace
-from flask import Blueprint, Flask, Response, jsonify, request
+from flask import Blueprint, Flask, Response, current_app, jsonify, request
 from flask.globals import request_ctx
 from flask.typing import ResponseReturnValue
 from flask_sock import Sock
@@ -167,7 +168,9 @@ class Settings:
         None, "a text or bytes, not empty", lambda value: isinstance(value, (str, bytes)) and bool(value)
     )
     jwt_algorithms: list[str] = _setting(
-        ("HS256",), 'a list of algorithms of one family, such as ["HS256"]', _are_algorithms
+        ("HS256",),
+        'a list of algorithms of one family, such as ["HS256"] (RS256 needs the package cryptography)',
+        _are_algorithms,
     )
     jwt_audience: str | None = _setting(None, "a text", lambda value: isinstance(value, str))
     jwt_issuer: str | None = _setting(None, "a text", lambda value: isinstance(value, str))
@@ -550,10 +553,11 @@ class Connection:
         self._lost = False  # nothing more can be written
         self._reader_is_done = False
         self._give_up_at = float("inf")  # when a closing connection is cut
-        self.close_code: int | None = None
+        self.close_code: CloseCode | None = None  # where it was we who ended it
 
         self._library: Any = None  # simple-websocket's side, once it is open
         self._on_message: Callable[[str | bytes], None]
+        self._on_pings: Callable[[int], None]
         self._on_failure: Callable[[Exception], None]
         self._max_message = 0
 
@@ -591,7 +595,8 @@ class Connection:
                 # The rest is let go: it would keep this client's thread for nothing.
                 while len(self._waiting) > 1:
                     self._written += len(self._waiting.pop())
-            self._finish(code, close_frame(code, reason))
+            self.close_code = code
+            self._finish(close_frame(code, reason))
             return True
 
     @property
@@ -635,9 +640,8 @@ class Connection:
         self._written = self._queued
         self._changed.notify_all()
 
-    def _finish(self, code: int | None, frame: bytes) -> None:
+    def _finish(self, frame: bytes) -> None:
         """Send or queue the last frame there will be. The lock is held."""
-        self.close_code = code
         self._last_frame_is_in = True
         self._give_up_at = time.monotonic() + CLOSE_SECONDS
         self._enqueue(frame)
@@ -697,16 +701,17 @@ class Connection:
         self,
         library: Any,
         on_message: Callable[[str | bytes], None],
+        on_pings: Callable[[int], None],
         on_failure: Callable[[Exception], None],
         max_message: int,
     ) -> None:
         """Let the reader go: from now on each message is handed to `on_message`, in its thread.
 
         What that raises, and a ClientError for one of more than `max_message` bytes, goes to
-        `on_failure`. `library` is the simple_websocket.Server whose reader thread this is.
+        `on_failure`. `on_pings` is told how many pings were answered. `library` is the simple_websocket.Server whose reader thread this is.
         """
         with self._changed:
-            self._on_message, self._on_failure = on_message, on_failure
+            self._on_message, self._on_pings, self._on_failure = on_message, on_pings, on_failure
             self._max_message = max_message
             self._library = library
             self._changed.notify_all()
@@ -760,13 +765,16 @@ class Connection:
             )
 
     def send_for_library(self, data: bytes) -> int:
-        """Send the handshake's answer, a pong, or the answer to a close frame or a broken frame."""
-        if self._library is None or self._library.connected:
+        """Send the handshake's answer, pongs, or the answer to a close frame or a broken frame."""
+        if self._library is None:
             self.send(data)
+        elif self._library.connected:
+            self.send(data)
+            self._on_pings(_count_control_frames(data))
         else:  # the library has ended: what it sends now is its close frame
             with self._lock:
                 if not self._last_frame_is_in:
-                    self._finish(self._library.close_reason, data)
+                    self._finish(data)
         return len(data)
 
     def reader_is_done(self) -> None:
@@ -778,6 +786,15 @@ class Connection:
             if not self._last_frame_is_in:
                 self._lose()
             self._changed.notify_all()
+
+
+def _count_control_frames(data: bytes) -> int:
+    """Count pongs that stand one after the other: a byte, a length under 126, as many bytes."""
+    count = position = 0
+    while position < len(data):
+        position += 2 + data[position + 1]
+        count += 1
+    return count
 
 
 class ReaderSocket:
@@ -1148,15 +1165,15 @@ class Counters:
     def __init__(self) -> None:
         # A leaf: guards the numbers, which every thread adds to.
         self._lock = threading.Lock()
-        self._numbers: Counter[str] = Counter()
+        self._numbers = Counter({"published": 0, "delivered": 0, "replayed": 0, "errors": 0, "slow_clients": 0})
 
     def add(self, name: str, number: int = 1) -> None:
         with self._lock:
             self._numbers[name] += number
 
-    def __getitem__(self, name: str) -> int:
+    def as_dict(self) -> dict[str, int]:
         with self._lock:
-            return self._numbers[name]
+            return dict(self._numbers)
 
 
 def _each(users: object) -> Iterable[str | int]:
@@ -1314,6 +1331,7 @@ class Engine:
         """Tell a client what went wrong, and end the connection where the error says so."""
         self.counters.add("errors")
         if isinstance(error, ClientError):
+            self.counters.add(f"error_{error.code}")
             payload = {"code": error.code, "message": str(error), "action": action}
             connection.send(self.message("system.error", payload, ref=ref))
             if error.closes_with is not None:
@@ -1417,11 +1435,15 @@ class Conversation:
         }
         return self._engine.message("system.connected", payload)
 
+    def begin(self, library: Any) -> None:
+        limit = self._engine.settings.max_message
+        self._connection.open(library, self.handle, self.pinged, self.fail, limit)
+
     def handle(self, data: str | bytes) -> None:
         """Carry out one message, or answer with what is wrong with it."""
         action = ref = None
         try:
-            self._keep_to_the_rate(time.monotonic())
+            self._keep_to_the_rate(1, time.monotonic())
             message = parse_message(data)
             action = message.get("action") if isinstance(message.get("action"), str) else None
             ref = self._ref(message)
@@ -1442,9 +1464,16 @@ class Conversation:
     ) -> None:
         self._connection.send(self._engine.message(message_type, payload, content_type, ref))
 
-    def _keep_to_the_rate(self, now: float) -> None:
+    def pinged(self, count: int) -> None:
+        """Count pings, which cost us as much as messages do."""
+        try:
+            self._keep_to_the_rate(count, time.monotonic())
+        except ClientError as error:
+            self.fail(error)
+
+    def _keep_to_the_rate(self, count: int, now: float) -> None:
         refilled = self._allowance + (now - self._allowance_at) * self._engine.settings.rate
-        self._allowance = min(self._burst, refilled) - 1
+        self._allowance = min(self._burst, refilled) - count
         self._allowance_at = now
         if self._allowance < -self._burst:
             sentence = "far too many messages; come back in a minute, slower"
@@ -1615,6 +1644,14 @@ SOCKET_KEYS = ("werkzeug.socket", "gunicorn.socket")  # where a server leaves it
 _CONNECTION_KEY = "swiftcms_ws.connection"
 _QUIET_SECONDS = 60.0  # between two log lines of one kind that clients can cause
 
+ADVICE = {  # what a site can do where the limits are too tight for it
+    CloseCode.MESSAGE_TOO_BIG: "its message was over SWIFTCMS_WS_MAX_MESSAGE",
+    CloseCode.TOO_SLOW: "more than SWIFTCMS_WS_MAX_QUEUE bytes were waiting for it",
+    CloseCode.SIGN_IN_AGAIN: "not signed in in time, its token ran out, or the site signed it out",
+    CloseCode.NO_SIGN_OF_LIFE: "nothing was heard from it for two heartbeats (SWIFTCMS_WS_HEARTBEAT)",
+    CloseCode.TOO_MANY_MESSAGES: "it kept on sending more than SWIFTCMS_WS_RATE messages a second",
+}
+
 Identify = TypeVar("Identify", bound=Callable[[], "str | int | None"])
 Authorize = TypeVar("Authorize", bound=Callable[["User | None", str, str], bool])
 
@@ -1643,6 +1680,7 @@ class Hub:
         self.blueprint.register_error_handler(HandshakeError, self._malformed)
         Sock().route("/ws", bp=self.blueprint, endpoint="websocket")(self._websocket)
         self.blueprint.add_url_rule("/ws", "about", self._about)
+        self.blueprint.add_url_rule("/ws/client.js", "client_js", self._client_js)
 
         self._app: Flask | None = None
         self._settings = Settings()
@@ -1732,7 +1770,13 @@ class Hub:
         return sign_token(settings, check_user_id(user_id, "user_id"), time.time(), expires_in, claims)
 
     def stats(self) -> dict[str, int]:
-        """Return the numbers of this process for a status page, by name."""
+        """Return the numbers of this process for a status page, by name.
+
+        What is now: `connections`, `subscriptions`, `queue_length` (events not dispatched yet),
+        `waiting_bytes` (that slow clients have not taken yet). What has been since the start:
+        `published`, `delivered`, `replayed`, `slow_clients` (cut with 1013), `errors`; and, once
+        there was one, `error_CODE`, `closed_CODE` (ended by the server), `refused_STATUS`.
+        """
         engine = self._running()
         connections = engine.registry.connections()
         return {
@@ -1740,7 +1784,7 @@ class Hub:
             "subscriptions": engine.registry.count_subscriptions(),
             "queue_length": engine.broker.queue_length(),
             "waiting_bytes": sum(connection.waiting_bytes for connection in connections),
-            **{name: engine.counters[name] for name in COUNTED},
+            **engine.counters.as_dict(),
         }
 
     def editors(self, content_type: str, entry_id: str) -> list[dict[str, Any]]:
@@ -1769,6 +1813,7 @@ class Hub:
         if self._app is not app:
             self.close()
             self._app, self._engine = app, None
+        _exit_on_sigterm()
         for name in ("werkzeug", "gunicorn.access"):
             access_log = logging.getLogger(name)
             if _hide_token not in access_log.filters:
@@ -1900,7 +1945,6 @@ class Hub:
     def _full(self, engine: Engine) -> HandshakeRefused:
         if engine.closing.is_set():
             return HandshakeRefused(503, "going_away", "the server is going away", **{"Retry-After": "2"})
-        engine.counters.add("refused_full")
         limit = engine.settings.max_connections
         self._say("refused a WebSocket: %s are open, which is SWIFTCMS_WS_MAX_CONNECTIONS", limit)
         return HandshakeRefused(503, "too_many_connections", "too many connections", **{"Retry-After": "10"})
@@ -1911,6 +1955,7 @@ class Hub:
             self._running().registry.release()
 
     def _refused(self, refusal: HandshakeRefused) -> Response:
+        self._running().counters.add(f"refused_{refusal.status}")
         response = jsonify(code=refusal.code, message=str(refusal))
         response.status_code = refusal.status
         response.headers.update(refusal.headers)
@@ -1920,11 +1965,21 @@ class Hub:
         return self._refused(HandshakeRefused(400, "bad_handshake", f"not a WebSocket handshake: {error}"))
 
     def _about(self) -> ResponseReturnValue:
-        """Answer a plain GET."""
+        """Answer a plain GET: with the inspector, where it is on."""
+        inspector = self._settings.inspector
+        if current_app.debug if inspector is None else inspector:
+            return render_page(demo=False)
         message = "this is a WebSocket address; connect to it with ws:// or wss://"
         return self._refused(
             HandshakeRefused(426, "upgrade_required", message, Upgrade="websocket", Connection="Upgrade")
         )
+
+    def _client_js(self) -> Response:
+        """Serve the browser client: asked for again each time, sent again only once it has changed."""
+        response = Response(CLIENT_JS, mimetype="text/javascript")
+        response.cache_control.no_cache = True
+        response.add_etag()
+        return response.make_conditional(request)
 
     # -- a connection's life -------------------------------------------------------------------------
 
@@ -1942,17 +1997,27 @@ class Hub:
                 if engine.closing.is_set():  # since the handshake
                     connection.close(CloseCode.GOING_AWAY, "the server is going away; come back with since")
                 self._tell(client_connected, environ, connection)
-                connection.open(library, conversation.handle, conversation.fail, engine.settings.max_message)
+                conversation.begin(library)
             except Exception as error:  # a signal's receiver
                 conversation.fail(error)
-                connection.open(library, conversation.handle, conversation.fail, engine.settings.max_message)
+                conversation.begin(library)
             connection.write_until_ended()
             engine.registry.remove(connection)
             engine.registry.release()
             engine.broker.in_order(lambda: engine.stop_all_editing(connection))
-            if connection.close_code == CloseCode.TOO_SLOW:
-                engine.counters.add("slow_clients")
+            self._note_end(engine, connection, environ.get("REMOTE_ADDR", "an unknown address"))
             self._tell(client_disconnected, environ, connection)
+
+    def _note_end(self, engine: Engine, connection: Connection, address: str) -> None:
+        """Count an end that was not the client's own wish, and say what a site can do about it."""
+        code = connection.close_code
+        if code is None:
+            return
+        engine.counters.add(f"closed_{code:d}")
+        if code is CloseCode.TOO_SLOW:
+            engine.counters.add("slow_clients")
+        if code in ADVICE:
+            self._say("ended a client at %s with %d: " + ADVICE[code], address, code)
 
     def _is_allowed(
         self, environ: dict[str, Any], user: User | None, event_type: str, content_type: str
@@ -1962,10 +2027,10 @@ class Hub:
         with self._hook_context(environ):
             return bool(self._authorize(user, event_type, content_type))
 
-    def _tell(self, signal: Any, environ: dict[str, Any], connection: Connection) -> None:
-        if signal.receivers:
+    def _tell(self, what: Any, environ: dict[str, Any], connection: Connection) -> None:
+        if what.receivers:
             with self._hook_context(environ):
-                signal.send(self._app, hub=self, client_id=connection.id, user=connection.user)
+                what.send(self._app, hub=self, client_id=connection.id, user=connection.user)
 
     def _hook_context(self, environ: dict[str, Any]) -> Any:
         """A request context for one call: when it ends, so does what the hook opened, a session say."""
@@ -1975,13 +2040,11 @@ class Hub:
     def _say(self, text: str, *values: object, once: bool = False) -> None:
         """Log a warning, but not again and again: clients decide how often there is a reason to."""
         now = time.monotonic()
-        if now < self._last_said.get(text, -_QUIET_SECONDS) + (float("inf") if once else _QUIET_SECONDS):
+        said = self._last_said.get(text)
+        if said is not None and (once or now < said + _QUIET_SECONDS):
             return
         self._last_said[text] = now
         logger.warning(text, *values)
-
-
-COUNTED = ("published", "delivered", "replayed", "slow_clients", "refused_full", "errors")
 
 
 def _is_handshake() -> bool:
@@ -2060,6 +2123,16 @@ def _close_hubs() -> None:
 def _forget_engines() -> None:
     for each in list(_hubs):
         each._forget_engine()
+
+
+def _exit_on_sigterm() -> None:
+    """Make SIGTERM end this process as SIGINT does, by way of atexit, where nothing else handles it.
+
+    Its default is sudden death: no client would hear 1001. Gunicorn has a handler of its own.
+    """
+    if threading.current_thread() is threading.main_thread():
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 atexit.register(_close_hubs)

@@ -3,10 +3,10 @@
 It needs Python 3.10+ with pip, Linux, and better a C compiler. It makes its own environment, in
 ~/.cache/swiftcms-ws-bench (or under $XDG_CACHE_HOME), and uses it again the next time.
 
-Each server (bench_servers.py) and the load client (loadclient.c) run in a process of their own, each
-on a core of its own where there are two, and talk over 127.0.0.1. The servers take turns, a whole
-round of them after another, and a ratio is always between two figures of the same round, so that
-a machine that is slow for a minute is slow for all. Tables show the median of the rounds, and
+Each server (bench_servers.py) and the load client (loadclient.c) run in a process of their own,
+each on a core of its own where there are two, and talk over 127.0.0.1. The servers take turns, one
+round of all of them after another, and a ratio is always between two figures of the same round, so
+that a machine that is slow for a minute is slow for both. Tables show the median of the rounds, and
 (least..most). All messages are equally long (300 bytes unless it says otherwise).
 
 fan-out     from the first publish of a burst until the last client has its last event
@@ -42,16 +42,18 @@ from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+DEFAULT_JSON = HERE / "bench.json"
 PACKAGES = ["flask", "flask-sock", "simple-websocket", "pyjwt", "flask-socketio", "websockets"]
 RAW, OURS = "raw_python", "swiftcms_ws"
 SOCKET_IO_PATH = "/socket.io/?EIO=4&transport=websocket"
 # How a client joins each server: the path, and what else the load client must know.
+# They are measured in this order, which puts ours next to the raw loop it is compared with.
 JOIN = {
     RAW: ["/ws"],
+    OURS: ["/ws", "--send", '{"action":"subscribe","type":"content.*"}', "--answers", "2"],
+    "websockets": ["/ws"],
     "flask-sock": ["/ws"],
     "Flask-SocketIO": [SOCKET_IO_PATH, "--engineio", "--send", "40", "--answers", "2"],
-    "websockets": ["/ws"],
-    OURS: ["/ws", "--send", '{"action":"subscribe","type":"content.*"}', "--answers", "2"],
 }
 ELSEWHERE = '{"action":"subscribe","type":"content.created","contentType":"elsewhere-#"}'
 COLUMNS = [(200, False), (200, True), (1000, False), (1000, True)]
@@ -98,7 +100,7 @@ def build_client(directory: Path) -> tuple[list[str], str]:
     }
     for about, extra in attempts.items() if compiler else ():
         command = [compiler, "-O2", "-o", program, str(HERE / "loadclient.c"), *extra]
-        if subprocess.run(command, capture_output=True).returncode == 0:
+        if subprocess.run(command, check=False, capture_output=True).returncode == 0:
             return [program], about
     about = "Python, as there is no C compiler: IT MAY BE THE BOTTLENECK, see its ceiling"
     return [sys.executable, str(HERE / "loadclient.py")], about
@@ -112,7 +114,7 @@ class Process:
 
     def __init__(self, command: list[str], core: int | None) -> None:
         self.name = Path(command[0]).name if len(command) < 3 else " ".join(command[1:3])
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
         pipe = subprocess.PIPE
         self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors)
         if core is not None:
@@ -199,6 +201,7 @@ class Session:
         self,
         client: Process,
         events: int,
+        *,
         command: str = "burst",
         extra: str = "",
         size: int = 300,
@@ -245,16 +248,17 @@ class Bench:
         cores = sorted(os.sched_getaffinity(0))
         self.server_core, self.client_core = cores[:2] if len(cores) > 1 else (None, None)
         self.burst = 100 if quick else 400
-        self.repeats = 1 if quick else 3
-        self.budget = 1.0 if quick else 4.0
+        self.repeats = 3 if quick else 9
+        self.budget = 1.0 if quick else 3.0  # seconds, for what is repeated
 
     def fan_out(self, name: str, clients: int, deflate: bool) -> dict:
         """Bursts; without compression also events one at a time, and at 1000 publish()'s cost."""
         with Session(self, name) as session:
             client = session.join(clients, *["--deflate"] * deflate)
             events = session.affordable(client, self.burst, self.budget)
+            deadline = time.monotonic() + self.budget
             bursts = [session.publish(client, events)]
-            while len(bursts) < self.repeats and bursts[0]["seconds"] * self.repeats < self.budget:
+            while len(bursts) < self.repeats and time.monotonic() < deadline:
                 bursts.append(session.publish(client, events))
             rates = [burst["per_second"] for burst in bursts]
             middle = bursts[rates.index(statistics.median_low(rates))]
@@ -275,7 +279,7 @@ class Bench:
         return {"half_us": half, "last_us": last, "latency_events": len(events)}
 
     def publish_cost(self, session: Session, client: Process, calls: int) -> dict:
-        report = session.publish(client, calls, "publish_cost")
+        report = session.publish(client, calls, command="publish_cost")
         return {"publish_us": report["p50_us"], "publish_max_us": report["max_us"]}
 
     def publish_alone(self, name: str) -> dict:
@@ -328,9 +332,7 @@ class Bench:
             client = session.join(1)
             for others, count, each in ((10, 10, 1), (10_000, 100, 100)):
                 joining = ["/ws", "--send", ELSEWHERE, "--repeat", str(each)]
-                bystanders = session.join(
-                    count, join=[*joining, "--answers", str(1 + each)]
-                )
+                bystanders = session.join(count, join=[*joining, "--answers", str(1 + each)])
                 session.publish(client, SMALL_BURST)
                 bursts = [session.publish(client, 5 * self.burst)["seconds"] for _ in range(3)]
                 figures[str(others)] = {
@@ -351,10 +353,13 @@ class Bench:
 # --- What is printed ------------------------------------------------------------------------------
 
 
+NOTHING = "–"
+
+
 def spread(values: list[float], form: str = "{:,.0f}") -> str:
     """Median (least..most)."""
     if not values:
-        return "–"
+        return NOTHING
     text = form.format(statistics.median(values))
     if len(values) > 1:
         text += f" ({form.format(min(values))}..{form.format(max(values))})"
@@ -399,73 +404,72 @@ def column(clients: int, deflate: bool) -> str:
 
 
 def in_markdown(found: Figures, names: list[str]) -> str:
-    def each_server(cells: Callable[[str], list[str]], only: list[str] = names) -> list[list[str]]:
-        rows = [[name, *cells(name)] for name in names if name in only]
-        return [row for row in rows if set(row[1:]) != {"–"}]
-
     columns = [column(*each) for each in COLUMNS]
     plain = [column(*each) for each in COLUMNS if not each[1]]
-    parts = [
-        table(
-            "Fan-out of a burst: deliveries a second, as a share of the raw loop's",
-            ["server", *columns],
-            each_server(
-                lambda n: [spread(ratios(found, c, n, "per_second"), "{:.2f}") for c in columns]
-            ),
-        ),
-        table(
-            "Fan-out of a burst: deliveries a second",
-            ["server", *columns],
-            each_server(lambda n: [spread(values(found, c, n, "per_second")) for c in columns]),
-        ),
-        table(
+    # Title, heads of the columns, and what makes one server's row.
+    tables: list[tuple[str, list[str], Callable[[Figures, str], list[str]]]] = [
+        ("Fan-out of a burst: deliveries a second, raw loop = 1", columns, share_cells),
+        ("Fan-out of a burst: deliveries a second", columns, rate_cells),
+        (
             "One event at a time: µs until half of the clients, and the last, have it",
-            ["server", *(f"{c}: {who}" for c in plain for who in ("half", "ratio", "last"))],
-            each_server(
-                lambda n: [
-                    cell
-                    for c in plain
-                    for cell in (
-                        spread(values(found, c, n, "half_us")),
-                        spread(ratios(found, c, n, "half_us"), "{:.2f}"),
-                        spread(values(found, c, n, "last_us")),
-                    )
-                ]
-            ),
+            [f"{where}: {what}" for where in plain for what in ("half", "raw loop = 1", "last")],
+            latency_cells,
         ),
-        table(
+        (
             "One publish(), back to back: µs, median of the calls",
-            ["server", "1 client", "1000 clients"],
-            each_server(
-                lambda n: [
-                    spread(values(found, where, n, "publish_us"), "{:,.1f}")
-                    for where in ("publish", column(1000, False))
-                ]
-            ),
+            ["1 client", "1000 clients"],
+            publish_cells,
         ),
-        table(
+        (
             "Memory: KiB for each of 200 clients, deflate offered",
-            ["server", "idle", "after 20 events", "after 400 events"],
-            each_server(
-                lambda n: [
-                    spread(values(found, "memory", n, key), "{:.1f}")
-                    for key in ("idle", "after_20", "after_400")
-                ]
-            ),
+            ["idle", "after 20 events", "after 400 events"],
+            memory_cells,
         ),
-        table(
+        (
             "One of 200 clients never reads: seconds until the others have 600 events of 4 KiB",
-            ["server", "all read", "one does not", "ratio", "how it ended for that one"],
-            each_server(lambda n: stuck_cells(found, n)),
+            ["all read", "one does not", "ratio", "how it ended for that one"],
+            stuck_cells,
         ),
-        table(
+        (
             "Matching: µs an event for 1 subscriber, beside subscriptions to something else",
-            ["server", *(f"{o} others, {h}" for h in ("burst", "alone") for o in ("10", "10,000"))],
-            each_server(lambda n: matching_cells(found, n)),
+            [f"{how}, {many} others" for how in ("burst", "alone") for many in ("10", "10,000")],
+            matching_cells,
         ),
-        ceiling_line(found),
     ]
-    return "\n".join(part for part in parts if part.count("\n| ") > 2 or "\n" not in part)
+    parts = []
+    for title, heads, cells in tables:
+        rows = [[name, *cells(found, name)] for name in names]
+        rows = [row for row in rows if set(row[1:]) != {NOTHING}]
+        if rows:
+            parts.append(table(title, ["server", *heads], rows))
+    return "\n".join([*parts, "", ceiling_line(found)])
+
+
+def share_cells(found: Figures, name: str) -> list[str]:
+    return [spread(ratios(found, column(*c), name, "per_second"), "{:.2f}") for c in COLUMNS]
+
+
+def rate_cells(found: Figures, name: str) -> list[str]:
+    return [spread(values(found, column(*c), name, "per_second")) for c in COLUMNS]
+
+
+def latency_cells(found: Figures, name: str) -> list[str]:
+    cells = []
+    for where in (column(*each) for each in COLUMNS if not each[1]):
+        cells.append(spread(values(found, where, name, "half_us")))
+        cells.append(spread(ratios(found, where, name, "half_us"), "{:.2f}"))
+        cells.append(spread(values(found, where, name, "last_us")))
+    return cells
+
+
+def publish_cells(found: Figures, name: str) -> list[str]:
+    places = ("publish", column(1000, False))
+    return [spread(values(found, place, name, "publish_us"), "{:,.1f}") for place in places]
+
+
+def memory_cells(found: Figures, name: str) -> list[str]:
+    moments = ("idle", "after_20", "after_400")
+    return [spread(values(found, "memory", name, moment), "{:.1f}") for moment in moments]
 
 
 def stuck_cells(found: Figures, name: str) -> list[str]:
@@ -475,8 +479,8 @@ def stuck_cells(found: Figures, name: str) -> list[str]:
     return [
         spread(values(found, "stuck", name, "without"), "{:.2f}"),
         "stops" if stopped else spread(values(found, "stuck", name, "with"), "{:.2f}"),
-        "–" if stopped else spread(values(found, "stuck", name, "ratio"), "{:.2f}"),
-        ", ".join(sorted(ends)) or "–",
+        NOTHING if stopped else spread(values(found, "stuck", name, "ratio"), "{:.2f}"),
+        ", ".join(sorted(ends)) or NOTHING,
     ]
 
 
@@ -492,7 +496,7 @@ def matching_cells(found: Figures, name: str) -> list[str]:
 def ceiling_line(found: Figures) -> str:
     fastest = max(
         (rate, server, each, round_figures["client_busy"])
-        for each in map(lambda c: column(*c), COLUMNS)
+        for each in (column(*c) for c in COLUMNS)
         for server, rounds in found.get(each, {}).items()
         for round_figures in rounds
         for rate in [round_figures["per_second"]]
@@ -529,7 +533,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=0, help="default 3; with --quick 1")
     parser.add_argument("--quick", action="store_true", help="fewer events: only to try it")
     parser.add_argument("--only", default=",".join(JOIN), help=f"of {', '.join(JOIN)}")
-    parser.add_argument("--json", type=Path, default=HERE / "bench.json", help="default: %(default)s")
+    parser.add_argument("--json", type=Path, default=DEFAULT_JSON, help="default: .ci/bench.json")
     options = parser.parse_args()
     names = [name for name in JOIN if name in options.only.split(",")]
     if unknown := set(options.only.split(",")) - set(JOIN):
@@ -560,7 +564,8 @@ def main() -> int:
                 found.setdefault(measurement, {}).setdefault(name, []).append(figures)
                 print(f"round {number}, {measurement}, {name}: {figures}", file=sys.stderr)
     minutes = (time.monotonic() - started) / 60
-    print(f"{about_machine}.\n{rounds} rounds in {minutes:.0f} minutes. Load client: {about_client}.")
+    print(f"{about_machine}.")
+    print(f"{rounds} rounds in {minutes:.0f} minutes. Load client: {about_client}.")
     print(in_markdown(found, names))
     about = {"machine": about_machine, "client": about_client, "quick": options.quick}
     document = about | {"figures": found, "failures": failures}
