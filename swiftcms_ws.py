@@ -55,6 +55,7 @@ import io
 import json
 import logging
 import os
+import random
 import re
 import secrets
 import selectors
@@ -95,6 +96,7 @@ __all__ = [
     "event_published",
     "hub",
     "publish",
+    "publish_many",
 ]
 
 logger = logging.getLogger("swiftcms_ws")
@@ -125,6 +127,12 @@ BATCH_EVENTS = 64  # that go to a client in one system call, while more are wait
 BATCH_BYTES = 64 * 1024  # ... and how large that call may grow
 BACKLOG_BYTES = 8 * 1024 * 1024  # published and not yet dispatched; beyond it publish() waits
 EVENT_OVERHEAD = 1024  # bytes that an event weighs in the backlog beside its payload
+REDIS_SECONDS = 1.0  # for one step of Redis, connecting or answering; publish() takes two of them
+REDIS_BLOCK = 500  # milliseconds that the follower waits for what is new, and then asks again
+REDIS_PAUSE = 0.05  # seconds before the follower tries again; doubled each time, to REDIS_SECONDS
+FOLLOWER_BATCH = 256  # entries read at once
+FOLLOWER_ROOM = 10_000  # entries that a follower may lag behind beyond the history
+SILENT_HEARTBEATS = 3  # after which another process, and its editors, count as gone
 NAME_LENGTH = 128  # characters of a type or content type: patterns are kept, so they are bounded
 
 CONFIG_PREFIX = "SWIFTCMS_WS_"
@@ -189,6 +197,14 @@ class Settings:
     max_message: int = _count_setting(64 * 1024)
     max_queue: int = _count_setting(1024 * 1024)
     rate: float = _setting(50, "messages a second, 1 or more", lambda value: _is_number(value, 1))
+    redis_url: str | None = _setting(
+        None,
+        "a URL such as redis://localhost:6379/0",
+        lambda value: isinstance(value, str) and value.startswith(("redis://", "rediss://", "unix://")),
+    )
+    redis_prefix: str = _setting(
+        "swiftcms_ws", "a text, not empty", lambda value: isinstance(value, str) and bool(value)
+    )
     inspector: bool | None = _setting(None, "True or False", lambda value: isinstance(value, bool))
 
     @classmethod
@@ -235,7 +251,14 @@ event_published = _signals.signal("event-published")
 
 
 class PublishError(Exception):
-    """The broker could not take the event. Nobody has got it and nobody will."""
+    """The broker could not take the event: Redis is away, or refuses. Publish it again later.
+
+    Where Redis hung after it had read the event, the event may still come.
+    """
+
+
+class BrokerAway(Exception):
+    """The broker cannot be asked for its history now."""
 
 
 class ClientError(Exception):
@@ -967,6 +990,7 @@ class Registry:
 # ---------------------------------------------------------------------------------------------------
 
 Result = TypeVar("Result")
+Draft = tuple[str, str, str, "frozenset[str] | None"]  # an Event without its id
 
 
 class MemoryBroker:
@@ -990,19 +1014,33 @@ class MemoryBroker:
         self._forgotten: EventId = self.last_id  # the newest that the history does not hold any more
         self._delivered: EventId = self.last_id
 
-    def publish(self, event_type: str, content_type: str, payload: str, to: frozenset[str] | None) -> EventId:
-        """Take an event for delivery and return its id. Waits while the dispatcher is far behind."""
+    def start(self) -> None:
+        """Nothing to connect to."""
+
+    def publish(self, drafts: list[Draft]) -> list[EventId]:
+        """Take events for delivery and return their ids. Waits while the dispatcher is far behind."""
+        return [self._publish(draft) for draft in drafts]
+
+    def _publish(self, draft: Draft) -> EventId:
         with self._changed:
-            self._changed.wait_for(lambda: self._queued_bytes < BACKLOG_BYTES or self._closed)
+            self._changed.wait_for(self._has_room)
             milliseconds = time.time_ns() // 1_000_000
             last, counter = self.last_id
             # A clock that is set back must not take the ids with it.
-            self.last_id = (milliseconds, 0) if milliseconds > last else (last, counter + 1)
-            if not self._closed:
-                self._queue.append(Event(self.last_id, event_type, content_type, payload, to))
-                self._queued_bytes += len(payload) + EVENT_OVERHEAD
-                self._changed.notify_all()
-            return self.last_id
+            event_id = (milliseconds, 0) if milliseconds > last else (last, counter + 1)
+            self._enqueue(Event(event_id, *draft))
+            return event_id
+
+    def _has_room(self) -> bool:
+        return self._queued_bytes < BACKLOG_BYTES or self._closed
+
+    def _enqueue(self, event: Event) -> None:
+        """Queue an event for the dispatcher. The lock is held."""
+        self.last_id = event.id
+        if not self._closed:
+            self._queue.append(event)
+            self._queued_bytes += len(event.payload) + EVENT_OVERHEAD
+            self._changed.notify_all()
 
     def in_order(self, job: Callable[[], Result]) -> Future[Result]:
         """Have the dispatcher run `job` between the events published before and after this call.
@@ -1059,12 +1097,22 @@ class MemoryBroker:
         """The id of the newest event delivered. For jobs."""
         return self._delivered
 
-    def events_after(self, since: EventId) -> list[Event] | None:
+    def fetch_after(self, since: EventId) -> list[Event] | None:
+        """Return what is to be had elsewhere of the events after `since`; not for jobs, for it may wait.
+
+        None where there is nothing, or where the history here reaches back to it. May raise BrokerAway.
+        """
+        return None
+
+    def events_after(self, since: EventId, fetched: list[Event] | None) -> list[Event] | None:
         """Return the events delivered after `since`, or None where that cannot be known. For jobs.
 
-        Only an id that this broker gave is answered: between two ids of its own there may have been
+        `fetched` is what fetch_after() gave. Only an id that this broker gave is answered: between two ids of its own there may have been
         others, of a process before it.
         """
+        if fetched and fetched[-1].id >= self._forgotten:  # the history goes on where it ends
+            known = [event for event in fetched if event.id <= self._delivered]
+            return known + [event for event in self._history if event.id > fetched[-1].id]
         found: list[Event] = []
         for event in reversed(self._history):
             if event.id <= since:
@@ -1078,11 +1126,182 @@ class MemoryBroker:
         with self._changed:
             return len(self._queue)
 
+    def is_caught_up(self, timeout: float) -> bool:
+        """Wait until what this process has published is in its queue; False after `timeout` seconds."""
+        return True
+
+    def tell_others(self, message: dict[str, Any]) -> None:
+        """Tell the engines of other processes, as soon as can be, or never. There are none."""
+
     def close(self) -> None:
         """Let the dispatcher end when the queue is empty, and nobody wait for it any more."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+
+_MARKER: Draft = ("system.marker", "system", "{}", frozenset())  # an event to nobody
+
+
+class RedisBroker(MemoryBroker):
+    """The same for several processes and machines: a Redis stream gives the ids and the one order.
+
+    publish() adds to the stream. In every process a follower thread reads the stream and queues
+    what any process has published; from there on all is as with one process. A second, short
+    stream carries what the engines tell each other and nobody is to keep.
+
+    While Redis is away, publish() raises and the follower tries again; then it goes on where it
+    was. Only where Redis has forgotten that place, something may be lost: see `on_gap`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        on_told: Callable[[dict[str, Any]], None],
+        on_gap: Callable[[], None],
+        on_round: Callable[[], None],
+    ) -> None:
+        import redis  # noqa: PLC0415 - the optional extra; nobody else needs it
+        from redis.backoff import NoBackoff  # noqa: PLC0415
+        from redis.retry import Retry  # noqa: PLC0415
+
+        super().__init__(settings.history)
+        self.last_id, self._forgotten = (0, 0), (-1, 0)  # until the follower knows better
+        self._has_begun = False  # under `_changed`: the follower knows where it is
+        self._redis: Any = redis.Redis.from_url(
+            cast(str, settings.redis_url),
+            decode_responses=True,
+            socket_timeout=REDIS_SECONDS,
+            socket_connect_timeout=REDIS_SECONDS,
+            retry=Retry(NoBackoff(), 0),  # a hook may wait for publish(): it fails, or not, but soon
+        )
+        self._faults = (redis.RedisError, OSError)
+        self._events, self._told = f"{settings.redis_prefix}:events", f"{settings.redis_prefix}:told"
+        self._on_told, self._on_gap, self._on_round = on_told, on_gap, on_round
+        self._last_published: EventId = (0, 0)  # under `_changed`
+        self._follower = threading.Thread(target=self._follow, name="swiftcms-ws follower", daemon=True)
+
+    def start(self) -> None:
+        self._follower.start()
+
+    def publish(self, drafts: list[Draft]) -> list[EventId]:
+        """Add events to the stream, in one round trip. Raises PublishError within two seconds."""
+        try:
+            with self._redis.pipeline(transaction=False) as pipe:
+                for event_type, content_type, payload, to in drafts:
+                    fields = {"type": event_type, "contentType": content_type, "payload": payload}
+                    if to is not None:
+                        fields["to"] = json.dumps(sorted(to))
+                    # Longer than the history, for a follower that has been held up.
+                    pipe.xadd(self._events, fields, maxlen=self._history_size + FOLLOWER_ROOM)
+                ids = [parse_event_id(event_id) for event_id in pipe.execute()]
+        except self._faults as error:
+            raise PublishError(f"Redis did not take the event: {error}") from error
+        with self._changed:
+            self._last_published = max(self._last_published, ids[-1])
+        return ids
+
+    def tell_others(self, message: dict[str, Any]) -> None:
+        with suppress(*self._faults):  # the follower says that Redis is away; presence repairs itself
+            self._redis.xadd(self._told, {"message": json.dumps(message)}, maxlen=FOLLOWER_ROOM)
+
+    def is_caught_up(self, timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.last_id >= self._last_published, timeout)
+
+    def fetch_after(self, since: EventId) -> list[Event] | None:
+        try:
+            newest = self._newest()
+            ahead = newest is not None and since <= newest  # another process may have been ahead of us
+            with self._changed:
+                if not self._changed.wait_for(
+                    lambda: self._has_begun and (not ahead or self.last_id >= since), REDIS_SECONDS
+                ):
+                    raise BrokerAway("the follower is behind")
+            if since >= self._forgotten:  # a tuple is read whole, and this one only grows
+                return None
+            entries = self._redis.xrange(
+                self._events, min=format_event_id(since), count=self._history_size + 2
+            )
+        except self._faults as error:
+            raise BrokerAway(f"Redis cannot be asked for the history: {error}") from error
+        events = [self._event(*entry) for entry in entries]
+        if not events or events[0].id != since or len(events) > self._history_size + 1:
+            return None
+        return events[1:]
+
+    def _newest(self) -> EventId | None:
+        newest = self._redis.xrevrange(self._events, count=1)
+        return parse_event_id(newest[0][0]) if newest else None
+
+    @staticmethod
+    def _event(event_id: str, fields: dict[str, str]) -> Event:
+        try:
+            to = frozenset(json.loads(fields["to"])) if "to" in fields else None
+            return Event(
+                parse_event_id(event_id), fields["type"], fields["contentType"], fields["payload"], to
+            )
+        except (KeyError, ValueError, TypeError):
+            logger.error("ignored the entry %s of the Redis stream: no swiftcms_ws wrote it", event_id)
+            return Event(parse_event_id(event_id), *_MARKER)
+
+    def _follow(self) -> None:
+        """Be the follower thread: read on from where we are until the end."""
+        pause = REDIS_PAUSE
+        while not self._closed:
+            try:
+                if not self._has_begun:
+                    self._begin()
+                self._read_on()
+                self._on_round()
+                if pause != REDIS_PAUSE:
+                    logger.warning("Redis is back")
+                    pause = REDIS_PAUSE
+            except self._faults as error:
+                if pause == REDIS_PAUSE:
+                    logger.warning("Redis is away, and is tried again until it is back: %s", error)
+                pause = min(pause * 2, REDIS_SECONDS)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed, pause * random.uniform(0.5, 1))
+
+    def _begin(self) -> None:
+        """Find the end of both streams. An empty one gets a marker: a place to come back to."""
+        here = self._newest()
+        if here is None:
+            here = self.publish([_MARKER])[0]
+        told = self._redis.xrevrange(self._told, count=1)
+        self._told_id = told[0][0] if told else "0-0"
+
+        def begin_history() -> None:
+            self._history.clear()
+            self._forgotten = self._delivered = here
+
+        self.in_order(begin_history)
+        with self._changed:
+            self.last_id, self._has_begun = here, True
+            self._changed.notify_all()
+        self.tell_others({"do": "hello"})
+
+    def _read_on(self) -> None:
+        """Wait for what is new and queue it, events and what other processes tell."""
+        here = format_event_id(self.last_id)
+        with self._redis.pipeline(transaction=False) as pipe:
+            streams = {self._events: here, self._told: self._told_id}
+            pipe.xread(streams, count=FOLLOWER_BATCH, block=REDIS_BLOCK)
+            pipe.xrange(self._events, here, here)
+            answer, still_here = pipe.execute()
+        if not still_here:  # trimmed away under us, or another, empty Redis: what came next is not known
+            self._has_begun = False
+            self._on_gap()
+            return
+        found = dict(answer or [])
+        for entry in found.get(self._events, []):
+            with self._changed:
+                self._changed.wait_for(self._has_room)
+                self._enqueue(self._event(*entry))
+        for told_id, fields in found.get(self._told, []):
+            self._told_id = told_id
+            self.in_order(functools.partial(self._on_told, json.loads(fields["message"])))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1092,66 +1311,62 @@ class MemoryBroker:
 Entry = tuple[str, str]  # a content type and the id of one of its entries
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, order=True)
 class Editor:
     """One connection that has an entry open for editing; one person in two tabs is two."""
 
-    connection: Connection
-    user_id: str | None
     since: str
+    client_id: str
+    user_id: str | None = dataclasses.field(compare=False)
+    process: str = dataclasses.field(compare=False)  # that the connection is in
 
     def as_json(self) -> dict[str, Any]:
-        return {"clientId": self.connection.id, "userId": self.user_id, "since": self.since}
+        return {"clientId": self.client_id, "userId": self.user_id, "since": self.since}
 
 
 class Presence:
-    """Who edits what, in the order in which they began.
+    """Who edits what, here and in other processes.
 
     Changed by the dispatcher alone, in the order of events, so that what is told about a change
     is true when it is told. An entry that nobody edits takes no memory.
     """
 
     def __init__(self) -> None:
-        # A leaf: guards the two indexes against readers in other threads (hub.editors()).
+        # A leaf: guards the index against readers in other threads (hub.editors()).
         self._lock = threading.Lock()
-        self._editors: dict[Entry, dict[Connection, Editor]] = {}
-        self._entries: dict[Connection, set[Entry]] = {}
+        self._editors: dict[Entry, dict[str, Editor]] = {}  # by client id
 
-    def start(self, entry: Entry, editor: Editor, limit: int) -> bool:
-        """Add an editor; return False where it was one. Raises ClientError over `limit` entries."""
+    def start(self, entry: Entry, editor: Editor) -> bool:
+        """Add an editor; return False where it was one."""
         with self._lock:
-            own = self._entries.setdefault(editor.connection, set())
-            if entry in own:
-                return False
-            if len(own) >= limit:
-                raise ClientError(
-                    "too_many_subscriptions", f"a connection may edit {limit} entries at once; stop one first"
-                )
-            own.add(entry)
-            self._editors.setdefault(entry, {})[editor.connection] = editor
-            return True
+            editors = self._editors.setdefault(entry, {})
+            return editors.setdefault(editor.client_id, editor) is editor
 
-    def stop(self, entry: Entry, connection: Connection) -> Editor | None:
+    def stop(self, entry: Entry, client_id: str) -> Editor | None:
         """Take an editor away and return it, or None where it was none."""
         with self._lock:
             editors = self._editors.get(entry, {})
-            editor = editors.pop(connection, None)
-            if editor is not None:
-                self._entries[connection].discard(entry)
-                if not self._entries[connection]:
-                    del self._entries[connection]
-                if not editors:
-                    del self._editors[entry]
+            editor = editors.pop(client_id, None)
+            if not editors:
+                self._editors.pop(entry, None)
             return editor
 
     def editors(self, entry: Entry) -> list[Editor]:
+        """Return an entry's editors, who began first first."""
         with self._lock:
-            return list(self._editors.get(entry, {}).values())
+            return sorted(self._editors.get(entry, {}).values())
 
-    def entries(self, connection: Connection | None = None) -> list[Entry]:
-        """Return the entries that anyone edits, or those of one connection."""
+    def everything(
+        self, process: str | None = None, client_id: str | None = None
+    ) -> list[tuple[Entry, Editor]]:
+        """Return who edits what, of one process or one client where that is given."""
         with self._lock:
-            return list(self._editors if connection is None else self._entries.get(connection, ()))
+            return [
+                (entry, editor)
+                for entry, editors in self._editors.items()
+                for editor in editors.values()
+                if process in (None, editor.process) and client_id in (None, editor.client_id)
+            ]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1165,7 +1380,9 @@ class Counters:
     def __init__(self) -> None:
         # A leaf: guards the numbers, which every thread adds to.
         self._lock = threading.Lock()
-        self._numbers = Counter({"published": 0, "delivered": 0, "replayed": 0, "errors": 0, "slow_clients": 0})
+        self._numbers = Counter(
+            {"published": 0, "delivered": 0, "replayed": 0, "errors": 0, "slow_clients": 0}
+        )
 
     def add(self, name: str, number: int = 1) -> None:
         with self._lock:
@@ -1174,6 +1391,9 @@ class Counters:
     def as_dict(self) -> dict[str, int]:
         with self._lock:
             return dict(self._numbers)
+
+
+Recipients = str | int | Iterable[str | int] | None
 
 
 def _each(users: object) -> Iterable[str | int]:
@@ -1191,8 +1411,14 @@ class Engine:
         self.server_is_stopping: Callable[[], bool] = lambda: False
         self.counters = Counters()
         self.registry = Registry()
-        self.broker = MemoryBroker(settings.history)
         self.presence = Presence()
+        self.process = secrets.token_hex(4)  # what other processes know this one by
+        self._heard_of: dict[str, float] = {}  # other processes, and when; changed by jobs alone
+        self._presence_is_due = threading.Event()
+        self._presence_told_at = 0.0  # the follower's alone
+        self.broker: MemoryBroker = MemoryBroker(settings.history)
+        if settings.redis_url is not None:
+            self.broker = RedisBroker(settings, self._on_told, self._on_gap, self._tell_presence)
         self.closing = threading.Event()
         self._dispatcher = threading.Thread(
             target=self._dispatch_until_closed, name="swiftcms-ws dispatcher", daemon=True
@@ -1204,18 +1430,21 @@ class Engine:
     def start(self) -> None:
         self._dispatcher.start()
         self._heartbeat.start()
+        self.broker.start()
 
     # -- an event's way ------------------------------------------------------------------------------
 
-    def publish(
-        self, event_type: str, content_type: str, payload: Any, to: str | int | Iterable[str | int] | None
-    ) -> str:
-        """Check and serialise an event, and give it to the broker. See Hub.publish()."""
+    def publish(self, drafts: list[Draft]) -> list[str]:
+        """Give checked events to the broker, and return their ids."""
+        event_ids = self.broker.publish(drafts)
+        self.counters.add("published", len(drafts))
+        return [format_event_id(event_id) for event_id in event_ids]
+
+    def draft(self, event_type: str, content_type: str, payload: Any, to: Recipients = None) -> Draft:
+        """Check and serialise an event, in the caller's thread. See Hub.publish()."""
         check_name(event_type, "event_type")
         if event_type.partition(".")[0] == "system":
-            raise ValueError(
-                f"event_type must not be under system., which is the server's own: {event_type!r}"
-            )
+            raise ValueError(f"event_type must not be under system., the server's own: {event_type!r}")
         check_name(content_type, "content_type")
         recipients = None
         if to is not None:
@@ -1226,9 +1455,7 @@ class Engine:
             text.encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(f"payload cannot be sent as JSON: {error}") from error
-        event_id = self.broker.publish(event_type, content_type, text, recipients)
-        self.counters.add("published")
-        return format_event_id(event_id)
+        return event_type, content_type, text, recipients
 
     def _dispatch_until_closed(self) -> None:
         while (work := self.broker.take()) is not None:
@@ -1265,45 +1492,102 @@ class Engine:
         self.broker.remember(events)
         self.counters.add("delivered", sum(bits.bit_count() for bits in wanted.values()))
 
-    # -- presence: jobs for the dispatcher, never kept -----------------------------------------------
-
-    def start_editing(self, entry: Entry, connection: Connection) -> None:
-        if connection not in self.registry:
-            return  # it ended while this was on its way
-        user_id = connection.user.id if connection.user else None
-        editor = Editor(connection, user_id, timestamp(time.time_ns() // 1_000_000))
-        if self.presence.start(entry, editor, self.settings.max_subscriptions):
-            self._tell_of("user.editing", entry, editor)
-
-    def stop_editing(self, entry: Entry, connection: Connection) -> None:
-        editor = self.presence.stop(entry, connection)
-        if editor is not None:
-            self._tell_of("user.stoppedEditing", entry, editor)
-
-    def stop_all_editing(self, connection: Connection) -> None:
-        for entry in self.presence.entries(connection):
-            self.stop_editing(entry, connection)
+    # -- presence: jobs for the dispatcher; nothing of it is kept ------------------------------------
 
     def editing(self, entry: Entry) -> dict[str, Any]:
         """Return what a message about an entry says of its editors."""
         editors = [editor.as_json() for editor in self.presence.editors(entry)]
         return {"entryId": entry[1], "editors": editors, "conflict": len(editors) > 1}
 
-    def _tell_of(self, event_type: str, entry: Entry, editor: Editor) -> None:
+    def start_editing(self, entry: Entry, editor: Editor) -> None:
+        if self.presence.start(entry, editor):
+            self._tell_subscribers("user.editing", entry, editor)
+
+    def stop_editing(self, entry: Entry, client_id: str) -> None:
+        editor = self.presence.stop(entry, client_id)
+        if editor is not None:
+            self._tell_subscribers("user.stoppedEditing", entry, editor)
+
+    def _tell_subscribers(self, event_type: str, entry: Entry, editor: Editor) -> None:
         payload = {**self.editing(entry), "editor": editor.as_json()}
         frame = self.message(event_type, payload, entry[0])
         for connection in self.registry.matching(event_type, entry[0], None):
             connection.send(frame)
 
-    def relay_change(self, entry: Entry, connection: Connection, change: object) -> None:
-        """Send a change to the entry's other editors, or raise ClientError for who is not one."""
-        editors = {editor.connection: editor for editor in self.presence.editors(entry)}
-        if connection not in editors:
-            raise ClientError("not_editing", f"send editStart for entry {describe(entry[1])} first")
-        payload = {"entryId": entry[1], "editor": editors[connection].as_json(), "change": change}
+    def relay_change(self, entry: Entry, editor: Editor, change: object) -> None:
+        """Send a change to the entry's other editors, subscribed or not."""
+        payload = {"entryId": entry[1], "editor": editor.as_json(), "change": change}
         frame = self.message("user.edited", payload, entry[0])
-        for other in editors.keys() - {connection}:
-            other.send(frame)
+        others = {other.client_id for other in self.presence.editors(entry)} - {editor.client_id}
+        for connection in self.registry.connections():
+            if connection.id in others:
+                connection.send(frame)
+
+    def end_user(self, user_id: str) -> int:
+        reason = "the site signed you out; sign in again"
+        connections = self.registry.connections(user_id)
+        return sum(connection.close(CloseCode.SIGN_IN_AGAIN, reason) for connection in connections)
+
+    # -- other processes -----------------------------------------------------------------------------
+
+    def tell_others(self, do: str, **details: Any) -> None:
+        """Tell the engines of other processes. Waits for Redis, where there is one: not for jobs."""
+        self.broker.tell_others({"do": do, "process": self.process, **details})
+
+    def _tell_presence(self) -> None:
+        """Tell who edits what in this process, once a heartbeat: what others have missed, this repairs.
+
+        The follower calls it in each of its rounds.
+        """
+        now = time.monotonic()
+        if now - self._presence_told_at < self.settings.heartbeat and not self._presence_is_due.is_set():
+            return
+        self._presence_told_at = now
+        self._presence_is_due.clear()
+        own = self.presence.everything(process=self.process)
+        self.tell_others("presence", editors=[[*entry, dataclasses.asdict(editor)] for entry, editor in own])
+
+    def _on_told(self, message: dict[str, Any]) -> None:
+        """Do what the engine of another process tells; a job."""
+        process = message["process"]
+        if process == self.process:
+            return
+        self._heard_of[process] = time.monotonic()
+        match message["do"]:
+            case "presence":
+                told = {
+                    (*entry, editor["client_id"]): Editor(**editor) for *entry, editor in message["editors"]
+                }
+                for entry, editor in self.presence.everything(process=process):
+                    if (*entry, editor.client_id) not in told:
+                        self.stop_editing(entry, editor.client_id)
+                for (content_type, entry_id, _), editor in told.items():
+                    self.start_editing((content_type, entry_id), editor)
+            case "start":
+                self.start_editing(tuple(message["entry"]), Editor(**message["editor"]))
+            case "stop":
+                self.stop_editing(tuple(message["entry"]), message["client_id"])
+            case "change":
+                self.relay_change(tuple(message["entry"]), Editor(**message["editor"]), message["change"])
+            case "disconnect":
+                self.end_user(message["user_id"])
+            case "hello":
+                self._presence_is_due.set()
+
+    def _forget_silent_processes(self) -> None:
+        """Let the editors of processes that died, or that Redis does not reach, stop editing; a job."""
+        silence = self.settings.heartbeat * SILENT_HEARTBEATS
+        for process, heard in list(self._heard_of.items()):
+            if time.monotonic() - heard > silence:
+                del self._heard_of[process]
+                for entry, editor in self.presence.everything(process=process):
+                    self.stop_editing(entry, editor.client_id)
+
+    def _on_gap(self) -> None:
+        """Send everyone away, to come back with an id that is not known any more, and so hear of it."""
+        logger.warning("Redis lost events, or was replaced: all clients are told to come back")
+        for connection in self.registry.connections():
+            connection.close(CloseCode.GOING_AWAY, "events may be lost; come back with since")
 
     # -- other messages ------------------------------------------------------------------------------
 
@@ -1352,6 +1636,8 @@ class Engine:
                     self.close(CLOSE_SECONDS)
                     return
                 self._end_what_is_over(now, time.time())
+                if self._heard_of:
+                    self.broker.in_order(self._forget_silent_processes)
                 if now >= next_beat:
                     next_beat = max(next_beat + interval, now)
                     self._beat()
@@ -1389,8 +1675,13 @@ class Engine:
 
     def flush(self, timeout: float) -> bool:
         deadline = time.monotonic() + timeout
+        if not self.broker.is_caught_up(timeout):
+            return False
         try:
-            connections = self.broker.in_order(self.registry.connections).result(timeout)
+            everyone = self.broker.in_order(self.registry.connections)
+            connections = everyone.result(deadline - time.monotonic())
+        except CancelledError:  # closed, and so dispatched
+            connections = self.registry.connections()
         except FutureTimeoutError:
             return False
         return all(connection.wait_until_written(deadline) for connection in connections)
@@ -1403,7 +1694,9 @@ class Engine:
             self._dispatcher.join(timeout)
         for connection in self.registry.connections():
             connection.close(CloseCode.GOING_AWAY, "the server is going away; come back with since")
-        return self.registry.wait_until_empty(deadline)
+        is_empty = self.registry.wait_until_empty(deadline)
+        self.tell_others("presence", editors=[])
+        return is_empty
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1455,6 +1748,11 @@ class Conversation:
             self._engine.fail(self._connection, error, action and action[:NAME_LENGTH], ref)
         except CancelledError:  # the server is going away, and this connection with it
             pass
+        except BrokerAway as error:
+            logger.info("sent a client away: %s", error)
+            self._connection.close(
+                CloseCode.GOING_AWAY, "the history cannot be read now; come back with since"
+            )
 
     def fail(self, error: Exception) -> None:
         self._engine.fail(self._connection, error)
@@ -1511,12 +1809,15 @@ class Conversation:
         pattern = parse_pattern(message)
         since = parse_event_id(message["since"]) if "since" in message else None
         self._check_allowed(*pattern)
+        fetched = None if since is None else self._engine.broker.fetch_after(since)
         # Between two events, so that what is replayed ends exactly where what is live begins.
-        self._engine.broker.in_order(lambda: self._subscribe_now(pattern, since, ref)).result()
+        self._engine.broker.in_order(lambda: self._subscribe_now(pattern, since, fetched, ref)).result()
 
-    def _subscribe_now(self, pattern: Pattern, since: EventId | None, ref: object) -> None:
+    def _subscribe_now(
+        self, pattern: Pattern, since: EventId | None, fetched: list[Event] | None, ref: object
+    ) -> None:
         engine, connection = self._engine, self._connection
-        newer = [] if since is None else engine.broker.events_after(since)
+        newer = [] if since is None else engine.broker.events_after(since, fetched)
         missed = engine.registry.missed(connection, pattern, newer or [])
         start = engine.broker.position if since is None or newer is None else since
         engine.registry.subscribe(connection, pattern, start, engine.settings.max_subscriptions)
@@ -1559,38 +1860,63 @@ class Conversation:
 
     def edit_start(self, message: Mapping[str, Any], ref: object) -> None:
         entry = self._entry(message)
-        self._engine.broker.in_order(lambda: self._start_now(entry, ref)).result()
+        editor = self._engine.broker.in_order(lambda: self._start_now(entry, ref)).result()
+        self._engine.tell_others("start", entry=entry, editor=dataclasses.asdict(editor))
 
-    def _start_now(self, entry: Entry, ref: object) -> None:
-        self._engine.start_editing(entry, self._connection)
-        self.answer("system.editing", self._engine.editing(entry), ref, entry[0])
+    def _start_now(self, entry: Entry, ref: object) -> Editor:
+        engine, connection = self._engine, self._connection
+        own = engine.presence.everything(client_id=connection.id)
+        if len(own) >= engine.settings.max_subscriptions:
+            sentence = f"a connection may edit {len(own)} entries at once; stop editing one first"
+            raise ClientError("too_many_subscriptions", sentence)
+        since = timestamp(time.time_ns() // 1_000_000)
+        editor = Editor(since, connection.id, connection.user.id if connection.user else None, engine.process)
+        if connection in engine.registry:  # or it has ended while this was on its way
+            engine.start_editing(entry, editor)
+        self.answer("system.editing", engine.editing(entry), ref, entry[0])
+        return editor
 
     def edit_stop(self, message: Mapping[str, Any], ref: object) -> None:
         entry = self._entry(message)
         self._engine.broker.in_order(lambda: self._stop_now(entry, ref)).result()
+        self._engine.tell_others("stop", entry=entry, client_id=self._connection.id)
 
     def _stop_now(self, entry: Entry, ref: object) -> None:
-        self._engine.stop_editing(entry, self._connection)
+        self._engine.stop_editing(entry, self._connection.id)
         self.answer("system.editing", self._engine.editing(entry), ref, entry[0])
 
     def edit_change(self, message: Mapping[str, Any], ref: object) -> None:
         entry = self._entry(message)
         if "payload" not in message:
-            raise ClientError(
-                "invalid_message",
-                f"the message has no `payload`{did_you_mean('payload', message)}; it is the change, any JSON",
-            )
+            hint = did_you_mean("payload", message)
+            raise ClientError("invalid_message", f"the message has no `payload`{hint}; it is the change")
         change = message["payload"]
-        engine, connection = self._engine, self._connection
-        engine.broker.in_order(lambda: engine.relay_change(entry, connection, change)).result()
+        editor = self._engine.broker.in_order(lambda: self._relay_now(entry, change)).result()
+        self._engine.tell_others("change", entry=entry, editor=dataclasses.asdict(editor), change=change)
+
+    def _relay_now(self, entry: Entry, change: object) -> Editor:
+        for editor in self._engine.presence.editors(entry):
+            if editor.client_id == self._connection.id:
+                self._engine.relay_change(entry, editor, change)
+                return editor
+        raise ClientError("not_editing", f"send editStart for entry {describe(entry[1])} first")
+
+    def stop_all_editing(self) -> None:
+        """End what the connection edited, when it has ended."""
+        engine, client_id = self._engine, self._connection.id
+        entries = [entry for entry, _ in engine.presence.everything(client_id=client_id)]
+        for entry in entries:
+            engine.broker.in_order(functools.partial(engine.stop_editing, entry, client_id))
+            engine.tell_others("stop", entry=entry, client_id=client_id)
 
     def presence(self, message: Mapping[str, Any], ref: object) -> None:
         _, content_type = parse_pattern({**message, "type": "*"})
         entry_id = text_field(message, "entryId") if "entryId" in message else None
         self._check_allowed("user.editing", content_type)
+        edited = sorted({entry for entry, _ in self._engine.presence.everything()})
         entries = [
             {"contentType": entry[0], "entryId": entry[1], "editors": self._engine.editing(entry)["editors"]}
-            for entry in self._engine.presence.entries()
+            for entry in edited
             if content_type in ("*", entry[0]) and entry_id in (None, entry[1])
         ]
         self.answer("system.presence", {"entries": entries}, ref)
@@ -1668,10 +1994,11 @@ class Hub:
     """What a site talks to: `publish` and the hooks, and a blueprint with the `/ws` route.
 
     One hub serves one app at a time; registered with another app it ends its connections and
-    starts anew there.
+    starts anew there. Without an app, in a script or a task queue, `redis_url` (or the environment
+    variable SWIFTCMS_WS_REDIS_URL) says through which Redis its events reach the site's clients.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, redis_url: str | None = None) -> None:
         self.blueprint = Blueprint("swiftcms_ws", __name__)
         self.blueprint.record(lambda state: self._registered(cast(Flask, state.app)))
         self.blueprint.before_request(self._before_request)
@@ -1684,6 +2011,7 @@ class Hub:
 
         self._app: Flask | None = None
         self._settings = Settings()
+        self._redis_url = redis_url
         self._identify: Callable[[], str | int | None] | None = None
         self._authorize: Callable[[User | None, str, str], bool] | None = None
         # Guards the making of `_engine`, which is set once it is whole and so is read without.
@@ -1702,14 +2030,7 @@ class Hub:
         """
         app.register_blueprint(self.blueprint, **options)
 
-    def publish(
-        self,
-        event_type: str,
-        content_type: str,
-        payload: Any,
-        *,
-        to: str | int | Iterable[str | int] | None = None,
-    ) -> str:
+    def publish(self, event_type: str, content_type: str, payload: Any, *, to: Recipients = None) -> str:
         """Send an event to everyone who subscribes to it, and return its id.
 
         Takes the same short time however many there are, from any thread, without a context. Call
@@ -1720,21 +2041,25 @@ class Hub:
         payload:       anything that `app.json` can serialise
         to:            a user id, or several, to whom alone it goes; None: to all
 
-        Raises TypeError or ValueError, naming the argument, with nothing sent; and PublishError
-        where the broker cannot take it.
+        Raises TypeError or ValueError, naming the argument, with nothing sent; and PublishError,
+        within two seconds, where the broker cannot take it.
         """
-        event_id = self._running().publish(event_type, content_type, payload, to)
+        return self.publish_many([(event_type, content_type, payload, to)])[0]
+
+    def publish_many(self, events: Iterable[tuple[Any, ...]]) -> list[str]:
+        """Send events, each a tuple of publish()'s arguments; return their ids, in the same order.
+
+        With Redis this is one round trip for all. What one of them raises, it raises before any is sent.
+        """
+        engine = self._running()
+        events = list(events)
+        event_ids = engine.publish([engine.draft(*event) for event in events])
         if event_published.receivers:
-            event_published.send(
-                self._app or self,
-                hub=self,
-                id=event_id,
-                type=event_type,
-                content_type=content_type,
-                payload=payload,
-                to=to,
-            )
-        return event_id
+            names = ("type", "content_type", "payload", "to")
+            for event_id, event in zip(event_ids, events, strict=True):
+                details = dict.fromkeys(names) | dict(zip(names, event, strict=False))
+                event_published.send(self._app or self, hub=self, id=event_id, **details)
+        return event_ids
 
     def identify(self, hook: Identify) -> Identify:
         """Register `hook() -> user id or None`: who is the user of the handshake's request?
@@ -1793,10 +2118,11 @@ class Hub:
         return [editor.as_json() for editor in editors]
 
     def disconnect(self, user_id: str | int) -> int:
-        """End a user's connections, for a logout or a ban; return how many there were."""
-        connections = self._running().registry.connections(check_user_id(user_id, "user_id"))
-        reason = "the site signed you out; sign in again"
-        return sum(connection.close(CloseCode.SIGN_IN_AGAIN, reason) for connection in connections)
+        """End a user's connections, for a logout or a ban; return how many there were in this process."""
+        user = check_user_id(user_id, "user_id")
+        engine = self._running()
+        engine.tell_others("disconnect", user_id=user)
+        return engine.end_user(user)
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until all that was published before is with the sockets; False after `timeout` seconds."""
@@ -1821,16 +2147,17 @@ class Hub:
 
     def _current_settings(self) -> Settings:
         """Return the settings, once they cannot have changed: Flask wants configuration done by now."""
-        if self._app is None:
-            return self._settings
-        settings = Settings.from_config(self._app.config)
+        settings, key = self._settings, None
+        if self._app is not None:
+            settings, key = Settings.from_config(self._app.config), self._app.secret_key
         for field in dataclasses.fields(settings):
             if getattr(settings, field.name) != getattr(self._settings, field.name):
-                key = CONFIG_PREFIX + field.name.upper()
+                name = CONFIG_PREFIX + field.name.upper()
                 raise ValueError(
-                    f"config key {key} was set after the blueprint was registered; set it before"
+                    f"config key {name} was set after the blueprint was registered; set it before"
                 )
-        return dataclasses.replace(settings, jwt_key=settings.jwt_key or self._app.secret_key or None)
+        redis_url = settings.redis_url or self._redis_url or os.environ.get(f"{CONFIG_PREFIX}REDIS_URL")
+        return dataclasses.replace(settings, jwt_key=settings.jwt_key or key or None, redis_url=redis_url)
 
     def _running(self) -> Engine:
         """Return the engine, which starts with the first use of the hub in this process."""
@@ -1893,10 +2220,10 @@ class Hub:
                     worker.cfg.threads,
                     once=True,
                 )
-        if environ.get("wsgi.multiprocess"):
+        if environ.get("wsgi.multiprocess") and engine.settings.redis_url is None:
             self._say(
                 "there are several server processes: an event reaches the clients of the process that"
-                " publishes it only; run one process with threads",
+                " publishes it only; set SWIFTCMS_WS_REDIS_URL, or run one process with threads",
                 once=True,
             )
         return socket_key
@@ -1979,7 +2306,7 @@ class Hub:
         response = Response(CLIENT_JS, mimetype="text/javascript")
         response.cache_control.no_cache = True
         response.add_etag()
-        return response.make_conditional(request)
+        return cast(Response, response.make_conditional(request))
 
     # -- a connection's life -------------------------------------------------------------------------
 
@@ -2004,7 +2331,7 @@ class Hub:
             connection.write_until_ended()
             engine.registry.remove(connection)
             engine.registry.release()
-            engine.broker.in_order(lambda: engine.stop_all_editing(connection))
+            conversation.stop_all_editing()
             self._note_end(engine, connection, environ.get("REMOTE_ADDR", "an unknown address"))
             self._tell(client_disconnected, environ, connection)
 
@@ -2142,3 +2469,9 @@ if hasattr(os, "register_at_fork"):
 hub = Hub()
 blueprint = hub.blueprint
 publish = hub.publish
+publish_many = hub.publish_many
+CLIENT_JS = ""
+
+
+def render_page(demo: bool) -> str:
+    return ""
