@@ -14,39 +14,40 @@
 
 Glossary
     event         something that happened: a type (content.created), a content type (posts), a payload
-    pattern       which events: a type, a prefix (content.*) or *, and a content type or *
+    pattern       which events: a type, a prefix (content.*) or *; and a content type or *
     subscription  one pattern that one connection has asked for
     connection    one client on one WebSocket
     frame         bytes as they go over the wire (RFC 6455 section 5): a message, a ping, a close
     broker        gives events their ids and their one order, and remembers the latest: the history
-    engine        broker, registry and the two threads that serve all connections
+    presence      who has which entry open for editing
+    engine        registry, broker, presence and the threads that serve all connections
     hub           an engine with its Flask blueprint: what a site talks to
 
 An event's way
-    publish()                 checks it and turns its payload into JSON, in the caller's thread
+    Hub.publish()             checks it and turns its payload into JSON, in the caller's thread
     MemoryBroker.publish()    gives it an id and a place in the queue; the caller goes on
-    Engine._deliver()         asks the registry who wants it, and hands each connection the one frame
+    Engine._deliver()         asks the registry who wants it, and hands all of them the same frame
     Connection.send()         writes what the kernel takes; the rest waits for the connection's writer
 
 Threads
-    dispatcher    one per hub and process: delivers every event; never waits for a client
-    heartbeat     one per hub and process: heartbeats and pings, ends what is dead or out of time
-    reader        one per connection, started by simple-websocket: carries out the client's messages
+    dispatcher    one per hub and process: delivers every event, and never waits for a client
+    heartbeat     one per hub and process: sends heartbeats, ends what is dead or out of time
+    follower      one per hub and process, where there is Redis: reads what any process published
+    reader        one per connection, simple-websocket's: carries out the client's messages
     writer        one per connection, the web server's own: writes what the kernel did not take
 
-Locks (each made, and explained, in the __init__ of its owner)
-    Hub._starting         starting, at first use; held while the four below are taken, never the reverse
-    Counters._lock        leaf: the numbers of stats()
-    Registry._lock        leaf: who is connected, who subscribes to what
-    MemoryBroker._changed leaf: ids, queue and the wish to stop
-    Connection._lock      leaf: one socket and the bytes that wait for it
-Leaf: no other lock is taken under it. Under none of them is a hook called, user data logged or
-anything waited for but the lock's own condition. The history and the work of the dispatcher need
-no lock: one thread alone touches them.
+Locks (what each guards is said where it is made)
+    Hub._starting          while an engine is made and started; the locks below are taken under it
+    MemoryBroker._changed  ids and the queue       Connection._lock  one socket and what waits for it
+    Registry._lock         who subscribes to what  Presence._lock    who edits what
+    Counters._lock         the numbers of stats()
+The last five are leaves: no lock is taken under them, no hook called, nothing logged, and nothing
+waited for but their own condition. What one thread alone touches has no lock, and says so.
 """
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import dataclasses
 import difflib
@@ -61,15 +62,16 @@ import secrets
 import selectors
 import signal
 import socket
+import sqlite3
 import ssl
 import sys
 import threading
 import time
 import weakref
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from concurrent.futures import TimeoutError as FutureTimeoutError  # its own class before 3.11
+from concurrent.futures import TimeoutError as FutureTimeoutError  # its own class before Python 3.11
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from enum import IntEnum
@@ -77,7 +79,7 @@ from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import jwt
-from blinker import Namespace
+from blinker import NamedSignal, Namespace
 from flask import Blueprint, Flask, Response, current_app, jsonify, request
 from flask.globals import request_ctx
 from flask.typing import ResponseReturnValue
@@ -87,23 +89,13 @@ from wsproto.utilities import ProtocolError as HandshakeError
 
 __version__ = "1.0.0"
 __all__ = [
-    "Hub",
-    "PublishError",
-    "User",
-    "blueprint",
-    "client_connected",
-    "client_disconnected",
-    "event_published",
-    "hub",
-    "publish",
-    "publish_many",
-]
+    "Hub", "PublishError", "User", "blueprint", "client_connected", "client_disconnected",
+    "event_published", "hub", "publish", "publish_many",
+]  # fmt: skip
 
 logger = logging.getLogger("swiftcms_ws")
 
-# ---------------------------------------------------------------------------------------------------
-# 1. Vocabulary: close codes, limits, settings, signals
-# ---------------------------------------------------------------------------------------------------
+# == 1. Vocabulary: close codes, limits, settings, signals ===========================================
 
 
 class CloseCode(IntEnum):
@@ -121,19 +113,20 @@ class CloseCode(IntEnum):
 SIGN_IN_SECONDS = 10.0  # to authenticate in, where AUTH is "required"
 CLOSE_SECONDS = 2.0  # for a client to take our close frame and end; then the line is cut
 LOOK_SECONDS = 0.5  # how late, at most, a token's end or a dead peer is noticed
-MISSED_HEARTBEATS = 2
+MISSED_HEARTBEATS = 2  # without a sign of life, and a client counts as dead
+SILENT_HEARTBEATS = 3  # without a word, and another process, with its editors, counts as gone
 RATE_BURST = 2  # seconds' worth of messages that may come at once; as many too many end it
-BATCH_EVENTS = 64  # that go to a client in one system call, while more are waiting
-BATCH_BYTES = 64 * 1024  # ... and how large that call may grow
+QUIET_SECONDS = 60.0  # between two log lines of one kind, where clients decide how many there are
+BATCH_EVENTS = 64  # that go to a client in one system call, where so many are waiting,
+BATCH_BYTES = 64 * 1024  # and how large that call may grow
 BACKLOG_BYTES = 8 * 1024 * 1024  # published and not yet dispatched; beyond it publish() waits
 EVENT_OVERHEAD = 1024  # bytes that an event weighs in the backlog beside its payload
-REDIS_SECONDS = 1.0  # for one step of Redis, connecting or answering; publish() takes two of them
-REDIS_BLOCK = 500  # milliseconds that the follower waits for what is new, and then asks again
-REDIS_PAUSE = 0.05  # seconds before the follower tries again; doubled each time, to REDIS_SECONDS
-FOLLOWER_BATCH = 256  # entries read at once
-FOLLOWER_ROOM = 10_000  # entries that a follower may lag behind beyond the history
-SILENT_HEARTBEATS = 3  # after which another process, and its editors, count as gone
-NAME_LENGTH = 128  # characters of a type or content type: patterns are kept, so they are bounded
+NAME_LENGTH = 128  # characters of a type, a content type or an entry's id: those are kept
+REDIS_SECONDS = 1.0  # for a step of Redis, to connect or to answer; publish() takes two at most
+REDIS_BLOCK = 500  # milliseconds that the follower waits for what is new before it asks again
+REDIS_PAUSE = 0.05  # seconds before the follower tries again; doubled each time, up to REDIS_SECONDS
+FOLLOWER_BATCH = 256  # entries that the follower reads at once
+FOLLOWER_ROOM = 10_000  # entries that it may lag behind, beyond the history
 
 CONFIG_PREFIX = "SWIFTCMS_WS_"
 
@@ -142,90 +135,70 @@ def _setting(default: Any, wants: str, accepts: Callable[[Any], bool]) -> Any:
     return dataclasses.field(default=default, metadata={"wants": wants, "accepts": accepts})
 
 
-def _is_number(value: object, at_least: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= at_least
+def _number(default: float, wants: str, least: float, *kinds: type) -> Any:
+    def accepts(value: Any) -> bool:
+        return isinstance(value, kinds or (int, float)) and not isinstance(value, bool) and value >= least
+
+    return _setting(default, wants, accepts)
 
 
-def _count_setting(default: int, at_least: int = 1) -> Any:
-    return _setting(
-        default,
-        f"a whole number, {at_least} or more",
-        lambda value: isinstance(value, int) and _is_number(value, at_least),
-    )
+def _text(default: str | None, wants: str = "a text", pattern: str = r".+") -> Any:
+    return _setting(default, wants, lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value)))
 
 
 def _are_texts(value: object) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
 
 
-def _are_algorithms(value: object) -> bool:
-    # One family: a list that mixes HS256 with RS256 lets anyone sign with the public key.
-    known = set(jwt.algorithms.get_default_algorithms()) - {"none"}
-    return (
-        _are_texts(value)
-        and set(cast(list[str], value)) <= known
-        and len({name[:2] for name in cast(list[str], value)}) == 1
-    )
+def _are_algorithms(value: Any) -> bool:
+    # Of one family: a list that mixes HS256 with RS256 lets anyone sign with the public key.
+    known = jwt.algorithms.get_default_algorithms().keys() - {"none"}
+    return _are_texts(value) and set(value) <= known and len({name[:2] for name in value}) == 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What `app.config["SWIFTCMS_WS_…"]` may say: a field `heartbeat` is SWIFTCMS_WS_HEARTBEAT."""
+    """What app.config["SWIFTCMS_WS_…"] says: the field `heartbeat` is SWIFTCMS_WS_HEARTBEAT."""
 
     jwt_key: str | bytes | None = _setting(
-        None, "a text or bytes, not empty", lambda value: isinstance(value, (str, bytes)) and bool(value)
+        None, "a text or bytes, not empty", lambda value: isinstance(value, (str, bytes)) and value != type(value)()
     )
-    jwt_algorithms: list[str] = _setting(
-        ("HS256",),
-        'a list of algorithms of one family, such as ["HS256"] (RS256 needs the package cryptography)',
-        _are_algorithms,
+    jwt_algorithms: Sequence[str] = _setting(
+        ("HS256",), 'algorithms of one family, such as ["HS256"]; RS256 needs the package cryptography', _are_algorithms
     )
-    jwt_audience: str | None = _setting(None, "a text", lambda value: isinstance(value, str))
-    jwt_issuer: str | None = _setting(None, "a text", lambda value: isinstance(value, str))
-    auth: str = _setting(
-        "optional", '"optional" or "required"', lambda value: value in ("optional", "required")
+    jwt_audience: str | None = _text(None)
+    jwt_issuer: str | None = _text(None)
+    auth: str = _text("optional", '"optional" or "required"', "optional|required")
+    origins: Sequence[str] | str | None = _setting(
+        None, 'a list such as ["https://example.org"], or "*"', lambda value: value == "*" or _are_texts(value)
     )
-    origins: list[str] | str | None = _setting(
-        None,
-        'a list of origins such as ["https://example.org"], or "*"',
-        lambda value: value == "*" or _are_texts(value),
-    )
-    heartbeat: float = _setting(25, "seconds, more than 0", lambda value: _is_number(value, 0.01))
-    history: int = _count_setting(1000, at_least=0)
-    max_connections: int = _count_setting(1000)
-    max_subscriptions: int = _count_setting(100)
-    max_message: int = _count_setting(64 * 1024)
-    max_queue: int = _count_setting(1024 * 1024)
-    rate: float = _setting(50, "messages a second, 1 or more", lambda value: _is_number(value, 1))
-    redis_url: str | None = _setting(
-        None,
-        "a URL such as redis://localhost:6379/0",
-        lambda value: isinstance(value, str) and value.startswith(("redis://", "rediss://", "unix://")),
-    )
-    redis_prefix: str = _setting(
-        "swiftcms_ws", "a text, not empty", lambda value: isinstance(value, str) and bool(value)
-    )
+    heartbeat: float = _number(25, "seconds, more than 0", 0.01)
+    history: int = _number(1000, "a whole number of events, 0 or more", 0, int)
+    max_connections: int = _number(1000, "a whole number, 1 or more", 1, int)
+    max_subscriptions: int = _number(100, "a whole number, 1 or more", 1, int)
+    max_message: int = _number(64 * 1024, "a whole number of bytes, 1 or more", 1, int)
+    max_queue: int = _number(1024 * 1024, "a whole number of bytes, 1 or more", 1, int)
+    rate: float = _number(50, "messages a second, 1 or more", 1)
     inspector: bool | None = _setting(None, "True or False", lambda value: isinstance(value, bool))
+    redis_url: str | None = _text(None, "a URL such as redis://localhost:6379/0", r"(rediss?|unix)://.+")
+    redis_prefix: str = _text("swiftcms_ws")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Settings:
         """Read and check the keys of a Flask configuration; None stands for the default.
 
-        Raises ValueError, naming the key, for one that does not exist or a value that will not do.
+        Raises ValueError, naming the key, for one that does not exist and a value that will not do.
         """
         fields = {CONFIG_PREFIX + field.name.upper(): field for field in dataclasses.fields(cls)}
         values = {}
         for key, value in config.items():
-            if not key.startswith(CONFIG_PREFIX):
+            if not key.startswith(CONFIG_PREFIX) or (key in fields and value is None):
                 continue
             if key not in fields:
                 raise ValueError(f"there is no config key {key}{did_you_mean(key, fields)}")
             field = fields[key]
-            if value is None:
-                continue
             if not field.metadata["accepts"](value):
-                # A key must not end up in a log: name it, and show any other setting.
-                shown = "what it is set to" if field.name == "jwt_key" else repr(value)
+                shown = "what it is" if field.name == "jwt_key" else repr(value)  # a key is not to be logged
                 raise ValueError(f"config key {key} must be {field.metadata['wants']}, not {shown}")
             values[field.name] = value
         return cls(**values)
@@ -238,22 +211,20 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 _signals = Namespace()
-#: Sent with the app as sender and `hub`, `client_id`, `user`; in the connection's own thread.
+#: Sent by the app with `hub`, `client_id` and `user`, in the connection's own thread.
 client_connected = _signals.signal("client-connected")
 client_disconnected = _signals.signal("client-disconnected")
-#: Sent with the app as sender and `hub`, `id`, `type`, `content_type`, `payload`, `to`; in the
-#: thread that published, once the broker has the event.
+#: Sent by the app with `hub`, `id`, `type`, `content_type`, `payload` and `to`, in the thread that
+#: published, once the broker has the event.
 event_published = _signals.signal("event-published")
 
-# ---------------------------------------------------------------------------------------------------
-# 2. Errors: ours raise in the caller, a client's are answered
-# ---------------------------------------------------------------------------------------------------
+# == 2. Errors: a programmer's raise in the caller, a client's are answered ==========================
 
 
 class PublishError(Exception):
     """The broker could not take the event: Redis is away, or refuses. Publish it again later.
 
-    Where Redis hung after it had read the event, the event may still come.
+    Where Redis hung just after it had read the event, the event may come all the same.
     """
 
 
@@ -275,19 +246,13 @@ class ClientError(Exception):
         self.closes_with = closes_with
 
 
-# ---------------------------------------------------------------------------------------------------
-# 3. Events and the wire: pure functions
-# ---------------------------------------------------------------------------------------------------
+# == 3. Events and the wire: pure functions ==========================================================
 
 EventId = tuple[int, int]  # milliseconds since 1970 and a counter, as in a Redis stream; they only grow
 Pattern = tuple[str, str]  # of a type and of a content type
 
 _WORDS = r"[\w-]+(?:\.[\w-]+)*"
-_NAME = re.compile(_WORDS)
-_TYPE_PATTERN = re.compile(rf"\*|{_WORDS}(?:\.\*)?")
-_CONTENT_TYPE_PATTERN = re.compile(rf"\*|{_WORDS}")
-_EVENT_ID = re.compile(r"([0-9]{1,20})-([0-9]{1,20})")
-_NAME_RULE = f"words of letters, digits, _ and -, joined by dots, {NAME_LENGTH} characters at most"
+_NAME_RULE = f"words of letters, digits, _ and - joined by dots, at most {NAME_LENGTH} characters"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,10 +267,8 @@ class Event:
 
     @functools.cached_property
     def frame(self) -> bytes:
-        """The bytes that every client gets. Made once, by the dispatcher, the first to ask."""
-        return text_frame(
-            message_text(self.type, self.payload, self.content_type, self.id, milliseconds=self.id[0])
-        )
+        """The bytes that every client gets: made once, by the dispatcher, the first to ask."""
+        return text_frame(message_text(self.type, self.payload, self.id[0], self.content_type, self.id))
 
 
 def format_event_id(event_id: EventId) -> str:
@@ -314,44 +277,35 @@ def format_event_id(event_id: EventId) -> str:
 
 def parse_event_id(value: object) -> EventId:
     """Return the id that a client gave as `since`, or raise ClientError."""
-    found = _EVENT_ID.fullmatch(value) if isinstance(value, str) else None
+    found = re.fullmatch(r"([0-9]{1,20})-([0-9]{1,20})", value) if isinstance(value, str) else None
     if not found:
-        raise ClientError(
-            "invalid_since",
-            f"`since` must be the `id` of an event, such as 1763832000123-0, not {describe(value)}",
-        )
+        sentence = f"`since` must be the `id` of an event, such as 1763832000123-0, not {describe(value)}"
+        raise ClientError("invalid_since", sentence)
     return int(found[1]), int(found[2])
 
 
-def check_name(value: object, argument: str) -> str:
-    """Return a type or content type to publish under, or raise for the programmer to see."""
+def check_name(value: object, argument: str) -> None:
+    """Raise, for the programmer to see, where a type or content type cannot be published."""
     if not isinstance(value, str):
         raise TypeError(f"{argument} must be a str, not {type(value).__name__}")
-    if len(value) > NAME_LENGTH or not _NAME.fullmatch(value):
+    if not _fits(value, _WORDS):
         raise ValueError(f"{argument} must be {_NAME_RULE}, not {value[:NAME_LENGTH]!r}")
-    return value
 
 
 def parse_pattern(message: Mapping[str, Any]) -> Pattern:
     """Return what a message's `type` and `contentType` ask for, or raise ClientError."""
     event_type, content_type = message.get("type", "*"), message.get("contentType", "*")
-    if not _is_pattern(event_type, _TYPE_PATTERN):
-        raise ClientError(
-            "invalid_type",
-            "`type` must be an event type such as content.created, a prefix such as content.*,"
-            f" or * ({_NAME_RULE}), not {describe(event_type)}",
-        )
-    if not _is_pattern(content_type, _CONTENT_TYPE_PATTERN):
-        raise ClientError(
-            "invalid_type",
-            "`contentType` must be a content type such as posts, or *"
-            f" ({_NAME_RULE}), not {describe(content_type)}",
-        )
+    if not _fits(event_type, rf"\*|{_WORDS}(?:\.\*)?"):
+        right = "`type` must be an event type such as content.created, a prefix such as content.*, or *"
+        raise ClientError("invalid_type", f"{right} ({_NAME_RULE}), not {describe(event_type)}")
+    if not _fits(content_type, rf"\*|{_WORDS}"):
+        right = "`contentType` must be a content type such as posts, or *"
+        raise ClientError("invalid_type", f"{right} ({_NAME_RULE}), not {describe(content_type)}")
     return event_type, content_type
 
 
-def _is_pattern(value: object, pattern: re.Pattern[str]) -> bool:
-    return isinstance(value, str) and len(value) <= NAME_LENGTH and bool(pattern.fullmatch(value))
+def _fits(value: object, pattern: str) -> bool:
+    return isinstance(value, str) and len(value) <= NAME_LENGTH and bool(re.fullmatch(pattern, value))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -364,14 +318,16 @@ def patterns_of(event_type: str, content_type: str) -> tuple[Pattern, ...]:
 
 def describe(value: object) -> str:
     """Name a JSON value's kind, and show it where it is short: what the client sent, in its words."""
-    kinds = {dict: "an object", list: "an array", str: "the string", bool: "the boolean"}
-    if value is None:
-        return "null"
+    kinds = {dict: "an object", list: "an array", str: "the string", bool: "the boolean", type(None): ""}
     kind = kinds.get(type(value), "the number")
     if isinstance(value, (dict, list)):
         return kind
     shown = json.dumps(value)
-    return f"{kind} {shown if len(shown) <= 60 else shown[:60] + '…'}"
+    return f"{kind} {shown[:60]}{'…' if len(shown) > 60 else ''}".lstrip()
+
+
+def now_milliseconds() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def timestamp(milliseconds: int) -> str:
@@ -381,59 +337,49 @@ def timestamp(milliseconds: int) -> str:
 
 
 def message_text(
-    message_type: str,
-    payload: str,
-    content_type: str | None = None,
-    event_id: EventId | None = None,
-    *,
-    milliseconds: int,
-    ref: str | None = None,
-) -> str:
+    message_type: str, payload: str, milliseconds: int, content_type: str | None = None,
+    event_id: EventId | None = None, ref: str | None = None,
+) -> str:  # fmt: skip
     """Put a message together. `payload` and `ref` are JSON already; names need no escaping."""
-    fields = [f'"type": "{message_type}"']
+    parts = [f'"type": "{message_type}"']
     if content_type is not None:
-        fields.append(f'"contentType": "{content_type}"')
-    fields.append(f'"payload": {payload}')
+        parts.append(f'"contentType": "{content_type}"')
+    parts.append(f'"payload": {payload}')
     if event_id is not None:
-        fields.append(f'"id": "{format_event_id(event_id)}"')
-    fields.append(f'"timestamp": "{timestamp(milliseconds)}"')
+        parts.append(f'"id": "{format_event_id(event_id)}"')
+    parts.append(f'"timestamp": "{timestamp(milliseconds)}"')
     if ref is not None:
-        fields.append(f'"ref": {ref}')
-    return "{" + ", ".join(fields) + "}"
+        parts.append(f'"ref": {ref}')
+    return "{" + ", ".join(parts) + "}"
 
 
-# A FrameProtocol remembers whether a message is under way, so that each frame has one of its own:
-# any thread may make frames.
+def framer() -> FrameProtocol:
+    """Return wsproto's maker of frames: one for each frame, for it is not made for several threads."""
+    return FrameProtocol(client=False, extensions=[])
+
+
 def text_frame(text: str) -> bytes:
-    return bytes(FrameProtocol(client=False, extensions=[]).send_data(text))
-
-
-def ping_frame() -> bytes:
-    return bytes(FrameProtocol(client=False, extensions=[]).ping())
+    return bytes(framer().send_data(text))
 
 
 def close_frame(code: CloseCode, reason: str) -> bytes:
     """Return a close frame. wsproto cuts the reason at the 123 bytes of RFC 6455 section 5.5."""
-    return bytes(FrameProtocol(client=False, extensions=[]).close(code, reason))
+    return bytes(framer().close(code, reason))
 
 
 def parse_message(data: str | bytes) -> dict[str, Any]:
     """Return the JSON object that a client sent, or raise ClientError."""
     if isinstance(data, bytes):
-        raise ClientError(
-            "invalid_message", "a message must be a JSON object in a text message; this one was binary"
-        )
+        raise ClientError("invalid_message", "a message must be a text message; this one was binary")
     try:
-        message = json.loads(data, parse_constant=_refuse_constant)
+        message = json.loads(data, parse_constant=_refuse_constant, parse_float=_parse_float)
     except RecursionError:
-        raise ClientError("invalid_json", "the message is nested too deep; a few levels are enough") from None
+        raise ClientError("invalid_json", "the message is nested too deep; a few levels do") from None
     except ValueError as error:
         raise ClientError("invalid_json", f"the message is not JSON: {error}") from None
     if not isinstance(message, dict):
-        raise ClientError(
-            "invalid_message",
-            f'a message must be a JSON object such as {{"action": "subscribe"}}, not {describe(message)}',
-        )
+        right = 'a message must be a JSON object such as {"action": "subscribe"}'
+        raise ClientError("invalid_message", f"{right}, not {describe(message)}")
     return message
 
 
@@ -441,9 +387,14 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is JavaScript, but not JSON")
 
 
-# ---------------------------------------------------------------------------------------------------
-# 4. Tokens: JWTs, signed and checked by PyJWT
-# ---------------------------------------------------------------------------------------------------
+def _parse_float(text: str) -> float:
+    number = float(text)
+    if abs(number) == float("inf"):  # would go out again as Infinity, which is not JSON
+        raise ValueError(f"{text[:60]} is too large a number")
+    return number
+
+
+# == 4. Tokens: JWTs, signed and checked by PyJWT ====================================================
 
 
 @dataclasses.dataclass(frozen=True)
@@ -471,12 +422,10 @@ def check_user_id(value: object, source: str) -> str:
 def sign_token(
     settings: Settings, user_id: str, now: float, expires_in: float, claims: Mapping[str, Any]
 ) -> str:
-    """Return a JWT that `check_token` takes with the same settings, for `expires_in` seconds."""
+    """Return a JWT that check_token() takes with the same settings, for `expires_in` seconds."""
     own = {"sub": user_id, "iat": int(now), "exp": int(now + expires_in)}
-    if settings.jwt_audience is not None:
-        own["aud"] = settings.jwt_audience
-    if settings.jwt_issuer is not None:
-        own["iss"] = settings.jwt_issuer
+    own |= {"aud": settings.jwt_audience} if settings.jwt_audience else {}
+    own |= {"iss": settings.jwt_issuer} if settings.jwt_issuer else {}
     return jwt.encode({**claims, **own}, settings.jwt_key or "", algorithm=settings.jwt_algorithms[0])
 
 
@@ -498,39 +447,32 @@ def check_token(settings: Settings, token: str) -> User:
     Raises ClientError, with a sentence that says what is wrong and never holds the token.
     """
     if settings.jwt_key is None:
-        raise ClientError(
-            "auth_not_configured",
-            "this site has no key to check tokens with: SWIFTCMS_WS_JWT_KEY or SECRET_KEY",
-        )
+        sentence = "this site has no key to check tokens with: it must set SWIFTCMS_WS_JWT_KEY or SECRET_KEY"
+        raise ClientError("auth_not_configured", sentence)
     try:
         claims = jwt.decode(
-            token,
-            settings.jwt_key,
-            algorithms=list(settings.jwt_algorithms),
-            audience=settings.jwt_audience,
-            issuer=settings.jwt_issuer,
+            token, settings.jwt_key, algorithms=list(settings.jwt_algorithms),
+            audience=settings.jwt_audience, issuer=settings.jwt_issuer,
             # PyJWT refuses an integer `sub`, which many sites have; it is checked below instead.
             options={"require": ["exp", "sub"], "verify_sub": False},
-        )
+        )  # fmt: skip
         return User(check_user_id(claims["sub"], "sub"), claims)
-    except Warning:  # where warnings are errors: PyJWT's about a short key is for the site, not for a client
+    except Warning:  # where warnings are errors: PyJWT's about a short key is for the site to see
         raise
-    except Exception as error:  # whatever a stranger's token makes PyJWT raise, it is the token's fault
+    except Exception as error:  # whatever a stranger's token makes PyJWT raise is the token's fault
         code, sentence = next((code, text) for kind, code, text in _TOKEN_FAULTS if isinstance(error, kind))
     raise ClientError(code, sentence.format(algorithms=" or ".join(settings.jwt_algorithms)))
 
 
-# ---------------------------------------------------------------------------------------------------
-# 5. Connection: one client's socket, and the only place that touches it
-# ---------------------------------------------------------------------------------------------------
+# == 5. Connection: one client's socket, and the only place that touches it ==========================
 
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-# Not DefaultSelector: epoll would cost one more file descriptor for every connection.
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+# Not DefaultSelector: epoll would cost every connection one more file descriptor.
+_Selector: Any = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 def _wait_until(sock: socket.socket, event: int, timeout: float | None) -> None:
-    """Wait until `sock` may be read or written, is shut down, or `timeout` seconds are over."""
+    """Wait until `sock` can be read or written, is shut down, or `timeout` seconds are over."""
     with suppress(ValueError, OSError), _Selector() as selector:  # closed: the next call will say so
         selector.register(sock, event)
         selector.select(timeout)
@@ -539,24 +481,22 @@ def _wait_until(sock: socket.socket, event: int, timeout: float | None) -> None:
 class Connection:
     """One client.
 
-    Three kinds of thread write to a client: the dispatcher (events), the heartbeat thread, and the
-    connection's own reader (answers, and the library's pongs). All of them call `send()`, which
-    keeps frames whole and in order. It never blocks, because the dispatcher has a thousand other
-    clients to serve: the socket is non-blocking, and bytes that the kernel does not take (its
-    buffer is full, for the client reads slowly or not at all) wait here. From then on all that is
-    sent to this client waits behind them, and the connection's writer, a thread that has nothing
-    else to do, passes them on whenever the socket has room. More than `max_queue` bytes waiting
-    end this client, and nobody else notices.
+    Several threads write to a client: the dispatcher (events), the heartbeat, and its own reader
+    (answers, and simple-websocket's pongs). All of them call send(), which keeps frames whole and
+    in order, and never blocks: the dispatcher has a thousand other clients to serve. So the socket
+    is non-blocking. What the kernel does not take, because its buffer for a client that reads
+    slowly or not at all is full, waits here; from then on all that is sent to this client waits
+    behind it, and the connection's writer, a thread that has nothing else to do, passes it on as
+    the socket gets room. More than `max_queue` bytes waiting end this client. Nobody else notices.
     """
 
     def __init__(self, sock: socket.socket, max_queue: int, user: User | None = None) -> None:
         self.id = secrets.token_hex(8)
-        self.opened_at = time.monotonic()
-        self.last_heard = self.opened_at  # written by the reader alone; a float is read whole
+        self.opened_at = self.last_heard = time.monotonic()  # the reader's alone; a float is read whole
         # Under the registry's lock:
         self.user = user
-        self.user_from: EventId = (0, 0)  # signed in before the event after this one
-        self.subscriptions: dict[Pattern, EventId] = {}  # has got what matched after this event
+        self.user_from: EventId = (0, 0)  # signed in as it since the event after this one
+        self.subscriptions: dict[Pattern, EventId] = {}  # each with all that matched after this event
 
         self._sock = sock
         self._max_queue = max_queue
@@ -564,33 +504,28 @@ class Connection:
         with suppress(OSError):  # a Unix socket, behind a proxy, has no Nagle to switch off
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-        # Guards all below, and the order of bytes on the socket. Only non-blocking calls are made
-        # under it. `_changed` is notified when the writer has something to do and when it, or the
-        # reader, is done.
+        # Guards all below, and the order of bytes on the socket; only non-blocking calls are made
+        # under it. `_changed` is notified when the writer has something to do, when all is
+        # written, and when the reader is done.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._waiting: deque[bytes | memoryview] = deque()  # the first may be half sent
         self._queued = self._written = 0  # bytes that ever had to wait, and those of them gone since
-        self._replay_room = 0  # waiting bytes allowed beyond max_queue: see send()
+        self._replay_room = 0  # bytes that may wait beyond max_queue: see send()
         self._last_frame_is_in = False  # a close frame is sent or waiting: nothing may follow it
-        self._lost = False  # nothing more can be written
+        self._is_lost = False  # there is no line any more
         self._reader_is_done = False
-        self._give_up_at = float("inf")  # when a closing connection is cut
+        self._give_up_at = float("inf")  # when a connection that is closing is cut
         self.close_code: CloseCode | None = None  # where it was we who ended it
+        self._library: Any = None  # simple-websocket's side of it, once begin() has been called
 
-        self._library: Any = None  # simple-websocket's side, once it is open
-        self._on_message: Callable[[str | bytes], None]
-        self._on_pings: Callable[[int], None]
-        self._on_failure: Callable[[Exception], None]
-        self._max_message = 0
+    # -- writing: the dispatcher, the heartbeat, the reader --------------------------------------------
 
-    # -- writing -----------------------------------------------------------------------------------
-
-    def send(self, data: bytes, *, replay: bool = False) -> None:
+    def send(self, data: bytes, *, is_replay: bool = False) -> None:
         """Send whole frames, now or as soon as the client takes them. Never blocks, never raises.
 
-        A `replay` may be larger than the queue: it is let in, and counts for nothing until the
-        queue has been empty again, or a client could never come back to a long history.
+        A replay may be larger than the queue: it is let in, and does not count until the queue
+        has been empty again, or a client could never come back to a long history.
         """
         with self._lock:
             if self._last_frame_is_in:
@@ -601,11 +536,11 @@ class Connection:
                     return
                 data = data[sent:]
             self._enqueue(data)
-            if replay:
+            if is_replay:
                 self._replay_room += len(data)
-            too_slow = self.waiting_bytes > self._max_queue + self._replay_room
+            is_too_slow = self.waiting_bytes > self._max_queue + self._replay_room
             self._changed.notify_all()
-        if too_slow:
+        if is_too_slow:
             self.close(CloseCode.TOO_SLOW, "read too slowly; come back with since")
 
     def close(self, code: CloseCode, reason: str) -> bool:
@@ -614,8 +549,8 @@ class Connection:
             if self._last_frame_is_in:
                 return False
             if code is CloseCode.TOO_SLOW:
-                # The first chunk may be half sent, and a close frame inside a frame is garbage.
-                # The rest is let go: it would keep this client's thread for nothing.
+                # The first chunk may be half sent, and a close frame inside a frame is garbage. The
+                # rest is let go: it would keep this client's threads for nothing.
                 while len(self._waiting) > 1:
                     self._written += len(self._waiting.pop())
             self.close_code = code
@@ -624,7 +559,7 @@ class Connection:
 
     @property
     def is_ending(self) -> bool:
-        """Whether a close frame is sent or on its way. A bool is read whole, without the lock."""
+        """Whether a close frame is sent or waiting. A bool is read whole, without the lock."""
         return self._last_frame_is_in
 
     @property
@@ -634,14 +569,16 @@ class Connection:
 
     def wait_until_written(self, deadline: float) -> bool:
         """Wait until what was sent up to now is with the kernel, or the connection has ended."""
-        with self._lock:
+        with self._changed:
             queued = self._queued
             return self._changed.wait_for(
-                lambda: self._written >= queued or self._lost, deadline - time.monotonic()
+                lambda: self._written >= queued or self._is_lost, deadline - time.monotonic()
             )
 
+    # The next five are called with the lock held.
+
     def _write(self, data: bytes | memoryview) -> int:
-        """Hand bytes to the kernel and return how many it took. The lock is held."""
+        """Hand bytes to the kernel and return how many it took."""
         try:
             return self._sock.send(data)
         except _WOULD_BLOCK:
@@ -651,32 +588,30 @@ class Connection:
             return len(data)
 
     def _enqueue(self, data: bytes) -> None:
-        """Let bytes wait behind those that wait already. The lock is held."""
-        if not self._lost:
+        if not self._is_lost:
             self._waiting.append(data)
             self._queued += len(data)
 
-    def _lose(self) -> None:
-        """Let go of everything: there is no line any more. The lock is held."""
-        self._lost = self._last_frame_is_in = True
-        self._waiting.clear()
-        self._written = self._queued
-        self._changed.notify_all()
-
     def _finish(self, frame: bytes) -> None:
-        """Send or queue the last frame there will be. The lock is held."""
+        """Send or queue the last frame there will be."""
         self._last_frame_is_in = True
         self._give_up_at = time.monotonic() + CLOSE_SECONDS
         self._enqueue(frame)
         self._write_waiting()
+
+    def _lose(self) -> None:
+        """Let go of everything that waits."""
+        self._is_lost = self._last_frame_is_in = True
+        self._waiting.clear()
+        self._written = self._queued
         self._changed.notify_all()
 
     def _write_waiting(self) -> None:
-        """Write what waits, as far as the kernel takes it. The lock is held."""
+        """Write what waits, as far as the kernel takes it."""
         while self._waiting:
             data = self._waiting[0]
             sent = self._write(data)
-            if not self._waiting:  # lost
+            if self._is_lost:
                 return
             self._written += sent
             if sent < len(data):
@@ -686,24 +621,26 @@ class Connection:
         self._replay_room = 0
         self._changed.notify_all()
 
+    # -- writing: the writer ---------------------------------------------------------------------------
+
     def write_until_ended(self) -> None:
         """Be the connection's writer until it has ended: the work of the web server's thread.
 
-        Ends cleanly: after the close frame our side is shut, so that the web server's own idea of
-        a response, which it writes when its view returns, never reaches a browser as garbage. Then
-        the client has a moment to end its side; closing at once would reset the connection under
-        bytes that the client has not read yet.
+        Ends cleanly. After the close frame our side is shut, so that the response which the web
+        server takes to be due when its view returns never reaches a browser as garbage. Then the
+        client has a moment to end its side: closing at once would reset the connection, and the
+        close frame with it.
         """
-        while self._something_to_write():
+        while self._has_something_to_write():
             _wait_until(self._sock, selectors.EVENT_WRITE, LOOK_SECONDS)
             with self._lock:
                 self._write_waiting()
         self._shut(socket.SHUT_WR)
         self._wait_for_reader(self._give_up_at)
-        self._shut(socket.SHUT_RDWR)  # wakes a reader that still waits
+        self._shut(socket.SHUT_RDWR)  # wakes a reader that waits still
         self._wait_for_reader(time.monotonic() + CLOSE_SECONDS)
 
-    def _something_to_write(self) -> bool:
+    def _has_something_to_write(self) -> bool:
         """Wait for bytes that the kernel did not take; return False once there will be none."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._last_frame_is_in)
@@ -715,52 +652,46 @@ class Connection:
 
     def _shut(self, how: int) -> None:
         with suppress(OSError):  # the other side was faster
-            # Not sock.shutdown(): a TLS socket's own forgets its keys, and then reads ciphertext.
+            # Not sock.shutdown(): a TLS socket's own forgets its keys, and would read ciphertext.
             socket.socket.shutdown(self._sock, how)
 
-    # -- reading -----------------------------------------------------------------------------------
+    # -- reading: the library's thread, which knows us as a ReaderSocket -------------------------------
 
-    def open(
-        self,
-        library: Any,
-        on_message: Callable[[str | bytes], None],
-        on_pings: Callable[[int], None],
-        on_failure: Callable[[Exception], None],
-        max_message: int,
-    ) -> None:
+    def begin(
+        self, library: Any, max_message: int, on_message: Callable[[str | bytes], None],
+        on_pings: Callable[[int], None], on_failure: Callable[[Exception], None],
+    ) -> None:  # fmt: skip
         """Let the reader go: from now on each message is handed to `on_message`, in its thread.
 
-        What that raises, and a ClientError for one of more than `max_message` bytes, goes to
-        `on_failure`. `on_pings` is told how many pings were answered. `library` is the simple_websocket.Server whose reader thread this is.
+        What that raises goes to `on_failure`, and so does a ClientError for a message of more than
+        `max_message` bytes. `on_pings` is told how many pings were answered. `library` is the
+        simple_websocket.Server whose reader it is.
         """
         with self._changed:
             self._on_message, self._on_pings, self._on_failure = on_message, on_pings, on_failure
-            self._max_message = max_message
-            self._library = library
+            self._max_message, self._library = max_message, library
             self._changed.notify_all()
-
-    def fileno(self) -> int:
-        return self._sock.fileno()
 
     def read(self, size: int) -> bytes:
         """Return what the client sent, as soon as there is something; nothing once it has ended.
 
         First hands over the messages in what was read before: the library keeps them in a list
-        without a bound, so that none are to be left there when it asks for more.
+        without a bound, so none are to be left there when it asks for more.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._library or self._lost)
+            self._changed.wait_for(lambda: self._library or self._is_lost)
         if self._library:
             self._hand_over_messages()
         while True:
+            data = None
             with self._lock:
                 try:
                     data = self._sock.recv(size)
                 except _WOULD_BLOCK:
-                    data = None
+                    pass
                 except OSError:
                     return b""
-                # After our close frame the client's end is waited for, and what it still sends dropped.
+                # Once our close frame is out, the end is waited for, and what still comes is dropped.
                 if data == b"" or (data and not self._last_frame_is_in):
                     self.last_heard = time.monotonic()
                     return data
@@ -781,27 +712,24 @@ class Connection:
 
     def _check_size(self, size: int) -> None:
         if size > self._max_message:
-            raise ClientError(
-                "message_too_big",
-                f"the message is over the limit of {self._max_message} bytes; send less, or several",
-                CloseCode.MESSAGE_TOO_BIG,
-            )
+            sentence = f"the message is over the limit of {self._max_message} bytes; send less, or several"
+            raise ClientError("message_too_big", sentence, CloseCode.MESSAGE_TOO_BIG)
 
     def send_for_library(self, data: bytes) -> int:
-        """Send the handshake's answer, pongs, or the answer to a close frame or a broken frame."""
+        """Send the handshake's answer, pongs, or the answer to a close frame or to a broken one."""
         if self._library is None:
             self.send(data)
         elif self._library.connected:
             self.send(data)
             self._on_pings(_count_control_frames(data))
-        else:  # the library has ended: what it sends now is its close frame
+        else:  # the library has ended: this is its close frame
             with self._lock:
                 if not self._last_frame_is_in:
                     self._finish(data)
         return len(data)
 
     def reader_is_done(self) -> None:
-        """Take note that the library's thread ends here, after a close frame or a broken line."""
+        """Take note that the library's thread ends, after a close frame or because the line broke."""
         if self._library:
             self._hand_over_messages()  # what came in one piece with the close frame
         with self._lock:
@@ -810,9 +738,12 @@ class Connection:
                 self._lose()
             self._changed.notify_all()
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
 
 def _count_control_frames(data: bytes) -> int:
-    """Count pongs that stand one after the other: a byte, a length under 126, as many bytes."""
+    """Count frames that stand one after the other: a byte, a length under 126, as many bytes."""
     count = position = 0
     while position < len(data):
         position += 2 + data[position + 1]
@@ -830,9 +761,7 @@ class ReaderSocket:
         self.close = connection.reader_is_done
 
 
-# ---------------------------------------------------------------------------------------------------
-# 6. Registry: who is connected, and who subscribes to what
-# ---------------------------------------------------------------------------------------------------
+# == 6. Registry: who is connected, and who subscribes to what =======================================
 
 
 class Registry:
@@ -842,59 +771,58 @@ class Registry:
     """
 
     def __init__(self) -> None:
-        # Guards all below and each connection's `user`, `user_from` and `subscriptions`, which
-        # change together. Nothing but dictionary work is done under it. `_released` is notified
-        # when a place is given back.
+        # Guards all below, and each connection's `user`, `user_from` and `subscriptions`: they
+        # change together. Only dictionaries are worked on under it. `_released` is notified when
+        # a place is given back.
         self._lock = threading.Lock()
         self._released = threading.Condition(self._lock)
-        self._connections: set[Connection] = set()
-        self._subscribers: dict[Pattern, dict[Connection, None]] = {}  # a dict keeps the order
-        self._by_user: dict[str, set[Connection]] = {}
-        self._reserved = 0  # connections, and handshakes under way
+        self._places = 0  # taken by connections, and by handshakes under way
+        # Dicts with no values are sets that keep their order.
+        self._connections: dict[Connection, None] = {}
+        self._subscribers: dict[Pattern, dict[Connection, None]] = {}
+        self._by_user: dict[str, dict[Connection, None]] = {}
 
     def reserve(self, limit: int) -> bool:
-        """Take one of `limit` places for a handshake, until `release()`; False where all are taken."""
+        """Take one of `limit` places, until release(); return False where all are taken."""
         with self._lock:
-            if self._reserved >= limit:
+            if self._places >= limit:
                 return False
-            self._reserved += 1
+            self._places += 1
             return True
 
     def release(self) -> None:
         with self._released:
-            self._reserved -= 1
+            self._places -= 1
             self._released.notify_all()
 
     def wait_until_empty(self, deadline: float) -> bool:
-        """Wait until every place is free again; False where `deadline` (monotonic) comes first."""
         with self._released:
-            return self._released.wait_for(lambda: not self._reserved, deadline - time.monotonic())
+            return self._released.wait_for(lambda: not self._places, deadline - time.monotonic())
 
     def add(self, connection: Connection) -> None:
         with self._lock:
-            self._connections.add(connection)
+            self._connections[connection] = None
             if connection.user:
-                self._by_user.setdefault(connection.user.id, set()).add(connection)
+                self._by_user.setdefault(connection.user.id, {})[connection] = None
 
     def remove(self, connection: Connection) -> None:
         with self._lock:
-            self._connections.discard(connection)
+            self._connections.pop(connection, None)
             for pattern in list(connection.subscriptions):
                 self._drop(connection, pattern)
             if connection.user:
-                self._discard(self._by_user, connection.user.id, connection)
+                self._take_out(self._by_user, connection.user.id, connection)
 
     def sign_in(self, connection: Connection, user: User, after: EventId) -> None:
-        """Let events `to=` this user reach the connection, those after `after`."""
+        """Let events `to=` this user reach the connection: those after `after`."""
         with self._lock:
             if connection in self._connections:
-                if connection.user is None:
-                    connection.user_from = after
+                connection.user_from = connection.user_from if connection.user else after
                 connection.user = user
-                self._by_user.setdefault(user.id, set()).add(connection)
+                self._by_user.setdefault(user.id, {})[connection] = None
 
     def subscribe(self, connection: Connection, pattern: Pattern, after: EventId, limit: int) -> None:
-        """Add a subscription to what comes after `after`; twice the same is one, from the earlier.
+        """Add a subscription to what comes after `after`. Twice the same is one, from the earlier.
 
         Raises ClientError where the connection has `limit` others.
         """
@@ -903,10 +831,8 @@ class Registry:
                 return
             already = connection.subscriptions.get(pattern)
             if already is None and len(connection.subscriptions) >= limit:
-                raise ClientError(
-                    "too_many_subscriptions",
-                    f"a connection may have {limit} subscriptions; use a prefix such as content.*, or unsubscribe",
-                )
+                sentence = f"{limit} subscriptions are the most; use a prefix such as content.*, or unsubscribe"
+                raise ClientError("too_many_subscriptions", sentence)
             connection.subscriptions[pattern] = after if already is None else min(after, already)
             self._subscribers.setdefault(pattern, {})[connection] = None
 
@@ -919,37 +845,29 @@ class Registry:
     def _drop(self, connection: Connection, pattern: Pattern) -> bool:
         if connection.subscriptions.pop(pattern, None) is None:
             return False
-        self._discard(self._subscribers, pattern, connection)
+        self._take_out(self._subscribers, pattern, connection)
         return True
 
     @staticmethod
-    def _discard(index: dict[Any, Any], key: object, connection: Connection) -> None:
-        """Take a connection out of an index, and the entry with its last: an index must not grow."""
-        members = index[key]
-        if isinstance(members, dict):
-            members.pop(connection, None)
-        else:
-            members.discard(connection)
-        if not members:
+    def _take_out(index: dict[Any, dict[Connection, None]], key: object, connection: Connection) -> None:
+        """Take a connection out of an index, and the key with its last one: an index must not grow."""
+        index[key].pop(connection, None)
+        if not index[key]:
             del index[key]
 
-    def matching(
-        self, event_type: str, content_type: str, to: frozenset[str] | None
-    ) -> Collection[Connection]:
+    def matching(self, event_type: str, content_type: str, to: frozenset[str] | None) -> Collection[Connection]:
         """Return the connections, each once, that want such an event."""
         patterns = patterns_of(event_type, content_type)
+        found: dict[Connection, None] = {}
         with self._lock:
             if to is None:
-                found: dict[Connection, None] = {}
                 for pattern in patterns:
-                    found.update(self._subscribers.get(pattern, {}))
-                return found
-            return [
-                connection
-                for user_id in to
-                for connection in self._by_user.get(user_id, ())
-                if not connection.subscriptions.keys().isdisjoint(patterns)
-            ]
+                    found |= self._subscribers.get(pattern, {})
+            for user_id in to or ():
+                for connection in self._by_user.get(user_id, ()):
+                    if not connection.subscriptions.keys().isdisjoint(patterns):
+                        found[connection] = None
+        return found
 
     def missed(self, connection: Connection, pattern: Pattern, events: Iterable[Event]) -> list[Event]:
         """Return those of `events` that `pattern` matches and that have not reached the connection."""
@@ -957,19 +875,17 @@ class Registry:
             user, user_from = connection.user, connection.user_from
             subscriptions = dict(connection.subscriptions)
 
-        def reached(event: Event) -> bool:
-            if event.to is not None and event.id <= user_from:
-                return False
+        def is_missed(event: Event) -> bool:
             patterns = patterns_of(event.type, event.content_type)
-            return any(event.id > subscriptions.get(each, event.id) for each in patterns)
+            if pattern not in patterns:
+                return False
+            if event.to is not None and (user is None or user.id not in event.to):
+                return False
+            if event.to is not None and event.id <= user_from:
+                return True
+            return not any(event.id > subscriptions.get(each, event.id) for each in patterns)
 
-        return [
-            event
-            for event in events
-            if pattern in patterns_of(event.type, event.content_type)
-            and (event.to is None or (user is not None and user.id in event.to))
-            and not reached(event)
-        ]
+        return [event for event in events if is_missed(event)]
 
     def __contains__(self, connection: Connection) -> bool:
         with self._lock:
@@ -985,9 +901,7 @@ class Registry:
             return sum(len(connections) for connections in self._subscribers.values())
 
 
-# ---------------------------------------------------------------------------------------------------
-# 7. Broker: one order for all events, and the history
-# ---------------------------------------------------------------------------------------------------
+# == 7. Broker: one order for all events, and the history ============================================
 
 Result = TypeVar("Result")
 Draft = tuple[str, str, str, "frozenset[str] | None"]  # an Event without its id
@@ -996,26 +910,25 @@ Draft = tuple[str, str, str, "frozenset[str] | None"]  # an Event without its id
 class MemoryBroker:
     """Gives events their ids in one order, queues them for the dispatcher and keeps the latest.
 
-    Jobs queue with the events: a job sees exactly the events published before it as delivered, and
-    none published after. Subscribing with `since` is such a job, and so has no gap and no overlap.
+    Jobs queue with the events: a job finds exactly the events delivered that were published before
+    it. Subscribing with `since` is a job, and so leaves no gap and no overlap.
     """
 
-    def __init__(self, history: int) -> None:
-        # Guards the ids, the queue and `_closed`; notified when any of them changes. Nothing under
-        # it takes longer than an append.
+    def __init__(self, history_size: int) -> None:
+        # Guards the newest id, the queue and `_is_closed`, and is notified when any of them
+        # changes. Nothing under it takes longer than an append.
         self._changed = threading.Condition()
-        self.last_id: EventId = (time.time_ns() // 1_000_000, 0)  # the newest published
+        self.last_id: EventId = (now_milliseconds(), 0)  # the newest in the queue, or ever in it
         self._queue: deque[Event | Callable[[], None]] = deque()
         self._queued_bytes = 0
-        self._closed = False
-        # The dispatcher's alone: what it has delivered.
-        self._history: deque[Event] = deque()
-        self._history_size = history
-        self._forgotten: EventId = self.last_id  # the newest that the history does not hold any more
-        self._delivered: EventId = self.last_id
+        self._is_closed = False
+        # The dispatcher's alone:
+        self._history: deque[Event] = deque()  # of what is delivered
+        self._history_size = history_size
+        self._forgotten = self._delivered = self.last_id  # the newest not in the history; the newest delivered
 
     def start(self) -> None:
-        """Nothing to connect to."""
+        """There is nothing to connect to."""
 
     def publish(self, drafts: list[Draft]) -> list[EventId]:
         """Take events for delivery and return their ids. Waits while the dispatcher is far behind."""
@@ -1024,7 +937,7 @@ class MemoryBroker:
     def _publish(self, draft: Draft) -> EventId:
         with self._changed:
             self._changed.wait_for(self._has_room)
-            milliseconds = time.time_ns() // 1_000_000
+            milliseconds = now_milliseconds()
             last, counter = self.last_id
             # A clock that is set back must not take the ids with it.
             event_id = (milliseconds, 0) if milliseconds > last else (last, counter + 1)
@@ -1032,20 +945,20 @@ class MemoryBroker:
             return event_id
 
     def _has_room(self) -> bool:
-        return self._queued_bytes < BACKLOG_BYTES or self._closed
+        return self._queued_bytes < BACKLOG_BYTES or self._is_closed
 
     def _enqueue(self, event: Event) -> None:
-        """Queue an event for the dispatcher. The lock is held."""
+        """Queue an event. The lock is held."""
         self.last_id = event.id
-        if not self._closed:
+        if not self._is_closed:
             self._queue.append(event)
             self._queued_bytes += len(event.payload) + EVENT_OVERHEAD
             self._changed.notify_all()
 
     def in_order(self, job: Callable[[], Result]) -> Future[Result]:
-        """Have the dispatcher run `job` between the events published before and after this call.
+        """Have the dispatcher run `job` between the events queued before this call and those after.
 
-        `job` may not block. What it returns or raises is in the Future, which is cancelled where
+        A job may not block. What it returns or raises is in the Future, which is cancelled where
         the broker is closed.
         """
         future: Future[Result] = Future()
@@ -1057,7 +970,7 @@ class MemoryBroker:
                 future.set_exception(error)
 
         with self._changed:
-            if self._closed:
+            if self._is_closed:
                 future.cancel()
             else:
                 self._queue.append(run)
@@ -1067,23 +980,23 @@ class MemoryBroker:
     def take(self) -> list[Event] | Callable[[], None] | None:
         """Wait for what is next: a job, or as many events as make one batch; None once closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            if not self._queue:
-                return None
-            first = self._queue.popleft()
-            if not isinstance(first, Event):
-                return first
-            batch, size = [first], len(first.payload)
+            self._changed.wait_for(lambda: self._queue or self._is_closed)
+            batch: list[Event] = []
+            size = 0
             while self._queue and len(batch) < BATCH_EVENTS and size < BATCH_BYTES:
                 following = self._queue[0]
-                if not isinstance(following, Event):
+                if isinstance(following, Event):
+                    batch.append(following)
+                    size += len(following.payload)
+                elif not batch:
+                    self._queue.popleft()
+                    return following
+                else:
                     break
                 self._queue.popleft()
-                batch.append(following)
-                size += len(following.payload)
             self._queued_bytes -= size + EVENT_OVERHEAD * len(batch)
-            self._changed.notify_all()  # who waits to publish
-            return batch
+            self._changed.notify_all()  # for who waits to publish
+            return batch or None
 
     def remember(self, events: list[Event]) -> None:
         """Take note that `events` are delivered. For the dispatcher."""
@@ -1093,50 +1006,48 @@ class MemoryBroker:
             self._forgotten = self._history.popleft().id
 
     @property
-    def position(self) -> EventId:
-        """The id of the newest event delivered. For jobs."""
+    def delivered(self) -> EventId:
+        """The id of the newest event that is delivered. For jobs."""
         return self._delivered
 
     def fetch_after(self, since: EventId) -> list[Event] | None:
-        """Return what is to be had elsewhere of the events after `since`; not for jobs, for it may wait.
+        """Return events after `since` from where they are kept beside the history here. Not for jobs.
 
-        None where there is nothing, or where the history here reaches back to it. May raise BrokerAway.
+        None where there are none, or where the history reaches back to it. May raise BrokerAway.
         """
         return None
 
     def events_after(self, since: EventId, fetched: list[Event] | None) -> list[Event] | None:
-        """Return the events delivered after `since`, or None where that cannot be known. For jobs.
+        """Return all events delivered after `since`, or None where that cannot be known. For jobs.
 
-        `fetched` is what fetch_after() gave. Only an id that this broker gave is answered: between two ids of its own there may have been
-        others, of a process before it.
+        `fetched` is what fetch_after() gave. Only an id that this broker gave is answered: between
+        two of its ids there may have been others, of a process before this one.
         """
-        if fetched and fetched[-1].id >= self._forgotten:  # the history goes on where it ends
-            known = [event for event in fetched if event.id <= self._delivered]
-            return known + [event for event in self._history if event.id > fetched[-1].id]
+        if fetched and fetched[-1].id >= self._forgotten:  # the history goes on where that ends
+            older = [event for event in fetched if event.id <= self._delivered]
+            return older + [event for event in self._history if event.id > fetched[-1].id]
         found: list[Event] = []
         for event in reversed(self._history):
             if event.id <= since:
-                break
+                return found[::-1] if event.id == since else None
             found.append(event)
-        else:
-            return found[::-1] if since == self._forgotten else None
-        return found[::-1] if event.id == since else None
+        return found[::-1] if since == self._forgotten else None
+
+    def is_caught_up(self, timeout: float) -> bool:
+        """Wait until the queue has had all that this process published; False after `timeout` seconds."""
+        return True
+
+    def tell_others(self, message: dict[str, Any]) -> None:
+        """Tell the engines of other processes, soon or never: there are none."""
 
     def queue_length(self) -> int:
         with self._changed:
             return len(self._queue)
 
-    def is_caught_up(self, timeout: float) -> bool:
-        """Wait until what this process has published is in its queue; False after `timeout` seconds."""
-        return True
-
-    def tell_others(self, message: dict[str, Any]) -> None:
-        """Tell the engines of other processes, as soon as can be, or never. There are none."""
-
     def close(self) -> None:
-        """Let the dispatcher end when the queue is empty, and nobody wait for it any more."""
+        """Let the dispatcher end once the queue is empty, and nobody wait for it any more."""
         with self._changed:
-            self._closed = True
+            self._is_closed = True
             self._changed.notify_all()
 
 
@@ -1146,53 +1057,53 @@ _MARKER: Draft = ("system.marker", "system", "{}", frozenset())  # an event to n
 class RedisBroker(MemoryBroker):
     """The same for several processes and machines: a Redis stream gives the ids and the one order.
 
-    publish() adds to the stream. In every process a follower thread reads the stream and queues
-    what any process has published; from there on all is as with one process. A second, short
-    stream carries what the engines tell each other and nobody is to keep.
+    publish() adds to the stream. In every process a follower thread reads it and queues what any
+    process published; from there on all is as with one process. A second stream carries what the
+    engines tell each other and nobody keeps.
 
-    While Redis is away, publish() raises and the follower tries again; then it goes on where it
-    was. Only where Redis has forgotten that place, something may be lost: see `on_gap`.
+    While Redis is away publish() raises, and the follower tries again, and goes on where it was.
+    Only where that place is gone from the stream may something be lost: then `on_gap` is called.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        on_told: Callable[[dict[str, Any]], None],
-        on_gap: Callable[[], None],
-        on_round: Callable[[], None],
-    ) -> None:
+        self, settings: Settings, on_told: Callable[[dict[str, Any]], None],
+        on_gap: Callable[[], None], on_round: Callable[[], None],
+    ) -> None:  # fmt: skip
         import redis  # noqa: PLC0415 - the optional extra; nobody else needs it
         from redis.backoff import NoBackoff  # noqa: PLC0415
         from redis.retry import Retry  # noqa: PLC0415
 
         super().__init__(settings.history)
-        self.last_id, self._forgotten = (0, 0), (-1, 0)  # until the follower knows better
-        self._has_begun = False  # under `_changed`: the follower knows where it is
         self._redis: Any = redis.Redis.from_url(
             cast(str, settings.redis_url),
             decode_responses=True,
             socket_timeout=REDIS_SECONDS,
             socket_connect_timeout=REDIS_SECONDS,
-            retry=Retry(NoBackoff(), 0),  # a hook may wait for publish(): it fails, or not, but soon
+            retry=Retry(NoBackoff(), 0),  # a page waits for publish(): let it fail, but soon
         )
         self._faults = (redis.RedisError, OSError)
         self._events, self._told = f"{settings.redis_prefix}:events", f"{settings.redis_prefix}:told"
         self._on_told, self._on_gap, self._on_round = on_told, on_gap, on_round
-        self._last_published: EventId = (0, 0)  # under `_changed`
         self._follower = threading.Thread(target=self._follow, name="swiftcms-ws follower", daemon=True)
+        self._told_id = ""  # the follower's alone
+        # Under `_changed`:
+        self._has_begun = False  # the follower knows where it is
+        self.last_id, self._forgotten = (0, 0), (-1, 0)  # until it does
+        self._last_published: EventId = (0, 0)
 
     def start(self) -> None:
         self._follower.start()
 
     def publish(self, drafts: list[Draft]) -> list[EventId]:
         """Add events to the stream, in one round trip. Raises PublishError within two seconds."""
+        if not drafts:
+            return []
         try:
             with self._redis.pipeline(transaction=False) as pipe:
                 for event_type, content_type, payload, to in drafts:
                     fields = {"type": event_type, "contentType": content_type, "payload": payload}
                     if to is not None:
                         fields["to"] = json.dumps(sorted(to))
-                    # Longer than the history, for a follower that has been held up.
                     pipe.xadd(self._events, fields, maxlen=self._history_size + FOLLOWER_ROOM)
                 ids = [parse_event_id(event_id) for event_id in pipe.execute()]
         except self._faults as error:
@@ -1202,7 +1113,7 @@ class RedisBroker(MemoryBroker):
         return ids
 
     def tell_others(self, message: dict[str, Any]) -> None:
-        with suppress(*self._faults):  # the follower says that Redis is away; presence repairs itself
+        with suppress(*self._faults):  # the follower logs that Redis is away; presence repairs itself
             self._redis.xadd(self._told, {"message": json.dumps(message)}, maxlen=FOLLOWER_ROOM)
 
     def is_caught_up(self, timeout: float) -> bool:
@@ -1212,17 +1123,15 @@ class RedisBroker(MemoryBroker):
     def fetch_after(self, since: EventId) -> list[Event] | None:
         try:
             newest = self._newest()
-            ahead = newest is not None and since <= newest  # another process may have been ahead of us
+            is_known = newest is not None and since <= newest  # maybe not here yet, but elsewhere
             with self._changed:
                 if not self._changed.wait_for(
-                    lambda: self._has_begun and (not ahead or self.last_id >= since), REDIS_SECONDS
+                    lambda: self._has_begun and (not is_known or self.last_id >= since), REDIS_SECONDS
                 ):
                     raise BrokerAway("the follower is behind")
-            if since >= self._forgotten:  # a tuple is read whole, and this one only grows
+            if since >= self._forgotten:  # the dispatcher's, but a tuple is read whole, and it only grows
                 return None
-            entries = self._redis.xrange(
-                self._events, min=format_event_id(since), count=self._history_size + 2
-            )
+            entries = self._redis.xrange(self._events, format_event_id(since), count=self._history_size + 2)
         except self._faults as error:
             raise BrokerAway(f"Redis cannot be asked for the history: {error}") from error
         events = [self._event(*entry) for entry in entries]
@@ -1238,17 +1147,15 @@ class RedisBroker(MemoryBroker):
     def _event(event_id: str, fields: dict[str, str]) -> Event:
         try:
             to = frozenset(json.loads(fields["to"])) if "to" in fields else None
-            return Event(
-                parse_event_id(event_id), fields["type"], fields["contentType"], fields["payload"], to
-            )
+            return Event(parse_event_id(event_id), fields["type"], fields["contentType"], fields["payload"], to)
         except (KeyError, ValueError, TypeError):
-            logger.error("ignored the entry %s of the Redis stream: no swiftcms_ws wrote it", event_id)
+            logger.error("ignored entry %s of the Redis stream, which no swiftcms_ws wrote", event_id)
             return Event(parse_event_id(event_id), *_MARKER)
 
     def _follow(self) -> None:
-        """Be the follower thread: read on from where we are until the end."""
+        """Be the follower: read on from where we are, until the end."""
         pause = REDIS_PAUSE
-        while not self._closed:
+        while not self._is_closed:
             try:
                 if not self._has_begun:
                     self._begin()
@@ -1257,18 +1164,19 @@ class RedisBroker(MemoryBroker):
                 if pause != REDIS_PAUSE:
                     logger.warning("Redis is back")
                     pause = REDIS_PAUSE
-            except self._faults as error:
+                continue
+            except (*self._faults, PublishError) as error:
                 if pause == REDIS_PAUSE:
                     logger.warning("Redis is away, and is tried again until it is back: %s", error)
-                pause = min(pause * 2, REDIS_SECONDS)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._closed, pause * random.uniform(0.5, 1))
+            except Exception:
+                logger.exception("following Redis failed, and is tried again")
+            pause = min(pause * 2, REDIS_SECONDS)
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed, pause * random.uniform(0.5, 1))
 
     def _begin(self) -> None:
-        """Find the end of both streams. An empty one gets a marker: a place to come back to."""
-        here = self._newest()
-        if here is None:
-            here = self.publish([_MARKER])[0]
+        """Find the ends of both streams. An empty one gets a marker: a place to come back to."""
+        here = self._newest() or self.publish([_MARKER])[0]
         told = self._redis.xrevrange(self._told, count=1)
         self._told_id = told[0][0] if told else "0-0"
 
@@ -1280,17 +1188,17 @@ class RedisBroker(MemoryBroker):
         with self._changed:
             self.last_id, self._has_begun = here, True
             self._changed.notify_all()
-        self.tell_others({"do": "hello"})
+        self.tell_others({"do": "hello", "process": ""})
 
     def _read_on(self) -> None:
-        """Wait for what is new and queue it, events and what other processes tell."""
+        """Wait for what is new and queue it: events, and what other engines tell."""
         here = format_event_id(self.last_id)
         with self._redis.pipeline(transaction=False) as pipe:
             streams = {self._events: here, self._told: self._told_id}
             pipe.xread(streams, count=FOLLOWER_BATCH, block=REDIS_BLOCK)
             pipe.xrange(self._events, here, here)
             answer, still_here = pipe.execute()
-        if not still_here:  # trimmed away under us, or another, empty Redis: what came next is not known
+        if not still_here:  # trimmed away under us, or an empty Redis in its place
             self._has_begun = False
             self._on_gap()
             return
@@ -1304,11 +1212,9 @@ class RedisBroker(MemoryBroker):
             self.in_order(functools.partial(self._on_told, json.loads(fields["message"])))
 
 
-# ---------------------------------------------------------------------------------------------------
-# 8. Presence: who edits what
-# ---------------------------------------------------------------------------------------------------
+# == 8. Presence: who edits what =====================================================================
 
-Entry = tuple[str, str]  # a content type and the id of one of its entries
+Entry = tuple[str, str]  # a content type, and the id of one of its entries
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -1327,20 +1233,18 @@ class Editor:
 class Presence:
     """Who edits what, here and in other processes.
 
-    Changed by the dispatcher alone, in the order of events, so that what is told about a change
-    is true when it is told. An entry that nobody edits takes no memory.
+    Changed by the dispatcher alone, in the order of events, so that what is told about a change is
+    true when it is told. An entry that nobody edits takes no memory.
     """
 
     def __init__(self) -> None:
-        # A leaf: guards the index against readers in other threads (hub.editors()).
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the index against readers in other threads
         self._editors: dict[Entry, dict[str, Editor]] = {}  # by client id
 
     def start(self, entry: Entry, editor: Editor) -> bool:
         """Add an editor; return False where it was one."""
         with self._lock:
-            editors = self._editors.setdefault(entry, {})
-            return editors.setdefault(editor.client_id, editor) is editor
+            return self._editors.setdefault(entry, {}).setdefault(editor.client_id, editor) is editor
 
     def stop(self, entry: Entry, client_id: str) -> Editor | None:
         """Take an editor away and return it, or None where it was none."""
@@ -1356,9 +1260,7 @@ class Presence:
         with self._lock:
             return sorted(self._editors.get(entry, {}).values())
 
-    def everything(
-        self, process: str | None = None, client_id: str | None = None
-    ) -> list[tuple[Entry, Editor]]:
+    def everything(self, process: str | None = None, client_id: str | None = None) -> list[tuple[Entry, Editor]]:
         """Return who edits what, of one process or one client where that is given."""
         with self._lock:
             return [
@@ -1369,20 +1271,17 @@ class Presence:
             ]
 
 
-# ---------------------------------------------------------------------------------------------------
-# 9. Engine: publish, the dispatcher, the heartbeat
-# ---------------------------------------------------------------------------------------------------
+# == 9. Engine: publish, the dispatcher, the heartbeat ===============================================
+
+
 
 
 class Counters:
-    """The numbers that stats() shows and that no other part keeps."""
+    """The numbers of stats() that no other part keeps."""
 
     def __init__(self) -> None:
-        # A leaf: guards the numbers, which every thread adds to.
-        self._lock = threading.Lock()
-        self._numbers = Counter(
-            {"published": 0, "delivered": 0, "replayed": 0, "errors": 0, "slow_clients": 0}
-        )
+        self._lock = threading.Lock()  # guards the numbers, which every thread adds to
+        self._numbers = Counter({"published": 0, "delivered": 0, "replayed": 0, "errors": 0, "slow_clients": 0})
 
     def add(self, name: str, number: int = 1) -> None:
         with self._lock:
@@ -1393,71 +1292,61 @@ class Counters:
             return dict(self._numbers)
 
 
-Recipients = str | int | Iterable[str | int] | None
-
-
-def _each(users: object) -> Iterable[str | int]:
-    if not isinstance(users, Iterable) or isinstance(users, (bytes, Mapping)):
-        raise TypeError(f"to must be a user id or several, not {type(users).__name__}")
-    return users
-
-
 class Engine:
     """Everything that runs, for one hub in one process; a fork or another app gets a new one."""
 
     def __init__(self, settings: Settings, to_json: Callable[[Any], str]) -> None:
         self.settings = settings
         self.to_json = to_json
-        self.server_is_stopping: Callable[[], bool] = lambda: False
         self.counters = Counters()
         self.registry = Registry()
         self.presence = Presence()
-        self.process = secrets.token_hex(4)  # what other processes know this one by
-        self._heard_of: dict[str, float] = {}  # other processes, and when; changed by jobs alone
-        self._presence_is_due = threading.Event()
-        self._presence_told_at = 0.0  # the follower's alone
         self.broker: MemoryBroker = MemoryBroker(settings.history)
         if settings.redis_url is not None:
             self.broker = RedisBroker(settings, self._on_told, self._on_gap, self._tell_presence)
         self.closing = threading.Event()
-        self._dispatcher = threading.Thread(
-            target=self._dispatch_until_closed, name="swiftcms-ws dispatcher", daemon=True
-        )
-        self._heartbeat = threading.Thread(
-            target=self._beat_until_closed, name="swiftcms-ws heartbeat", daemon=True
-        )
+        self.server_is_stopping: Callable[[], bool] = lambda: False
+        self.process = secrets.token_hex(4)  # what other processes know this one by
+        self._heard_of: dict[str, float] = {}  # other processes, and when; changed by jobs alone
+        self._presence_is_due = threading.Event()
+        self._presence_told_at = 0.0  # the follower's alone
+        self._threads = [
+            threading.Thread(target=target, name=f"swiftcms-ws {name}", daemon=True)
+            for name, target in {"dispatcher": self._dispatch, "heartbeat": self._keep_beating}.items()
+        ]
 
     def start(self) -> None:
-        self._dispatcher.start()
-        self._heartbeat.start()
+        for thread in self._threads:
+            thread.start()
         self.broker.start()
 
-    # -- an event's way ------------------------------------------------------------------------------
+    # -- an event's way --------------------------------------------------------------------------------
 
-    def publish(self, drafts: list[Draft]) -> list[str]:
-        """Give checked events to the broker, and return their ids."""
-        event_ids = self.broker.publish(drafts)
-        self.counters.add("published", len(drafts))
-        return [format_event_id(event_id) for event_id in event_ids]
-
-    def draft(self, event_type: str, content_type: str, payload: Any, to: Recipients = None) -> Draft:
+    def draft(self, event_type: str, content_type: str, payload: Any, to: Any = None) -> Draft:
         """Check and serialise an event, in the caller's thread. See Hub.publish()."""
         check_name(event_type, "event_type")
         if event_type.partition(".")[0] == "system":
             raise ValueError(f"event_type must not be under system., the server's own: {event_type!r}")
         check_name(content_type, "content_type")
-        recipients = None
         if to is not None:
-            users = [to] if isinstance(to, (str, int)) else _each(to)
-            recipients = frozenset(check_user_id(user, "to") for user in users)
+            if not isinstance(to, (str, int, Iterable)) or isinstance(to, (bytes, Mapping)):
+                raise TypeError(f"to must be a user id or several, not {type(to).__name__}")
+            to = frozenset(check_user_id(user, "to") for user in ([to] if isinstance(to, (str, int)) else to))
         try:
             text = self.to_json(payload)
             text.encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(f"payload cannot be sent as JSON: {error}") from error
-        return event_type, content_type, text, recipients
+        return event_type, content_type, text, to
 
-    def _dispatch_until_closed(self) -> None:
+    def publish(self, drafts: list[Draft]) -> list[str]:
+        """Give events to the broker, and return their ids."""
+        event_ids = self.broker.publish(drafts)
+        self.counters.add("published", len(drafts))
+        return [format_event_id(event_id) for event_id in event_ids]
+
+    def _dispatch(self) -> None:
+        """Be the dispatcher: the one thread that delivers events, and so the one order they have."""
         while (work := self.broker.take()) is not None:
             try:
                 if isinstance(work, list):
@@ -1470,17 +1359,16 @@ class Engine:
     def _deliver(self, events: list[Event]) -> None:
         """Send each client those of `events` that it wants, in one call.
 
-        One system call for a client costs about the same with one frame as with many, and it is
-        what a delivery costs. So events that were published while others were being sent go out
-        together; none is ever held back for company.
+        One system call is what a delivery costs, and it costs about the same with many frames as
+        with one. So events that were published while others were being sent go out together; none
+        is ever held back for company.
         """
-        alike: dict[tuple[str, str, frozenset[str] | None], int] = {}  # who wants one wants the others
-        for index, event in enumerate(events):
-            route = (event.type, event.content_type, event.to)
-            alike[route] = alike.get(route, 0) | 1 << index
-        wanted: dict[Connection, int] = defaultdict(int)  # bit i stands for events[i]
-        for route, bits in alike.items():
-            for connection in self.registry.matching(*route):
+        alike: dict[tuple[str, str, frozenset[str] | None], int] = defaultdict(int)
+        for index, event in enumerate(events):  # bit i stands for events[i]
+            alike[event.type, event.content_type, event.to] |= 1 << index
+        wanted: dict[Connection, int] = defaultdict(int)
+        for (event_type, content_type, to), bits in alike.items():
+            for connection in self.registry.matching(event_type, content_type, to):
                 wanted[connection] |= bits
 
         @functools.cache
@@ -1492,7 +1380,31 @@ class Engine:
         self.broker.remember(events)
         self.counters.add("delivered", sum(bits.bit_count() for bits in wanted.values()))
 
-    # -- presence: jobs for the dispatcher; nothing of it is kept ------------------------------------
+    # -- the server's own messages ---------------------------------------------------------------------
+
+    def message(
+        self, message_type: str, payload: Mapping[str, Any], content_type: str | None = None, ref: object = None
+    ) -> bytes:
+        """Return the frame of a message."""
+        ref_json = None if ref is None else self.to_json(ref)
+        text = message_text(message_type, self.to_json(payload), now_milliseconds(), content_type, ref=ref_json)
+        # A lone surrogate, which a client can escape in JSON, may come back to it, but not as UTF-8.
+        return text_frame(text.encode("utf-8", "replace").decode())
+
+    def fail(self, connection: Connection, error: Exception, action: object = None, ref: object = None) -> None:
+        """Tell a client what went wrong, and end the connection where the error says so."""
+        self.counters.add("errors")
+        if not isinstance(error, ClientError):
+            logger.error("connection %s failed", connection.id, exc_info=error)
+            connection.close(CloseCode.SERVER_ERROR, "the server failed; this is logged there")
+            return
+        self.counters.add(f"error_{error.code}")
+        payload = {"code": error.code, "message": str(error), "action": action}
+        connection.send(self.message("system.error", payload, ref=ref))
+        if error.closes_with is not None:
+            connection.close(error.closes_with, str(error))
+
+    # -- presence: jobs for the dispatcher; nothing of it is kept --------------------------------------
 
     def editing(self, entry: Entry) -> dict[str, Any]:
         """Return what a message about an entry says of its editors."""
@@ -1509,8 +1421,7 @@ class Engine:
             self._tell_subscribers("user.stoppedEditing", entry, editor)
 
     def _tell_subscribers(self, event_type: str, entry: Entry, editor: Editor) -> None:
-        payload = {**self.editing(entry), "editor": editor.as_json()}
-        frame = self.message(event_type, payload, entry[0])
+        frame = self.message(event_type, {**self.editing(entry), "editor": editor.as_json()}, entry[0])
         for connection in self.registry.matching(event_type, entry[0], None):
             connection.send(frame)
 
@@ -1519,63 +1430,63 @@ class Engine:
         payload = {"entryId": entry[1], "editor": editor.as_json(), "change": change}
         frame = self.message("user.edited", payload, entry[0])
         others = {other.client_id for other in self.presence.editors(entry)} - {editor.client_id}
-        for connection in self.registry.connections():
+        for connection in self.registry.connections() if others else ():
             if connection.id in others:
                 connection.send(frame)
 
     def end_user(self, user_id: str) -> int:
+        """Sign a user out of this process; return of how many connections."""
         reason = "the site signed you out; sign in again"
         connections = self.registry.connections(user_id)
         return sum(connection.close(CloseCode.SIGN_IN_AGAIN, reason) for connection in connections)
 
-    # -- other processes -----------------------------------------------------------------------------
+    # -- other processes: through Redis, or there are none ---------------------------------------------
 
     def tell_others(self, do: str, **details: Any) -> None:
-        """Tell the engines of other processes. Waits for Redis, where there is one: not for jobs."""
+        """Tell the engines of other processes. May wait for Redis, and so is not for jobs."""
         self.broker.tell_others({"do": do, "process": self.process, **details})
 
     def _tell_presence(self) -> None:
-        """Tell who edits what in this process, once a heartbeat: what others have missed, this repairs.
+        """Tell who edits what in this process: what others have missed, this repairs.
 
-        The follower calls it in each of its rounds.
+        The follower calls it after each round; it is due once a heartbeat, and when someone is new.
         """
         now = time.monotonic()
-        if now - self._presence_told_at < self.settings.heartbeat and not self._presence_is_due.is_set():
-            return
-        self._presence_told_at = now
-        self._presence_is_due.clear()
-        own = self.presence.everything(process=self.process)
-        self.tell_others("presence", editors=[[*entry, dataclasses.asdict(editor)] for entry, editor in own])
+        if now - self._presence_told_at >= self.settings.heartbeat or self._presence_is_due.is_set():
+            self._presence_told_at = now
+            self._presence_is_due.clear()
+            own = self.presence.everything(process=self.process)
+            self.tell_others("presence", editors=[[*entry, dataclasses.asdict(editor)] for entry, editor in own])
 
     def _on_told(self, message: dict[str, Any]) -> None:
         """Do what the engine of another process tells; a job."""
         process = message["process"]
         if process == self.process:
             return
-        self._heard_of[process] = time.monotonic()
+        if process:
+            self._heard_of[process] = time.monotonic()
+        entry = tuple(message.get("entry", ()))
         match message["do"]:
+            case "hello":
+                self._presence_is_due.set()
             case "presence":
-                told = {
-                    (*entry, editor["client_id"]): Editor(**editor) for *entry, editor in message["editors"]
-                }
-                for entry, editor in self.presence.everything(process=process):
-                    if (*entry, editor.client_id) not in told:
-                        self.stop_editing(entry, editor.client_id)
+                told = {(t, i, editor["client_id"]): Editor(**editor) for t, i, editor in message["editors"]}
+                for (content_type, entry_id), editor in self.presence.everything(process=process):
+                    if (content_type, entry_id, editor.client_id) not in told:
+                        self.stop_editing((content_type, entry_id), editor.client_id)
                 for (content_type, entry_id, _), editor in told.items():
                     self.start_editing((content_type, entry_id), editor)
             case "start":
-                self.start_editing(tuple(message["entry"]), Editor(**message["editor"]))
+                self.start_editing(entry, Editor(**message["editor"]))
             case "stop":
-                self.stop_editing(tuple(message["entry"]), message["client_id"])
+                self.stop_editing(entry, message["client_id"])
             case "change":
-                self.relay_change(tuple(message["entry"]), Editor(**message["editor"]), message["change"])
+                self.relay_change(entry, Editor(**message["editor"]), message["change"])
             case "disconnect":
                 self.end_user(message["user_id"])
-            case "hello":
-                self._presence_is_due.set()
 
     def _forget_silent_processes(self) -> None:
-        """Let the editors of processes that died, or that Redis does not reach, stop editing; a job."""
+        """Let the editors of processes that died, or that Redis does not reach, stop; a job."""
         silence = self.settings.heartbeat * SILENT_HEARTBEATS
         for process, heard in list(self._heard_of.items()):
             if time.monotonic() - heard > silence:
@@ -1585,48 +1496,14 @@ class Engine:
 
     def _on_gap(self) -> None:
         """Send everyone away, to come back with an id that is not known any more, and so hear of it."""
-        logger.warning("Redis lost events, or was replaced: all clients are told to come back")
+        logger.warning("Redis has lost events, or was replaced: all clients are told to come back")
         for connection in self.registry.connections():
             connection.close(CloseCode.GOING_AWAY, "events may be lost; come back with since")
 
-    # -- other messages ------------------------------------------------------------------------------
+    # -- the heartbeat ---------------------------------------------------------------------------------
 
-    def message(
-        self,
-        message_type: str,
-        payload: Mapping[str, Any],
-        content_type: str | None = None,
-        ref: object = None,
-    ) -> bytes:
-        """Return the frame of a message of the server's own."""
-        text = message_text(
-            message_type,
-            self.to_json(payload),
-            content_type,
-            milliseconds=time.time_ns() // 1_000_000,
-            ref=None if ref is None else self.to_json(ref),
-        )
-        # A client's escaped lone surrogate can come back to it in an answer, but not as UTF-8.
-        return text_frame(text.encode("utf-8", "replace").decode())
-
-    def fail(
-        self, connection: Connection, error: Exception, action: object = None, ref: object = None
-    ) -> None:
-        """Tell a client what went wrong, and end the connection where the error says so."""
-        self.counters.add("errors")
-        if isinstance(error, ClientError):
-            self.counters.add(f"error_{error.code}")
-            payload = {"code": error.code, "message": str(error), "action": action}
-            connection.send(self.message("system.error", payload, ref=ref))
-            if error.closes_with is not None:
-                connection.close(error.closes_with, str(error))
-        else:
-            logger.error("connection %s failed", connection.id, exc_info=error)
-            connection.close(CloseCode.SERVER_ERROR, "the server failed; this is logged there")
-
-    # -- the heartbeat -------------------------------------------------------------------------------
-
-    def _beat_until_closed(self) -> None:
+    def _keep_beating(self) -> None:
+        """Be the heartbeat: look after everyone, and beat when it is time."""
         interval = self.settings.heartbeat
         next_beat = time.monotonic() + interval
         while not self.closing.wait(max(0.0, min(LOOK_SECONDS, next_beat - time.monotonic()))):
@@ -1646,52 +1523,52 @@ class Engine:
 
     def _beat(self) -> None:
         """Send both kinds of heartbeat: one for scripts, one that every WebSocket library answers."""
-        both = self.message("system.heartbeat", {}) + ping_frame()
+        both = self.message("system.heartbeat", {}) + bytes(framer().ping())
         for connection in self.registry.connections():
             connection.send(both)
 
     def _end_what_is_over(self, now: float, wall_clock: float) -> None:
-        """End who is silent, or has not signed in, or whose token has run out."""
+        """End who is silent, who has not signed in in time, and whose token has run out."""
         silence = self.settings.heartbeat * MISSED_HEARTBEATS
         for connection in self.registry.connections():
             user = connection.user
             if connection.is_ending:
                 continue
             if now - connection.last_heard > silence:
-                connection.close(
-                    CloseCode.NO_SIGN_OF_LIFE, f"nothing heard for {silence:g} seconds; come back with since"
-                )
+                reason = f"nothing heard for {silence:g} seconds; come back with since"
+                connection.close(CloseCode.NO_SIGN_OF_LIFE, reason)
             elif user is None:
                 if self.settings.auth == "required" and now - connection.opened_at > SIGN_IN_SECONDS:
-                    sentence = (
-                        f"no token within {SIGN_IN_SECONDS:g} seconds; come back and authenticate first"
-                    )
+                    sentence = f"no token within {SIGN_IN_SECONDS:g} seconds; come back and authenticate first"
                     self.fail(connection, ClientError("auth_required", sentence, CloseCode.SIGN_IN_AGAIN))
             elif user.expires_at is not None and user.expires_at <= wall_clock:
                 sentence = "the token has run out; come back with a fresh one"
                 self.fail(connection, ClientError("token_expired", sentence, CloseCode.SIGN_IN_AGAIN))
 
-    # -- the end -------------------------------------------------------------------------------------
+    # -- the end ---------------------------------------------------------------------------------------
 
     def flush(self, timeout: float) -> bool:
+        """Wait until all that was published before is with the sockets. See Hub.flush()."""
         deadline = time.monotonic() + timeout
         if not self.broker.is_caught_up(timeout):
             return False
         try:
             everyone = self.broker.in_order(self.registry.connections)
-            connections = everyone.result(deadline - time.monotonic())
-        except CancelledError:  # closed, and so dispatched
+            connections = everyone.result(max(0, deadline - time.monotonic()))
+        except CancelledError:  # closed, and so all is dispatched
             connections = self.registry.connections()
         except FutureTimeoutError:
             return False
         return all(connection.wait_until_written(deadline) for connection in connections)
 
     def close(self, timeout: float) -> bool:
+        """End every connection and all threads. See Hub.close()."""
         deadline = time.monotonic() + timeout
         self.closing.set()
         self.broker.close()
-        if self._dispatcher.is_alive():
-            self._dispatcher.join(timeout)
+        for thread in self._threads:
+            if thread is not threading.current_thread() and thread.is_alive():
+                thread.join(timeout / 4)
         for connection in self.registry.connections():
             connection.close(CloseCode.GOING_AWAY, "the server is going away; come back with since")
         is_empty = self.registry.wait_until_empty(deadline)
@@ -1699,9 +1576,7 @@ class Engine:
         return is_empty
 
 
-# ---------------------------------------------------------------------------------------------------
-# 10. Conversation: what a client's messages do
-# ---------------------------------------------------------------------------------------------------
+# == 10. Conversation: what a client's messages do ===================================================
 
 
 class Conversation:
@@ -1717,101 +1592,99 @@ class Conversation:
         self._allowance = self._burst = engine.settings.rate * RATE_BURST
         self._allowance_at = time.monotonic()
 
-    def greeting(self) -> bytes:
-        """Return the first message of every connection."""
+    def greet(self) -> None:
+        """Send the first message of every connection."""
         user = self._connection.user
         payload = {
             "clientId": self._connection.id,
-            "userId": user and user.id,
+            "userId": user.id if user else None,
             "heartbeat": self._engine.settings.heartbeat,
             "lastId": format_event_id(self._engine.broker.last_id),
         }
-        return self._engine.message("system.connected", payload)
+        self._answer("system.connected", payload)
 
     def begin(self, library: Any) -> None:
+        """Let the connection's reader hand us what the client sends."""
         limit = self._engine.settings.max_message
-        self._connection.open(library, self.handle, self.pinged, self.fail, limit)
+        self._connection.begin(library, limit, self.handle, self._handle_pings, self.fail)
 
     def handle(self, data: str | bytes) -> None:
         """Carry out one message, or answer with what is wrong with it."""
         action = ref = None
         try:
-            self._keep_to_the_rate(1, time.monotonic())
+            self._keep_to_the_rate(1)
             message = parse_message(data)
-            action = message.get("action") if isinstance(message.get("action"), str) else None
+            action = message["action"][:NAME_LENGTH] if isinstance(message.get("action"), str) else None
             ref = self._ref(message)
             carry_out = self._action(message)
-            if carry_out is not authenticate and self._must_sign_in():
+            if self._must_sign_in() and carry_out is not ACTIONS["authenticate"]:
                 raise ClientError("auth_required", "sign in first: send authenticate with a token")
             carry_out(self, message, ref)
         except ClientError as error:
-            self._engine.fail(self._connection, error, action and action[:NAME_LENGTH], ref)
+            self._engine.fail(self._connection, error, action, ref)
         except CancelledError:  # the server is going away, and this connection with it
             pass
         except BrokerAway as error:
-            logger.info("sent a client away: %s", error)
-            self._connection.close(
-                CloseCode.GOING_AWAY, "the history cannot be read now; come back with since"
-            )
+            logger.info("sent client %s away: %s", self._connection.id, error)
+            self._connection.close(CloseCode.GOING_AWAY, "the history cannot be read now; come back with since")
 
     def fail(self, error: Exception) -> None:
         self._engine.fail(self._connection, error)
 
-    def answer(
-        self, message_type: str, payload: Mapping[str, Any], ref: object, content_type: str | None = None
-    ) -> None:
-        self._connection.send(self._engine.message(message_type, payload, content_type, ref))
-
-    def pinged(self, count: int) -> None:
+    def _handle_pings(self, count: int) -> None:
         """Count pings, which cost us as much as messages do."""
         try:
-            self._keep_to_the_rate(count, time.monotonic())
+            self._keep_to_the_rate(count)
         except ClientError as error:
             self.fail(error)
 
-    def _keep_to_the_rate(self, count: int, now: float) -> None:
-        refilled = self._allowance + (now - self._allowance_at) * self._engine.settings.rate
-        self._allowance = min(self._burst, refilled) - count
-        self._allowance_at = now
+    def _keep_to_the_rate(self, count: int) -> None:
+        now, rate = time.monotonic(), self._engine.settings.rate
+        refilled = self._allowance + (now - self._allowance_at) * rate
+        self._allowance, self._allowance_at = min(self._burst, refilled) - count, now
         if self._allowance < -self._burst:
             sentence = "far too many messages; come back in a minute, slower"
             raise ClientError("rate_limited", sentence, CloseCode.TOO_MANY_MESSAGES)
         if self._allowance < 0:
-            raise ClientError(
-                "rate_limited", f"too many messages; send {self._engine.settings.rate:g} a second at most"
-            )
+            raise ClientError("rate_limited", f"too many messages; send {rate:g} a second at most")
 
     def _must_sign_in(self) -> bool:
         return self._engine.settings.auth == "required" and self._connection.user is None
 
     @staticmethod
     def _ref(message: Mapping[str, Any]) -> str | int | float | None:
-        if "ref" not in message:
-            return None
-        ref = message["ref"]
+        ref = message.get("ref", "")
         if isinstance(ref, bool) or not isinstance(ref, (str, int, float)):
             raise ClientError("invalid_message", f"`ref` must be a string or a number, not {describe(ref)}")
-        return ref
+        return message.get("ref")
 
     @staticmethod
     def _action(message: Mapping[str, Any]) -> Action:
         name = text_field(message, "action")
         if name not in ACTIONS:
-            raise ClientError(
-                "unknown_action",
-                f"there is no action {json.dumps(name[:NAME_LENGTH])}{did_you_mean(name, ACTIONS)}; there are {', '.join(ACTIONS)}",
-            )
+            wrong = f"there is no action {json.dumps(name[:NAME_LENGTH])}{did_you_mean(name, ACTIONS)}"
+            raise ClientError("unknown_action", f"{wrong}; there are {', '.join(ACTIONS)}")
         return ACTIONS[name]
 
-    # The actions. Each is short, and all that it needs is above.
+    def _check_allowed(self, event_type: str, content_type: str) -> None:
+        if not self._is_allowed(self._connection.user, event_type, content_type):
+            raise ClientError("forbidden", f"you may not have {event_type} of content type {content_type}")
+
+    def _answer(
+        self, message_type: str, payload: Mapping[str, Any], ref: object = None, content_type: str | None = None
+    ) -> None:
+        self._connection.send(self._engine.message(message_type, payload, content_type, ref))
+
+    # -- the actions -----------------------------------------------------------------------------------
 
     def subscribe(self, message: Mapping[str, Any], ref: object) -> None:
         pattern = parse_pattern(message)
         since = parse_event_id(message["since"]) if "since" in message else None
         self._check_allowed(*pattern)
-        fetched = None if since is None else self._engine.broker.fetch_after(since)
+        broker = self._engine.broker
+        fetched = None if since is None else broker.fetch_after(since)
         # Between two events, so that what is replayed ends exactly where what is live begins.
-        self._engine.broker.in_order(lambda: self._subscribe_now(pattern, since, fetched, ref)).result()
+        broker.in_order(lambda: self._subscribe_now(pattern, since, fetched, ref)).result()
 
     def _subscribe_now(
         self, pattern: Pattern, since: EventId | None, fetched: list[Event] | None, ref: object
@@ -1819,44 +1692,38 @@ class Conversation:
         engine, connection = self._engine, self._connection
         newer = [] if since is None else engine.broker.events_after(since, fetched)
         missed = engine.registry.missed(connection, pattern, newer or [])
-        start = engine.broker.position if since is None or newer is None else since
+        start = engine.broker.delivered if since is None or newer is None else since
         engine.registry.subscribe(connection, pattern, start, engine.settings.max_subscriptions)
-        payload = {
-            "type": pattern[0],
-            "contentType": pattern[1],
-            "recovered": newer is not None,
-            "replayed": len(missed),
-        }
-        self.answer("system.subscribed", payload, ref)
+        recovery = {"recovered": newer is not None, "replayed": len(missed)}
+        self._answer("system.subscribed", {"type": pattern[0], "contentType": pattern[1], **recovery}, ref)
         for event in missed:
-            connection.send(event.frame, replay=True)
+            connection.send(event.frame, is_replay=True)
         engine.counters.add("replayed", len(missed))
 
     def unsubscribe(self, message: Mapping[str, Any], ref: object) -> None:
         pattern = parse_pattern(message)
-        everything = "type" not in message and "contentType" not in message
-        removed = self._engine.registry.unsubscribe(self._connection, None if everything else pattern)
+        is_one = "type" in message or "contentType" in message
+        removed = self._engine.registry.unsubscribe(self._connection, pattern if is_one else None)
         payload = {"type": pattern[0], "contentType": pattern[1], "removed": removed}
-        self.answer("system.unsubscribed", payload, ref)
+        self._answer("system.unsubscribed", payload, ref)
 
     def authenticate(self, message: Mapping[str, Any], ref: object) -> None:
         engine, connection = self._engine, self._connection
         user = check_token(engine.settings, text_field(message, "token"))
         if connection.user is not None and connection.user.id != user.id:
-            raise ClientError(
-                "invalid_token",
-                "the token is another user's than this connection's; open a new connection for it",
-            )
-        broker, registry = engine.broker, engine.registry
-        broker.in_order(lambda: registry.sign_in(connection, user, broker.position)).result()
+            raise ClientError("invalid_token", "the token is of another user; open a new connection for it")
+        # Between two events, so that it is known which of those to this user have reached it.
+        engine.broker.in_order(
+            lambda: engine.registry.sign_in(connection, user, engine.broker.delivered)
+        ).result()
         expires_at = timestamp(int(user.claims["exp"] * 1000))
-        self.answer("system.authenticated", {"userId": user.id, "expiresAt": expires_at}, ref)
+        self._answer("system.authenticated", {"userId": user.id, "expiresAt": expires_at}, ref)
 
     def pong(self, message: Mapping[str, Any], ref: object) -> None:
-        """A sign of life, as all that is received: the connection has noted it already."""
+        """Do nothing: whatever is received is a sign of life, and the connection has noted it."""
 
     def heartbeat(self, message: Mapping[str, Any], ref: object) -> None:
-        self.answer("system.heartbeat", {}, ref)
+        self._answer("system.heartbeat", {}, ref)
 
     def edit_start(self, message: Mapping[str, Any], ref: object) -> None:
         entry = self._entry(message)
@@ -1865,15 +1732,14 @@ class Conversation:
 
     def _start_now(self, entry: Entry, ref: object) -> Editor:
         engine, connection = self._engine, self._connection
-        own = engine.presence.everything(client_id=connection.id)
-        if len(own) >= engine.settings.max_subscriptions:
-            sentence = f"a connection may edit {len(own)} entries at once; stop editing one first"
-            raise ClientError("too_many_subscriptions", sentence)
-        since = timestamp(time.time_ns() // 1_000_000)
-        editor = Editor(since, connection.id, connection.user.id if connection.user else None, engine.process)
+        limit = engine.settings.max_subscriptions
+        if len(engine.presence.everything(client_id=connection.id)) >= limit:
+            raise ClientError("too_many_subscriptions", f"{limit} open entries are the most; stop editing one")
+        user_id = connection.user.id if connection.user else None
+        editor = Editor(timestamp(now_milliseconds()), connection.id, user_id, engine.process)
         if connection in engine.registry:  # or it has ended while this was on its way
             engine.start_editing(entry, editor)
-        self.answer("system.editing", engine.editing(entry), ref, entry[0])
+        self._answer("system.editing", engine.editing(entry), ref, entry[0])
         return editor
 
     def edit_stop(self, message: Mapping[str, Any], ref: object) -> None:
@@ -1883,13 +1749,13 @@ class Conversation:
 
     def _stop_now(self, entry: Entry, ref: object) -> None:
         self._engine.stop_editing(entry, self._connection.id)
-        self.answer("system.editing", self._engine.editing(entry), ref, entry[0])
+        self._answer("system.editing", self._engine.editing(entry), ref, entry[0])
 
     def edit_change(self, message: Mapping[str, Any], ref: object) -> None:
         entry = self._entry(message)
         if "payload" not in message:
             hint = did_you_mean("payload", message)
-            raise ClientError("invalid_message", f"the message has no `payload`{hint}; it is the change")
+            raise ClientError("invalid_message", f"the message has no `payload`{hint}; it is the change, any JSON")
         change = message["payload"]
         editor = self._engine.broker.in_order(lambda: self._relay_now(entry, change)).result()
         self._engine.tell_others("change", entry=entry, editor=dataclasses.asdict(editor), change=change)
@@ -1901,16 +1767,8 @@ class Conversation:
                 return editor
         raise ClientError("not_editing", f"send editStart for entry {describe(entry[1])} first")
 
-    def stop_all_editing(self) -> None:
-        """End what the connection edited, when it has ended."""
-        engine, client_id = self._engine, self._connection.id
-        entries = [entry for entry, _ in engine.presence.everything(client_id=client_id)]
-        for entry in entries:
-            engine.broker.in_order(functools.partial(engine.stop_editing, entry, client_id))
-            engine.tell_others("stop", entry=entry, client_id=client_id)
-
     def presence(self, message: Mapping[str, Any], ref: object) -> None:
-        _, content_type = parse_pattern({**message, "type": "*"})
+        content_type = parse_pattern({**message, "type": "*"})[1]
         entry_id = text_field(message, "entryId") if "entryId" in message else None
         self._check_allowed("user.editing", content_type)
         edited = sorted({entry for entry, _ in self._engine.presence.everything()})
@@ -1919,7 +1777,7 @@ class Conversation:
             for entry in edited
             if content_type in ("*", entry[0]) and entry_id in (None, entry[1])
         ]
-        self.answer("system.presence", {"entries": entries}, ref)
+        self._answer("system.presence", {"entries": entries}, ref)
 
     def _entry(self, message: Mapping[str, Any]) -> Entry:
         content_type, entry_id = text_field(message, "contentType"), text_field(message, "entryId")
@@ -1930,17 +1788,29 @@ class Conversation:
         self._check_allowed("user.editing", content_type)
         return content_type, entry_id
 
-    def _check_allowed(self, event_type: str, content_type: str) -> None:
-        if not self._is_allowed(self._connection.user, event_type, content_type):
-            raise ClientError("forbidden", f"you may not have {event_type} of content type {content_type}")
+    def stop_all_editing(self) -> None:
+        """End what the connection was editing, once it has ended itself."""
+        engine, client_id = self._engine, self._connection.id
+        for entry, _ in engine.presence.everything(client_id=client_id):
+            engine.broker.in_order(functools.partial(engine.stop_editing, entry, client_id))
+            engine.tell_others("stop", entry=entry, client_id=client_id)
+
+
+def text_field(message: Mapping[str, Any], name: str) -> str:
+    """Return a field that must be there and be a string, or raise ClientError."""
+    if name not in message:
+        hint = did_you_mean(name, message)
+        raise ClientError("invalid_message", f"the message has no `{name}`{hint}; it must be a string")
+    if not isinstance(message[name], str):
+        raise ClientError("invalid_message", f"`{name}` must be a string, not {describe(message[name])}")
+    return cast(str, message[name])
 
 
 Action = Callable[[Conversation, Mapping[str, Any], object], None]
-authenticate = Conversation.authenticate
 ACTIONS: dict[str, Action] = {
     "subscribe": Conversation.subscribe,
     "unsubscribe": Conversation.unsubscribe,
-    "authenticate": authenticate,
+    "authenticate": Conversation.authenticate,
     "pong": Conversation.pong,
     "heartbeat": Conversation.heartbeat,
     "editStart": Conversation.edit_start,
@@ -1949,37 +1819,21 @@ ACTIONS: dict[str, Action] = {
     "presence": Conversation.presence,
 }
 
-
-def text_field(message: Mapping[str, Any], name: str) -> str:
-    """Return a field that must be there and be a string, or raise ClientError."""
-    if name not in message:
-        raise ClientError(
-            "invalid_message",
-            f"the message has no `{name}`{did_you_mean(name, message)}; it must be a string",
-        )
-    if not isinstance(message[name], str):
-        raise ClientError("invalid_message", f"`{name}` must be a string, not {describe(message[name])}")
-    return cast(str, message[name])
-
-
-# ---------------------------------------------------------------------------------------------------
-# 11. Flask: the hub, its blueprint, the handshake and the hooks
-# ---------------------------------------------------------------------------------------------------
+# == 11. Flask: the hub, its blueprint, the handshake and the hooks ==================================
 
 SOCKET_KEYS = ("werkzeug.socket", "gunicorn.socket")  # where a server leaves it in the environ
-_CONNECTION_KEY = "swiftcms_ws.connection"
-_QUIET_SECONDS = 60.0  # between two log lines of one kind that clients can cause
-
-ADVICE = {  # what a site can do where the limits are too tight for it
+SERVERS_THAT_CAN = "run the site with flask run or gunicorn -k gthread --threads 100"
+CONNECTION_KEY = "swiftcms_ws.connection"
+WHY_ENDED = {  # and which key is too tight, if it is
     CloseCode.MESSAGE_TOO_BIG: "its message was over SWIFTCMS_WS_MAX_MESSAGE",
     CloseCode.TOO_SLOW: "more than SWIFTCMS_WS_MAX_QUEUE bytes were waiting for it",
-    CloseCode.SIGN_IN_AGAIN: "not signed in in time, its token ran out, or the site signed it out",
+    CloseCode.SIGN_IN_AGAIN: "it had not signed in in time, its token ran out, or the site signed it out",
     CloseCode.NO_SIGN_OF_LIFE: "nothing was heard from it for two heartbeats (SWIFTCMS_WS_HEARTBEAT)",
     CloseCode.TOO_MANY_MESSAGES: "it kept on sending more than SWIFTCMS_WS_RATE messages a second",
 }
 
-Identify = TypeVar("Identify", bound=Callable[[], "str | int | None"])
-Authorize = TypeVar("Authorize", bound=Callable[["User | None", str, str], bool])
+Identify = TypeVar("Identify", bound="Callable[[], str | int | None]")
+Authorize = TypeVar("Authorize", bound="Callable[[User | None, str, str], bool]")
 
 
 class HandshakeRefused(Exception):
@@ -1991,7 +1845,7 @@ class HandshakeRefused(Exception):
 
 
 class Hub:
-    """What a site talks to: `publish` and the hooks, and a blueprint with the `/ws` route.
+    """What a site talks to: publish(), the hooks, and a blueprint with the /ws route.
 
     One hub serves one app at a time; registered with another app it ends its connections and
     starts anew there. Without an app, in a script or a task queue, `redis_url` (or the environment
@@ -2014,27 +1868,29 @@ class Hub:
         self._redis_url = redis_url
         self._identify: Callable[[], str | int | None] | None = None
         self._authorize: Callable[[User | None, str, str], bool] | None = None
-        # Guards the making of `_engine`, which is set once it is whole and so is read without.
+        # Held while `_engine` is made. It is set when it is whole, and so is read without.
         self._starting = threading.Lock()
         self._engine: Engine | None = None
-        self._last_said: dict[str, float] = {}  # racy, and harmless: a line twice at the worst
+        self._last_said: dict[str, float] = {}  # without a lock: at the worst a line is logged twice
         _hubs.add(self)
 
-    # -- what a site calls ---------------------------------------------------------------------------
+    # -- what a site calls -----------------------------------------------------------------------------
 
     def init_app(self, app: Flask, **options: Any) -> None:
         """Register the blueprint, for an application factory.
 
-        `options` are those of Flask.register_blueprint(), such as `url_prefix`. A second hub in one
-        app needs a `name` of its own. Raises ValueError for a SWIFTCMS_WS_… key that will not do.
+        `options` are those of Flask.register_blueprint(), such as `url_prefix`; a second hub of an
+        app needs a `name`. Raises ValueError, naming it, for a SWIFTCMS_WS_… key that will not do.
         """
         app.register_blueprint(self.blueprint, **options)
 
-    def publish(self, event_type: str, content_type: str, payload: Any, *, to: Recipients = None) -> str:
+    def publish(
+        self, event_type: str, content_type: str, payload: Any, *, to: str | int | Iterable[str | int] | None = None
+    ) -> str:
         """Send an event to everyone who subscribes to it, and return its id.
 
-        Takes the same short time however many there are, from any thread, without a context. Call
-        it once what it tells of is committed: a client may ask for it at once.
+        Takes the same short time however many there are, in any thread, without a context. Call it
+        once what it tells of is committed: a client may ask for that at once.
 
         event_type:    such as "content.created": words joined by dots, none under "system."
         content_type:  such as "posts"
@@ -2042,14 +1898,14 @@ class Hub:
         to:            a user id, or several, to whom alone it goes; None: to all
 
         Raises TypeError or ValueError, naming the argument, with nothing sent; and PublishError,
-        within two seconds, where the broker cannot take it.
+        within two seconds, where Redis does not take it.
         """
         return self.publish_many([(event_type, content_type, payload, to)])[0]
 
     def publish_many(self, events: Iterable[tuple[Any, ...]]) -> list[str]:
-        """Send events, each a tuple of publish()'s arguments; return their ids, in the same order.
+        """Send events, each a tuple of publish()'s arguments in their order; return their ids.
 
-        With Redis this is one round trip for all. What one of them raises, it raises before any is sent.
+        Raises as publish() does, with none of them sent. With Redis all are one round trip.
         """
         engine = self._running()
         events = list(events)
@@ -2064,8 +1920,8 @@ class Hub:
     def identify(self, hook: Identify) -> Identify:
         """Register `hook() -> user id or None`: who is the user of the handshake's request?
 
-        It runs in a request context of its own, so `session` and login extensions work. A token in
-        the handshake goes before it.
+        It runs in a request context of its own, so `session` and login extensions work in it. A
+        token in the handshake goes before it.
         """
         self._identify = hook
         return hook
@@ -2073,8 +1929,9 @@ class Hub:
     def authorize(self, hook: Authorize) -> Authorize:
         """Register `hook(user, event_type, content_type) -> bool`: may this user subscribe to this?
 
-        `user` is a User or None. The other two are the pattern as the client sent it: "content.*"
-        and "*" too, so answer for all that it matches. Runs in a request context of its own.
+        `user` is a User or None. The others are the pattern as the client sent it, so "content.*"
+        or "*" too: answer for all that it matches. Editing asks for "user.editing". Runs in a
+        request context of its own.
         """
         self._authorize = hook
         return hook
@@ -2082,16 +1939,14 @@ class Hub:
     def issue_token(self, user_id: str | int, expires_in: float = 3600, **claims: Any) -> str:
         """Return a JWT that `authenticate` takes, for `expires_in` seconds.
 
-        Raises ValueError where there is no key, or the algorithm is one that is checked with a
-        public key: whoever has the private one signs those.
+        Raises ValueError where there is no key to sign with, or only one to check with.
         """
         settings = self._current_settings()
+        algorithm = settings.jwt_algorithms[0]
         if settings.jwt_key is None:
             raise ValueError("there is no key to sign with: set SECRET_KEY or SWIFTCMS_WS_JWT_KEY")
-        if not settings.jwt_algorithms[0].startswith("HS"):
-            raise ValueError(
-                f"SWIFTCMS_WS_JWT_KEY only checks {settings.jwt_algorithms[0]} tokens; sign them with the private key"
-            )
+        if not algorithm.startswith("HS"):
+            raise ValueError(f"SWIFTCMS_WS_JWT_KEY only checks {algorithm}: sign with the private key, elsewhere")
         return sign_token(settings, check_user_id(user_id, "user_id"), time.time(), expires_in, claims)
 
     def stats(self) -> dict[str, int]:
@@ -2112,15 +1967,14 @@ class Hub:
             **engine.counters.as_dict(),
         }
 
-    def editors(self, content_type: str, entry_id: str) -> list[dict[str, Any]]:
+    def editors(self, content_type: str, entry_id: str | int) -> list[dict[str, Any]]:
         """Return who has an entry open for editing: dicts of `clientId`, `userId` and `since`."""
         editors = self._running().presence.editors((content_type, str(entry_id)))
         return [editor.as_json() for editor in editors]
 
     def disconnect(self, user_id: str | int) -> int:
         """End a user's connections, for a logout or a ban; return how many there were in this process."""
-        user = check_user_id(user_id, "user_id")
-        engine = self._running()
+        user, engine = check_user_id(user_id, "user_id"), self._running()
         engine.tell_others("disconnect", user_id=user)
         return engine.end_user(user)
 
@@ -2129,10 +1983,10 @@ class Hub:
         return self._running().flush(timeout)
 
     def close(self, timeout: float = CLOSE_SECONDS) -> bool:
-        """End every connection with 1001 and take no more; False where some linger after `timeout` seconds."""
+        """End every connection with 1001, and take no more; False where some linger after `timeout` seconds."""
         return self._engine is None or self._engine.close(timeout)
 
-    # -- starting ------------------------------------------------------------------------------------
+    # -- starting --------------------------------------------------------------------------------------
 
     def _registered(self, app: Flask) -> None:
         self._settings = Settings.from_config(app.config)
@@ -2146,18 +2000,17 @@ class Hub:
                 access_log.addFilter(_hide_token)
 
     def _current_settings(self) -> Settings:
-        """Return the settings, once they cannot have changed: Flask wants configuration done by now."""
-        settings, key = self._settings, None
+        """Return the settings as they are at first use, when configuration is over. Raises ValueError."""
+        settings, secret_key = self._settings, None
         if self._app is not None:
-            settings, key = Settings.from_config(self._app.config), self._app.secret_key
+            settings, secret_key = Settings.from_config(self._app.config), self._app.secret_key
         for field in dataclasses.fields(settings):
             if getattr(settings, field.name) != getattr(self._settings, field.name):
-                name = CONFIG_PREFIX + field.name.upper()
-                raise ValueError(
-                    f"config key {name} was set after the blueprint was registered; set it before"
-                )
+                key = CONFIG_PREFIX + field.name.upper()
+                raise ValueError(f"config key {key} was set after the blueprint was registered; set it before")
         redis_url = settings.redis_url or self._redis_url or os.environ.get(f"{CONFIG_PREFIX}REDIS_URL")
-        return dataclasses.replace(settings, jwt_key=settings.jwt_key or key or None, redis_url=redis_url)
+        jwt_key = settings.jwt_key or secret_key or None
+        return dataclasses.replace(settings, jwt_key=jwt_key, redis_url=redis_url)
 
     def _running(self) -> Engine:
         """Return the engine, which starts with the first use of the hub in this process."""
@@ -2165,94 +2018,82 @@ class Hub:
             with self._starting:
                 if self._engine is None:
                     app = self._app or Flask(__name__)
-                    engine = Engine(
-                        self._current_settings(), lambda value: app.json.dumps(value, allow_nan=False)
-                    )
+                    # NaN is no JSON: the browser of everyone who gets it would throw.
+                    engine = Engine(self._current_settings(), lambda value: app.json.dumps(value, allow_nan=False))
                     _warn_of_a_short_key(engine.settings)
                     engine.start()
                     self._engine = engine
         return self._engine
 
-    def _forget_engine(self) -> None:
+    def forget_engine(self) -> None:
         """Start anew in a forked child, where the threads do not exist and locks may be held for ever."""
         self._starting = threading.Lock()
         self._engine = None
 
-    # -- the handshake -------------------------------------------------------------------------------
+    # -- the handshake ---------------------------------------------------------------------------------
 
     def _before_request(self) -> None:
-        """Refuse a handshake as HTTP, or make its connection; other requests pass."""
-        if not _is_handshake():
+        """Make the connection of a handshake, or refuse it as HTTP; let other requests pass."""
+        if (request.endpoint or "").rpartition(".")[2] != "websocket":
             return
-        engine = self._running()
-        environ = request.environ
+        engine, environ = self._running(), request.environ
         socket_key = self._check_server(engine)
         self._check_origin(engine.settings)
         user = self._find_user(engine.settings)
-        if engine.closing.is_set() or not engine.registry.reserve(engine.settings.max_connections):
-            raise self._full(engine)
-        # The library takes its socket from here, and so writes nothing past the connection.
+        self._take_place(engine)
+        # The library takes its socket from here, and so can write nothing past the connection.
         connection = Connection(environ[socket_key], engine.settings.max_queue, user)
-        environ[socket_key] = ReaderSocket(connection)
-        environ[_CONNECTION_KEY] = connection
+        environ[socket_key], environ[CONNECTION_KEY] = ReaderSocket(connection), connection
         # No compression (PROTOCOL.md): one frame goes to all clients as it is.
         environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
 
     def _check_server(self, engine: Engine) -> str:
         """Return where the socket is, or raise where this server cannot serve a WebSocket."""
         environ = request.environ
-        cure = "run it with Werkzeug (flask run, threaded) or gunicorn -k gthread --threads 100"
         socket_key = next((key for key in SOCKET_KEYS if key in environ), None)
-        if socket_key is None:
+        if socket_key is None or not environ.get("wsgi.multithread"):
             server = environ.get("SERVER_SOFTWARE", "this server")
-            raise self._cannot_serve(f"{server} gives no access to the socket; {cure}")
-        if not environ.get("wsgi.multithread"):
-            raise self._cannot_serve(f"one WebSocket would hold this server's only thread; {cure}")
+            lacks = "gives no access to the socket" if socket_key is None else "has one thread, which it would hold"
+            self._say("refused a WebSocket: %s %s; %s", server, lacks, SERVERS_THAT_CAN)
+            raise HandshakeRefused(501, "not_supported", f"{server} {lacks}; {SERVERS_THAT_CAN}")
         worker = _gunicorn_worker()
         if worker is not None:
             engine.server_is_stopping = lambda: not worker.alive
-            if worker.cfg.threads <= engine.settings.max_connections:
+            threads, limit = worker.cfg.threads, engine.settings.max_connections
+            if threads <= limit:
                 self._say(
-                    "gunicorn has %s threads and each WebSocket holds one: set SWIFTCMS_WS_MAX_CONNECTIONS"
-                    " to fewer than --threads (it is %s), or %s clients stop the whole site",
-                    worker.cfg.threads,
-                    engine.settings.max_connections,
-                    worker.cfg.threads,
-                    once=True,
-                )
+                    "gunicorn has %s threads and each WebSocket holds one, so %s clients would stop the whole"
+                    " site: set SWIFTCMS_WS_MAX_CONNECTIONS (now %s) below --threads",
+                    threads, threads, limit, once=True,
+                )  # fmt: skip
         if environ.get("wsgi.multiprocess") and engine.settings.redis_url is None:
             self._say(
-                "there are several server processes: an event reaches the clients of the process that"
-                " publishes it only; set SWIFTCMS_WS_REDIS_URL, or run one process with threads",
+                "there are several server processes, and an event reaches only the clients of the one that"
+                " publishes it: set SWIFTCMS_WS_REDIS_URL, or run one process with threads",
                 once=True,
             )
         return socket_key
 
-    def _cannot_serve(self, message: str) -> HandshakeRefused:
-        self._say("refused a WebSocket: %s", message)
-        return HandshakeRefused(501, "not_supported", message)
-
     def _check_origin(self, settings: Settings) -> None:
-        """Refuse pages of other sites, which would come with the user's cookies (RFC 6455 section 10.2)."""
+        """Refuse pages of other sites: they come with the user's cookies (RFC 6455 section 10.2)."""
         origin = request.headers.get("Origin")
-        if origin is None or settings.origins == "*":
+        if origin is None or settings.origins == "*":  # None: not a browser
             return
         if settings.origins is None:
-            allowed = _host_and_port(origin) == _host_and_port(
-                f"{origin.partition('://')[0]}://{request.host}"
-            )
+            here = f"{origin.partition('://')[0]}://{request.host}"  # a proxy may have ended the TLS
+            is_allowed = _host_and_port(origin) == _host_and_port(here) != None  # noqa: E711
         else:
-            allowed = origin.lower() in [each.lower().rstrip("/") for each in settings.origins]
-        if not allowed:
+            is_allowed = origin.lower() in [each.lower().rstrip("/") for each in settings.origins]
+        if not is_allowed:
             self._say(
-                "refused a WebSocket to a page of %r, for it is not on this host (%s); if it may connect,"
-                " name it in SWIFTCMS_WS_ORIGINS",
-                origin[:200],
-                request.host,
-            )
+                "refused a WebSocket to a page of %r, which is not of this host (%s); if it may connect,"
+                " name it in SWIFTCMS_WS_ORIGINS; if it is this site, let its proxy pass the Host header on",
+                origin[:200], request.host,
+            )  # fmt: skip
             raise HandshakeRefused(403, "forbidden", "pages of this origin may not connect to this site")
 
     def _find_user(self, settings: Settings) -> User | None:
+        """Return the user by the token in the handshake, or as the identify hook knows her."""
         token = request.args.get("token")
         if token is None and request.authorization is not None and request.authorization.type == "bearer":
             token = request.authorization.token
@@ -2260,25 +2101,24 @@ class Hub:
             try:
                 return check_token(settings, token)
             except ClientError as error:
-                raise HandshakeRefused(
-                    401, error.code, str(error), **{"WWW-Authenticate": "Bearer"}
-                ) from None
+                raise HandshakeRefused(401, error.code, str(error), **{"WWW-Authenticate": "Bearer"}) from None
         if self._identify is None:
             return None
         with self._hook_context(_lasting(request.environ)):
             user_id = self._identify()
         return None if user_id is None else User(check_user_id(user_id, "what the identify hook returns"))
 
-    def _full(self, engine: Engine) -> HandshakeRefused:
-        if engine.closing.is_set():
-            return HandshakeRefused(503, "going_away", "the server is going away", **{"Retry-After": "2"})
+    def _take_place(self, engine: Engine) -> None:
         limit = engine.settings.max_connections
-        self._say("refused a WebSocket: %s are open, which is SWIFTCMS_WS_MAX_CONNECTIONS", limit)
-        return HandshakeRefused(503, "too_many_connections", "too many connections", **{"Retry-After": "10"})
+        if engine.closing.is_set():
+            raise HandshakeRefused(503, "going_away", "the server is going away", **{"Retry-After": "2"})
+        if not engine.registry.reserve(limit):
+            self._say("refused a WebSocket: all %s of SWIFTCMS_WS_MAX_CONNECTIONS are open", limit)
+            raise HandshakeRefused(503, "too_many_connections", "too many connections", **{"Retry-After": "10"})
 
     def _after_handshake(self, error: BaseException | None) -> None:
         """Give the place back where the library refused what we had let in."""
-        if request.environ.pop(_CONNECTION_KEY, None) is not None:
+        if request.environ.pop(CONNECTION_KEY, None) is not None:
             self._running().registry.release()
 
     def _refused(self, refusal: HandshakeRefused) -> Response:
@@ -2293,89 +2133,78 @@ class Hub:
 
     def _about(self) -> ResponseReturnValue:
         """Answer a plain GET: with the inspector, where it is on."""
-        inspector = self._settings.inspector
-        if current_app.debug if inspector is None else inspector:
+        if current_app.debug if self._settings.inspector is None else self._settings.inspector:
             return render_page(demo=False)
         message = "this is a WebSocket address; connect to it with ws:// or wss://"
-        return self._refused(
-            HandshakeRefused(426, "upgrade_required", message, Upgrade="websocket", Connection="Upgrade")
-        )
+        headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
+        return self._refused(HandshakeRefused(426, "upgrade_required", message, **headers))
 
     def _client_js(self) -> Response:
-        """Serve the browser client: asked for again each time, sent again only once it has changed."""
+        """Serve the browser client: asked for each time, sent again only once it has changed."""
         response = Response(CLIENT_JS, mimetype="text/javascript")
         response.cache_control.no_cache = True
         response.add_etag()
         return cast(Response, response.make_conditional(request))
 
-    # -- a connection's life -------------------------------------------------------------------------
+    # -- a connection's life ---------------------------------------------------------------------------
 
     def _websocket(self, library: Any) -> None:
         """Serve one client, in the web server's thread, until it has ended."""
-        connection: Connection = request.environ.pop(_CONNECTION_KEY)
-        environ = _lasting(request.environ)
-        engine = self._running()
+        connection: Connection = request.environ.pop(CONNECTION_KEY)
+        engine, environ = self._running(), _lasting(request.environ)
         conversation = Conversation(engine, connection, functools.partial(self._is_allowed, environ))
-        library.max_message_size = None  # the connection's own limit answers before it closes
+        library.max_message_size = None  # ours answers before it closes
         with _outside_the_request():
             try:
-                connection.send(conversation.greeting())
+                conversation.greet()
                 engine.registry.add(connection)
                 if engine.closing.is_set():  # since the handshake
                     connection.close(CloseCode.GOING_AWAY, "the server is going away; come back with since")
                 self._tell(client_connected, environ, connection)
-                conversation.begin(library)
-            except Exception as error:  # a signal's receiver
+            except Exception as error:  # of a signal's receiver
                 conversation.fail(error)
-                conversation.begin(library)
+            conversation.begin(library)
             connection.write_until_ended()
             engine.registry.remove(connection)
             engine.registry.release()
             conversation.stop_all_editing()
             self._note_end(engine, connection, environ.get("REMOTE_ADDR", "an unknown address"))
-            self._tell(client_disconnected, environ, connection)
+            try:
+                self._tell(client_disconnected, environ, connection)
+            except Exception:
+                logger.exception("a receiver of client_disconnected failed")
 
     def _note_end(self, engine: Engine, connection: Connection, address: str) -> None:
-        """Count an end that was not the client's own wish, and say what a site can do about it."""
+        """Count an end that the server chose, and say why, and what a site could do about it."""
         code = connection.close_code
-        if code is None:
-            return
-        engine.counters.add(f"closed_{code:d}")
-        if code is CloseCode.TOO_SLOW:
-            engine.counters.add("slow_clients")
-        if code in ADVICE:
-            self._say("ended a client at %s with %d: " + ADVICE[code], address, code)
+        if code is not None:
+            engine.counters.add(f"closed_{code:d}")
+            engine.counters.add("slow_clients", int(code is CloseCode.TOO_SLOW))
+            if code in WHY_ENDED:
+                self._say(f"ended a client at %s with {code:d}: {WHY_ENDED[code]}", address)
 
-    def _is_allowed(
-        self, environ: dict[str, Any], user: User | None, event_type: str, content_type: str
-    ) -> bool:
+    def _is_allowed(self, environ: dict[str, Any], user: User | None, event_type: str, content_type: str) -> bool:
         if self._authorize is None:
             return True
         with self._hook_context(environ):
             return bool(self._authorize(user, event_type, content_type))
 
-    def _tell(self, what: Any, environ: dict[str, Any], connection: Connection) -> None:
+    def _tell(self, what: NamedSignal, environ: dict[str, Any], connection: Connection) -> None:
         if what.receivers:
             with self._hook_context(environ):
                 what.send(self._app, hub=self, client_id=connection.id, user=connection.user)
 
     def _hook_context(self, environ: dict[str, Any]) -> Any:
-        """A request context for one call: when it ends, so does what the hook opened, a session say."""
+        """Return a request context for one call: what the hook opens, a session say, ends with it."""
         assert self._app is not None
-        return self._app.request_context(dict(environ, **{"wsgi.input": io.BytesIO()}))
+        return self._app.request_context({**environ, "wsgi.input": io.BytesIO()})
 
     def _say(self, text: str, *values: object, once: bool = False) -> None:
-        """Log a warning, but not again and again: clients decide how often there is a reason to."""
-        now = time.monotonic()
-        said = self._last_said.get(text)
-        if said is not None and (once or now < said + _QUIET_SECONDS):
-            return
-        self._last_said[text] = now
-        logger.warning(text, *values)
-
-
-def _is_handshake() -> bool:
-    return (request.endpoint or "").rpartition(".")[2] == "websocket"
+        """Log a warning, but not again and again: it is clients who decide how often there is cause."""
+        now, said = time.monotonic(), self._last_said.get(text)
+        if said is None or (not once and now >= said + QUIET_SECONDS):
+            self._last_said[text] = now
+            logger.warning(text, *values)
 
 
 def _host_and_port(origin: str) -> tuple[str | None, int | None] | None:
@@ -2388,17 +2217,16 @@ def _host_and_port(origin: str) -> tuple[str | None, int | None] | None:
 
 def _lasting(environ: Mapping[str, Any]) -> dict[str, Any]:
     """Return what hooks may need of a handshake hours later: no sockets, no streams, no request."""
-    return {key: value for key, value in environ.items() if isinstance(value, (str, bool, tuple))} | {
-        "wsgi.errors": environ["wsgi.errors"]
-    }
+    kept = {key: value for key, value in environ.items() if isinstance(value, (str, bool, tuple))}
+    return {**kept, "wsgi.errors": environ["wsgi.errors"]}
 
 
 @contextmanager
 def _outside_the_request() -> Iterator[None]:
     """Leave the request that the handshake was, so that what the site opened in it is closed.
 
-    A site's before_request functions and its identify hook may hold a database connection until
-    the request is torn down, and this one lasts for hours. Flask wants its context back at the end.
+    A before_request function of the site may have taken a database connection, to be given back
+    when the request is torn down, and this one lasts for hours. Flask wants its context back after.
     """
     context = request_ctx._get_current_object()  # type: ignore[attr-defined]
     context.pop()
@@ -2409,7 +2237,7 @@ def _outside_the_request() -> Iterator[None]:
 
 
 def _gunicorn_worker() -> Any:
-    """Return the gthread worker that this thread works for, or None. It is up the stack, and only there."""
+    """Return the gthread worker whose thread this is, or None. It is up the stack, and only there."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
@@ -2420,28 +2248,39 @@ def _gunicorn_worker() -> Any:
 
 
 def _warn_of_a_short_key(settings: Settings) -> None:
-    key = settings.jwt_key
-    length = len(key.encode() if isinstance(key, str) else key or b"")
+    key = settings.jwt_key or b""
+    length = len(key.encode() if isinstance(key, str) else key)
     if 0 < length < 32 and settings.jwt_algorithms[0].startswith("HS"):
         logger.warning(
-            "the key that tokens are signed with has %s bytes, and can be guessed (RFC 7518 section 3.2 wants"
-            " 32): set SWIFTCMS_WS_JWT_KEY or SECRET_KEY to the output of"
+            "the key that tokens are signed with has %s bytes and could be guessed; 32 are the least (RFC 7518"
+            " section 3.2). Set SWIFTCMS_WS_JWT_KEY or SECRET_KEY to what this prints:"
             " python -c 'import secrets; print(secrets.token_hex())'",
             length,
         )
 
 
 def _hide_token(record: logging.LogRecord) -> bool:
-    """Take tokens out of an access log: who reads one there could sign in with it."""
+    """Take tokens out of an access log's line: who reads one there could sign in with it."""
     text = record.getMessage()
     if "token=" in text:
         record.msg, record.args = re.sub(r"token=[^&\s\"']*", "token=…", text), ()
     return True
 
 
+def _exit_on_sigterm() -> None:
+    """Make SIGTERM end the process as SIGINT does, by way of atexit, where nothing else handles it.
+
+    Its default is sudden death, and no client would hear 1001. Gunicorn has a handler of its own.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 _hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
 
 
+@atexit.register
 def _close_hubs() -> None:
     for each in list(_hubs):
         each.close()
@@ -2449,20 +2288,9 @@ def _close_hubs() -> None:
 
 def _forget_engines() -> None:
     for each in list(_hubs):
-        each._forget_engine()
+        each.forget_engine()
 
 
-def _exit_on_sigterm() -> None:
-    """Make SIGTERM end this process as SIGINT does, by way of atexit, where nothing else handles it.
-
-    Its default is sudden death: no client would hear 1001. Gunicorn has a handler of its own.
-    """
-    if threading.current_thread() is threading.main_thread():
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-
-
-atexit.register(_close_hubs)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_engines)
 
@@ -2470,6 +2298,7 @@ hub = Hub()
 blueprint = hub.blueprint
 publish = hub.publish
 publish_many = hub.publish_many
+
 CLIENT_JS = ""
 
 

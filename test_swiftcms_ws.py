@@ -1643,4 +1643,4 @@ def test_warnings_about_a_deployment(tmp_path: Path) -> None:
                 client.close()
         log = process.output()
     assert 1 <= log.count("several server processes") <= 2, log
-    assert 1 <= log.count("MAX_CONNECTIONS to fewer than --threads") <= 2, log
+    assert 1 <= log.count("below --threads") <= 2, log

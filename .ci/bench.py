@@ -217,7 +217,8 @@ class Session:
         if report["complete"] < everybody:
             if client.stuck:
                 return {"stops": True}
-            raise Wrong(f"{self.name}: not everybody got {events} events: {report}")
+            complaint = self.server.complaint()
+            raise Wrong(f"{self.name}: not all got {events} events: {report}; server: {complaint}")
         if report["most"] != events or report["closed"]:
             raise Wrong(f"{self.name}: too many events, or connections lost: {report}")
         if not size * 0.95 <= report["smallest"] <= report["largest"] <= size * 1.05:
