@@ -135,9 +135,9 @@ def _setting(default: Any, wants: str, accepts: Callable[[Any], bool]) -> Any:
     return dataclasses.field(default=default, metadata={"wants": wants, "accepts": accepts})
 
 
-def _number(default: float, wants: str, least: float, *kinds: type) -> Any:
+def _number(default: float, wants: str, least: float, kinds: Any = (int, float)) -> Any:
     def accepts(value: Any) -> bool:
-        return isinstance(value, kinds or (int, float)) and not isinstance(value, bool) and value >= least
+        return isinstance(value, kinds) and not isinstance(value, bool) and bool(value >= least)
 
     return _setting(default, wants, accepts)
 
@@ -602,6 +602,7 @@ class Connection:
     def _lose(self) -> None:
         """Let go of everything that waits."""
         self._is_lost = self._last_frame_is_in = True
+        self._give_up_at = min(self._give_up_at, time.monotonic() + CLOSE_SECONDS)
         self._waiting.clear()
         self._written = self._queued
         self._changed.notify_all()
@@ -1033,6 +1034,10 @@ class MemoryBroker:
             found.append(event)
         return found[::-1] if since == self._forgotten else None
 
+    def newest_id(self) -> EventId:
+        """Return the id of the newest event that a client can resume from here."""
+        return self.last_id
+
     def is_caught_up(self, timeout: float) -> bool:
         """Wait until the queue has had all that this process published; False after `timeout` seconds."""
         return True
@@ -1116,6 +1121,11 @@ class RedisBroker(MemoryBroker):
         with suppress(*self._faults):  # the follower logs that Redis is away; presence repairs itself
             self._redis.xadd(self._told, {"message": json.dumps(message)}, maxlen=FOLLOWER_ROOM)
 
+    def newest_id(self) -> EventId:
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_begun, REDIS_SECONDS)
+            return self.last_id
+
     def is_caught_up(self, timeout: float) -> bool:
         with self._changed:
             return self._changed.wait_for(lambda: self.last_id >= self._last_published, timeout)
@@ -1177,6 +1187,7 @@ class RedisBroker(MemoryBroker):
     def _begin(self) -> None:
         """Find the ends of both streams. An empty one gets a marker: a place to come back to."""
         here = self._newest() or self.publish([_MARKER])[0]
+        self._on_gap()  # for who came before: what it has missed is not known
         told = self._redis.xrevrange(self._told, count=1)
         self._told_id = told[0][0] if told else "0-0"
 
@@ -1200,7 +1211,6 @@ class RedisBroker(MemoryBroker):
             answer, still_here = pipe.execute()
         if not still_here:  # trimmed away under us, or an empty Redis in its place
             self._has_begun = False
-            self._on_gap()
             return
         found = dict(answer or [])
         for entry in found.get(self._events, []):
@@ -1420,6 +1430,13 @@ class Engine:
         if editor is not None:
             self._tell_subscribers("user.stoppedEditing", entry, editor)
 
+    def stop_all_editing(self, client_id: str) -> list[Entry]:
+        """Stop what a client edits, and return what it was."""
+        entries = [entry for entry, _ in self.presence.everything(client_id=client_id)]
+        for entry in entries:
+            self.stop_editing(entry, client_id)
+        return entries
+
     def _tell_subscribers(self, event_type: str, entry: Entry, editor: Editor) -> None:
         frame = self.message(event_type, {**self.editing(entry), "editor": editor.as_json()}, entry[0])
         for connection in self.registry.matching(event_type, entry[0], None):
@@ -1496,8 +1513,10 @@ class Engine:
 
     def _on_gap(self) -> None:
         """Send everyone away, to come back with an id that is not known any more, and so hear of it."""
-        logger.warning("Redis has lost events, or was replaced: all clients are told to come back")
-        for connection in self.registry.connections():
+        connections = self.registry.connections()
+        if connections:
+            logger.warning("Redis lost events, or was away too long: %s clients must come back", len(connections))
+        for connection in connections:
             connection.close(CloseCode.GOING_AWAY, "events may be lost; come back with since")
 
     # -- the heartbeat ---------------------------------------------------------------------------------
@@ -1599,7 +1618,7 @@ class Conversation:
             "clientId": self._connection.id,
             "userId": user.id if user else None,
             "heartbeat": self._engine.settings.heartbeat,
-            "lastId": format_event_id(self._engine.broker.last_id),
+            "lastId": format_event_id(self._engine.broker.newest_id()),
         }
         self._answer("system.connected", payload)
 
@@ -1791,9 +1810,9 @@ class Conversation:
     def stop_all_editing(self) -> None:
         """End what the connection was editing, once it has ended itself."""
         engine, client_id = self._engine, self._connection.id
-        for entry, _ in engine.presence.everything(client_id=client_id):
-            engine.broker.in_order(functools.partial(engine.stop_editing, entry, client_id))
-            engine.tell_others("stop", entry=entry, client_id=client_id)
+        with suppress(CancelledError):  # the engine has ended, and what it knew with it
+            for entry in engine.broker.in_order(lambda: engine.stop_all_editing(client_id)).result():
+                engine.tell_others("stop", entry=entry, client_id=client_id)
 
 
 def text_field(message: Mapping[str, Any], name: str) -> str:
@@ -1977,6 +1996,10 @@ class Hub:
         user, engine = check_user_id(user_id, "user_id"), self._running()
         engine.tell_others("disconnect", user_id=user)
         return engine.end_user(user)
+
+    def last_id(self) -> str:
+        """Return the id of the newest event: take it before the data of a page, which then listens from there."""
+        return format_event_id(self._running().broker.newest_id())
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until all that was published before is with the sockets; False after `timeout` seconds."""
@@ -2163,10 +2186,12 @@ class Hub:
                 self._tell(client_connected, environ, connection)
             except Exception as error:  # of a signal's receiver
                 conversation.fail(error)
-            conversation.begin(library)
-            connection.write_until_ended()
-            engine.registry.remove(connection)
-            engine.registry.release()
+            try:
+                conversation.begin(library)
+                connection.write_until_ended()
+            finally:
+                engine.registry.remove(connection)
+                engine.registry.release()
             conversation.stop_all_editing()
             self._note_end(engine, connection, environ.get("REMOTE_ADDR", "an unknown address"))
             try:

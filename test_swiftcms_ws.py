@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -37,6 +38,7 @@ import jwt
 import pytest
 import simple_websocket
 from flask import Flask, g, request, session
+from flask_sock import Sock
 from werkzeug.serving import make_server
 from wsproto import ConnectionType, WSConnection
 from wsproto.connection import ConnectionState
@@ -808,8 +810,6 @@ def test_server_without_a_socket(server: Server) -> None:
 
 def test_compression_is_refused_for_our_route_alone() -> None:
     """permessage-deflate is declined here; another flask-sock route of the site still accepts it."""
-    from flask_sock import Sock
-
     with Server(lambda app, hub: Sock(app).route("/echo")(lambda ws: ws.send(ws.receive()))) as server:
         offer = {"Sec_WebSocket_Extensions": "permessage-deflate; client_max_window_bits"}
         assert "Sec-WebSocket-Extensions" not in server.handshake("/ws", **offer)[1]
@@ -1315,8 +1315,6 @@ def self_signed(directory: Path) -> tuple[str, str]:
 
 def test_tls_in_the_process(tmp_path: Path) -> None:
     """`flask run --cert` works: every byte goes through the same place, and a slow reader loses nothing."""
-    import ssl
-
     trusting = ssl.create_default_context()
     trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
     certificate = self_signed(tmp_path)
@@ -1527,12 +1525,14 @@ def test_thirty_cuts_at_random_points_lose_nothing() -> None:
 SLOWNESS = 3 if os.environ.get("CI") else 1
 
 SITE = """
+import os
 from flask import Flask, request
 from swiftcms_ws import blueprint, hub, publish
 
 app = Flask(__name__)
 app.secret_key = "a key of more than thirty-two bytes, for tests"
 app.config["SWIFTCMS_WS_MAX_CONNECTIONS"] = 500
+app.config["SWIFTCMS_WS_HEARTBEAT"] = float(os.environ.get("TEST_HEARTBEAT", 25))
 app.register_blueprint(blueprint)
 
 @app.post("/publish")
@@ -1550,11 +1550,11 @@ GTHREAD = (*GUNICORN, "--worker-class", "gthread", "--threads", "501")
 SERVERS = {"werkzeug": WERKZEUG, "flask run": FLASK_RUN, "gunicorn gthread": GTHREAD}
 
 
-def site(tmp_path: Path, command: tuple[str, ...], *more: str) -> Process:
+def site(tmp_path: Path, command: tuple[str, ...], *more: str, **environ: str) -> Process:
     (tmp_path / "site_app.py").write_text(SITE)
     port = free_port()
     filled = [part.format(python=sys.executable, port=port) for part in (*command, *more)]
-    return Process(*filled, cwd=tmp_path, port=port)
+    return Process(*filled, cwd=tmp_path, port=port, **environ)
 
 
 def publish_over_http(process: Process, **payload: Any) -> str:
@@ -1644,3 +1644,494 @@ def test_warnings_about_a_deployment(tmp_path: Path) -> None:
         log = process.output()
     assert 1 <= log.count("several server processes") <= 2, log
     assert 1 <= log.count("below --threads") <= 2, log
+
+
+# ---------------------------------------------------------------------------------------------------
+# Presence: who is editing, conflicts, live changes
+# ---------------------------------------------------------------------------------------------------
+
+POST = {"contentType": "posts", "entryId": "42"}
+
+
+def names(message: dict[str, Any]) -> list[Any]:
+    return [editor["userId"] for editor in message["payload"]["editors"]]
+
+
+def test_editing_is_told_conflicts_come_and_go() -> None:
+    """Each editor is told of the other, both of the conflict, and the one who remains that it is over."""
+    with Server() as server, server.client() as ana, server.client() as bob, server.client() as reader:
+        for client, name in ((ana, "ana"), (bob, "bob")):
+            client.authenticate(token(name))
+        for client in (ana, bob, reader):
+            client.subscribe("user.*", "posts")
+        answer = ana.ask("editStart", **POST)
+        assert (answer["type"], answer["contentType"]) == ("system.editing", "posts")
+        assert answer["payload"].keys() == {"entryId", "editors", "conflict"}
+        assert answer["payload"]["editors"][0].keys() == {"clientId", "userId", "since"}
+        assert (names(answer), answer["payload"]["conflict"]) == (["ana"], False)
+        assert bob.ask("editStart", **POST)["payload"]["conflict"] is True
+        assert [editor["userId"] for editor in server.hub.editors("posts", 42)] == ["ana", "bob"]
+        for client in (ana, bob, reader):
+            first, second = client.receive(), client.receive()
+            assert (first["type"], second["type"]) == ("user.editing", "user.editing")
+            assert first["payload"].keys() == {"entryId", "editor", "editors", "conflict"}
+            assert (names(first), first["payload"]["conflict"]) == (["ana"], False)
+            assert (names(second), second["payload"]["conflict"]) == (["ana", "bob"], True)
+            assert second["payload"]["editor"]["userId"] == "bob"
+            assert "id" not in second
+        assert ana.ask("editStart", **POST)["payload"]["conflict"] is True
+        ana.reset()
+        for client in (bob, reader):
+            left = client.receive()
+            assert (left["type"], names(left), left["payload"]["conflict"]) == ("user.stoppedEditing", ["bob"], False)
+            assert left["payload"]["editor"]["userId"] == "ana"
+        entries = reader.ask("presence", contentType="posts")["payload"]["entries"]
+        assert [(e["contentType"], e["entryId"], len(e["editors"])) for e in entries] == [("posts", "42", 1)]
+        assert reader.ask("presence", entryId="43")["payload"]["entries"] == []
+        assert reader.ask("presence", contentType="pages")["payload"]["entries"] == []
+        assert names(bob.ask("editStop", **POST)) == []
+        assert reader.receive()["payload"]["editors"] == []
+        for client in (bob, reader):
+            client.rest()
+        with server.client() as late:
+            assert late.subscribe(since=late.hello["payload"]["lastId"])["replayed"] == 0
+            late.nothing_more()
+
+
+def test_changes_reach_the_other_editors_in_order_and_nobody_else() -> None:
+    """What is typed goes to the entry's other editors, subscribed or not, at typing speed, and is not kept."""
+    with Server(RATE=10_000) as server, contextlib.ExitStack() as stack:
+        ana, bob, eve, reader = (stack.enter_context(server.client()) for _ in range(4))
+        reader.subscribe()
+        for client in (ana, bob):
+            client.ask("editStart", **POST)
+        eve.ask("editStart", contentType="posts", entryId="43")
+        reader.rest()
+        for number in range(300):
+            ana.send(action="editChange", payload={"n": number, "any": [None, "☃"]}, **POST)
+        messages = bob.receive_many(300)
+        assert [message["payload"]["change"]["n"] for message in messages] == list(range(300))
+        assert messages[0]["type"] == "user.edited"
+        assert messages[0]["contentType"] == "posts"
+        assert messages[0]["payload"].keys() == {"entryId", "editor", "change"}
+        assert messages[0]["payload"]["editor"]["clientId"] == ana.hello["payload"]["clientId"]
+        for client in (ana, eve, reader):
+            client.nothing_more()
+
+
+def test_all_orders_of_coming_and_going_end_empty() -> None:
+    """Three clients, every order of start, stop and disconnect: conflict is true exactly while there are two."""
+    steps = [(who, what) for who in range(3) for what in ("start", "end")]
+    orders = [
+        order
+        for order in itertools.permutations(steps)
+        if all(order.index((who, "start")) < order.index((who, "end")) for who in range(3))
+    ]
+    assert len(orders) == 90
+    with Server(RATE=10_000) as server, server.client() as watcher:
+        watcher.subscribe("user.*", "posts")
+        for number, order in enumerate(orders):
+            entry = {"contentType": "posts", "entryId": str(number)}
+            clients = [server.client() for _ in range(3)]
+            editing: set[int] = set()
+            for step, (who, what) in enumerate(order):
+                if what == "start":
+                    editing.add(who)
+                    assert clients[who].ask("editStart", **entry)["payload"]["conflict"] == (len(editing) > 1)
+                else:
+                    editing.discard(who)
+                    match (number + step) % 3:
+                        case 0:
+                            clients[who].ask("editStop", **entry)
+                        case 1:
+                            clients[who].close()
+                        case 2:
+                            clients[who].reset()
+                told = watcher.receive()["payload"]
+                assert (len(told["editors"]), told["conflict"]) == (len(editing), len(editing) > 1)
+            for client in clients:
+                client.sock.close()
+        assert watcher.ask("presence")["payload"]["entries"] == []
+
+
+def test_coming_and_going_at_once_from_many_threads_ends_empty() -> None:
+    """Starts, stops and ends at the same moment leave nobody behind, and the last word is no conflict."""
+    with Server(RATE=10_000, MAX_QUEUE=50_000_000) as server, server.client() as watcher:
+        watcher.subscribe("user.*", "posts")
+
+        def come_and_go(seed: int) -> None:
+            chance = random.Random(seed)
+            for _ in range(6):
+                with server.client() as client:
+                    for _ in range(chance.randrange(1, 6)):
+                        client.send(action=chance.choice(["editStart", "editStop"]), **POST)
+                    if chance.random() < 0.5:
+                        client.rest()
+                    chance.choice([client.reset, client.close, lambda: None])()
+
+        run_all([lambda seed=seed: come_and_go(seed) for seed in range(12)])
+        until(lambda: server.hub.stats()["connections"] == 1)
+        until(lambda: not server.hub.editors("posts", "42"))
+        messages = watcher.rest()
+        for message in messages:
+            assert message["payload"]["conflict"] == (len(message["payload"]["editors"]) > 1)
+        assert messages[-1]["payload"]["editors"] == []
+
+
+# ---------------------------------------------------------------------------------------------------
+# Redis: several processes
+# ---------------------------------------------------------------------------------------------------
+
+REDIS = shutil.which("redis-server") or shutil.which("valkey-server")
+needs_redis = pytest.mark.skipif(REDIS is None, reason="there is no redis-server on this machine")
+
+
+class Redis:
+    """A redis-server of our own, which can die, hang and come back, with its data or without."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        assert REDIS is not None
+        self.popen = subprocess.Popen(
+            [REDIS, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._directory)]
+            + ["--appendonly", "yes", "--appendfsync", "always", "--save", ""],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        until(lambda: self._answers(), "the start of Redis")
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as sock:
+            sock.settimeout(1)
+            sock.sendall(b"PING\r\n")
+            return sock.recv(100).startswith(b"+PONG")
+        return False
+
+    def kill(self, forget: bool = False) -> None:
+        self.popen.kill()
+        self.popen.wait(PATIENCE)
+        if forget:
+            shutil.rmtree(self._directory / "appendonlydir", ignore_errors=True)
+
+    def send(self, command: str) -> None:
+        with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as sock:
+            sock.sendall(f"{command}\r\n".encode())
+            assert sock.recv(1000)[:1] in b"+:$", command
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[Redis]:
+    server = Redis(tmp_path)
+    yield server
+    server.popen.send_signal(signal.SIGCONT)
+    server.kill()
+
+
+@needs_redis
+def test_redis_one_order_for_two_processes(redis: Redis) -> None:
+    """What either publishes reaches the clients of both, once, in one order; `to=` and lists too."""
+    with Server(REDIS_URL=redis.url) as first, Server(REDIS_URL=redis.url) as second:
+        servers = (first, second)
+        with first.client() as one, second.client() as two:
+            for client in (one, two):
+                client.authenticate(token())
+                client.subscribe()
+            run_all([lambda s=s: [s.publish(n) for n in range(100)] for s in servers])
+            messages = one.receive_many(200)
+            assert messages == two.receive_many(200)
+            ids = [tuple(map(int, message["id"].split("-"))) for message in messages]
+            assert ids == sorted(set(ids))
+            batch = first.hub.publish_many([("content.created", "posts", n, "ana") for n in range(500)])
+            second.publish(0, to="eve")
+            assert [message["id"] for message in two.receive_many(500)] == batch
+            assert second.hub.flush()
+            assert first.hub.flush()
+            two.nothing_more()
+        with second.client() as other:
+            assert other.subscribe(since=messages[150]["id"])["replayed"] == 49
+            assert [message["id"] for message in other.receive_many(49)] == [m["id"] for m in messages[151:]]
+
+
+@needs_redis
+def test_redis_resume_after_every_process_was_restarted(redis: Redis) -> None:
+    """`since` is answered from the stream where no process remembers it; and no further than HISTORY."""
+    with Server(REDIS_URL=redis.url, HISTORY=50) as server:
+        ids = [server.publish(n) for n in range(60)]
+    with Server(REDIS_URL=redis.url, HISTORY=50) as server:
+        with server.client() as client:
+            assert client.hello["payload"]["lastId"] == ids[-1]
+            for since, missed in ((ids[20], 39), (ids[9], 50), (ids[59], 0)):
+                with server.client() as back:
+                    server.hub.publish("order.paid", "orders", {})
+                    answer = back.subscribe("content.*", since=since)
+                    assert (answer["recovered"], answer["replayed"]) == (True, missed if missed < 50 else 0) or (
+                        since == ids[9] and answer["recovered"] is False
+                    )
+        for unknown in (ids[0], "5-5", "99999999999999-0"):
+            with server.client() as back:
+                assert back.subscribe(since=unknown)["recovered"] is False
+
+
+@needs_redis
+def test_redis_hopping_between_processes_under_load_loses_nothing(redis: Redis) -> None:
+    """A client that changes process 30 times while both publish has every event once, in order."""
+    stop, published = threading.Event(), []
+    got: list[tuple[int, int]] = []
+    chance = random.Random(3)
+    with Server(REDIS_URL=redis.url) as first, Server(REDIS_URL=redis.url) as second:
+        servers = (first, second)
+        last = first.publish(-1)
+
+        def publish(index: int) -> None:
+            numbers = publish_steadily(lambda n: servers[index].publish(n, by=index), stop, rate=250)
+            published.extend((index, number) for number in numbers)
+
+        publishers = [threading.Thread(target=publish, args=(index,)) for index in range(2)]
+        for publisher in publishers:
+            publisher.start()
+        for hop in range(31):
+            with servers[hop % 2].client() as client:
+                answer = client.subscribe("content.*", since=last)
+                assert answer["recovered"] is True
+                if hop == 30:
+                    stop.set()
+                    for publisher in publishers:
+                        publisher.join(PATIENCE)
+                messages = 10**9 if hop == 30 else chance.randrange(1, 60)
+                while messages and not (stop.is_set() and len(got) == len(published)):
+                    message = client.receive()
+                    got.append((message["payload"]["by"], message["payload"]["n"]))
+                    last = message["id"]
+                    messages -= 1
+    assert sorted(got) == sorted(published)
+    for index in range(2):
+        assert [number for by, number in got if by == index] == sorted(n for by, n in published if by == index)
+
+
+@needs_redis
+def test_redis_dies_and_comes_back_with_its_data(redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
+    """publish() raises soon, the site goes on, clients stay and miss nothing; the log says it twice."""
+    with Server(REDIS_URL=redis.url) as server, server.client() as client:
+        client.subscribe()
+        server.publish(1)
+        assert client.receive()["payload"] == {"n": 1}
+        redis.kill()
+        began = time.monotonic()
+        with pytest.raises(swiftcms_ws.PublishError, match="Redis"):
+            server.publish(2)
+        assert time.monotonic() - began < 2 * SLOWNESS
+        assert server.get("/ws")[0] == 426
+        assert client.ask("heartbeat")["type"] == "system.heartbeat"
+        client.send(action="subscribe", since="5-5")
+        assert client.closing().code == 1001
+        with server.client() as patient:
+            patient.subscribe()
+            redis.start()
+            until(lambda: "Redis is back" in caplog.text)
+            server.publish(3)
+            assert patient.receive()["payload"] == {"n": 3}
+    complaints = [record.message for record in caplog.records if record.name == "swiftcms_ws"]
+    assert len(complaints) == 2, complaints
+
+
+@needs_redis
+def test_redis_hangs_for_a_while(redis: Redis) -> None:
+    """A Redis that is stopped and goes on: publish() raises within two seconds, then all is as before."""
+    with Server(REDIS_URL=redis.url) as server, server.client() as client:
+        client.subscribe()
+        server.publish(0)
+        client.receive()
+        redis.popen.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(swiftcms_ws.PublishError):
+            server.publish(1)
+        assert time.monotonic() - began < 2 * SLOWNESS
+        redis.popen.send_signal(signal.SIGCONT)
+        until(lambda: does_publish(server, 2))
+        numbers = [client.receive()["payload"]["n"]]
+        while numbers[-1] != 2:
+            numbers.append(client.receive()["payload"]["n"])
+        assert numbers in ([2], [1, 2])  # the one that hung may have been taken
+
+
+def does_publish(server: Server, number: int) -> bool:
+    with contextlib.suppress(swiftcms_ws.PublishError):
+        server.publish(number)
+        return True
+    return False
+
+
+@needs_redis
+def test_redis_is_replaced_by_an_empty_one(redis: Redis) -> None:
+    """After a failover that lost the stream, clients are sent away, come back and are told."""
+    with Server(REDIS_URL=redis.url) as server, server.client() as client:
+        client.subscribe()
+        last = server.publish(0)
+        client.receive()
+        redis.kill(forget=True)
+        redis.start()
+        assert client.closing().code == 1001
+        until(lambda: does_publish(server, 1))
+        with server.client() as back:
+            assert back.subscribe(since=last)["recovered"] is False
+            server.publish(2)
+            assert back.rest()[-1]["payload"] == {"n": 2}
+
+
+@needs_redis
+def test_redis_refuses_writes_and_is_away_at_the_start(redis: Redis) -> None:
+    """A Redis that takes no writes is told by its own words; one that is not there yet is waited for."""
+    with Server(REDIS_URL=redis.url) as server:
+        server.publish(0)
+        redis.send("CONFIG SET maxmemory 1")
+        with pytest.raises(swiftcms_ws.PublishError, match="maxmemory"):
+            server.publish(1)
+        redis.send("CONFIG SET maxmemory 0")
+        server.publish(2)
+    redis.kill()
+    with Server(REDIS_URL=redis.url) as server:
+        with server.client() as early:
+            early.subscribe()
+            with pytest.raises(swiftcms_ws.PublishError):
+                server.publish(3)
+            redis.start()
+            assert early.closing().code == 1001  # what it missed is not known
+        with server.client() as client:
+            client.subscribe()
+            server.publish(4)
+            assert client.receive()["payload"] == {"n": 4}
+
+
+@needs_redis
+def test_redis_presence_and_disconnect_across_processes(redis: Redis) -> None:
+    """Editors of another process count, are told of, and get what is typed; so does a sign-out."""
+    config = {"REDIS_URL": redis.url, "HEARTBEAT": 1}
+    with Server(**config) as first, Server(**config) as second:
+        with first.client() as ana, second.client() as bob:
+            for client, name in ((ana, "ana"), (bob, "bob")):
+                client.authenticate(token(name))
+                client.subscribe("user.*")
+            ana.ask("editStart", **POST)
+            assert names(bob.receive()) == ["ana"]
+            assert bob.ask("editStart", **POST)["payload"]["conflict"] is True
+            until(lambda: len(first.hub.editors("posts", "42")) == 2)
+            assert [names(message) for message in ana.rest()] == [["ana"], ["ana", "bob"]]
+            bob.rest()
+            bob.send(action="editChange", payload="x", **POST)
+            assert ana.receive()["payload"]["change"] == "x"
+            with Server(**config) as third:
+                until(lambda: len(third.hub.editors("posts", "42")) == 2, "a new process learns who edits")
+            assert second.hub.disconnect("ana") == 0
+            assert ana.closing().code == 4401
+            left = bob.receive()
+            assert (left["type"], names(left), left["payload"]["conflict"]) == ("user.stoppedEditing", ["bob"], False)
+
+
+@needs_redis
+def test_redis_editors_of_a_killed_process_vanish(redis: Redis, tmp_path: Path) -> None:
+    """kill -9 of a process: within three heartbeats its editors are gone for the others, who are told."""
+    heartbeat = 0.5
+    environ = {"SWIFTCMS_WS_REDIS_URL": redis.url, "TEST_HEARTBEAT": str(heartbeat)}
+    with Server(REDIS_URL=redis.url, HEARTBEAT=heartbeat) as server, server.client() as watcher:
+        watcher.subscribe("user.*")
+        with site(tmp_path, WERKZEUG, **environ) as process, process.client() as client:
+            client.ask("editStart", **POST)
+            assert len(watcher.receive()["payload"]["editors"]) == 1
+            process.popen.kill()
+            killed = time.monotonic()
+            assert watcher.receive()["payload"]["editors"] == []
+            assert time.monotonic() - killed < 3 * heartbeat + swiftcms_ws.LOOK_SECONDS + 0.5 * SLOWNESS
+
+
+@needs_redis
+def test_redis_a_process_that_was_held_up_misses_nothing(redis: Redis, tmp_path: Path) -> None:
+    """A process stopped for a while (SIGSTOP) delivers on return all that others published meanwhile."""
+    with Server(REDIS_URL=redis.url) as server:
+        environ = {"SWIFTCMS_WS_REDIS_URL": redis.url}
+        with site(tmp_path, WERKZEUG, **environ) as process, process.client() as client:
+            client.subscribe()
+            process.popen.send_signal(signal.SIGSTOP)
+            stop = threading.Event()
+            threading.Timer(5, stop.set).start()
+            numbers = publish_steadily(server.publish, stop, rate=400)
+            process.popen.send_signal(signal.SIGCONT)
+            assert [message["payload"]["n"] for message in client.receive_many(len(numbers))] == numbers
+
+
+@needs_redis
+def test_redis_without_flask(redis: Redis) -> None:
+    """A script or a task queue publishes with a hub that has no app."""
+    with Server(REDIS_URL=redis.url) as server, server.client() as client:
+        client.subscribe()
+        script = f"from swiftcms_ws import Hub; print(Hub({redis.url!r}).publish('content.created', 'posts', 1))"
+        command = [sys.executable, "-c", script]
+        run = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=PATIENCE, check=True)
+        assert client.receive()["id"] == run.stdout.strip()
+
+
+@needs_redis
+def test_redis_under_gunicorn_with_two_workers_and_preload(redis: Redis, tmp_path: Path) -> None:
+    """The deployment recipe: clients spread over two workers each get what a view in either publishes."""
+    environ = {"SWIFTCMS_WS_REDIS_URL": redis.url}
+    command = (*GTHREAD, "--workers", "2", "--preload")
+    with site(tmp_path, command, **environ) as process, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(process.client()) for _ in range(12)]
+        for client in clients:
+            client.subscribe()
+        ids = [publish_over_http(process, n=n) for n in range(20)]
+        for client in clients:
+            assert [message["id"] for message in client.receive_many(20)] == ids
+        assert "several server processes" not in process.output()
+
+
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+
+
+@pytest.mark.skipif(NGINX is None, reason="there is no nginx on this machine")
+def test_behind_nginx_with_tls_past_its_time_out(tmp_path: Path) -> None:
+    """README's nginx lines work with wss://, and heartbeats keep a line that nginx would cut for silence.
+
+    nginx's time-out and the heartbeat are both thirty times shorter here than by default (60 and 25).
+    """
+    readme = (HERE / "README.md").read_text()
+    location = re.search(r"```nginx\n(.*?)```", readme, re.S)
+    assert location is not None
+    certificate, key = self_signed(tmp_path)
+    with Server(HEARTBEAT=0.8) as server:
+        port = free_port()
+        (tmp_path / "nginx.conf").write_text(
+            f"""
+            daemon off; error_log stderr; pid {tmp_path}/nginx.pid;
+            events {{}}
+            http {{
+              access_log off;
+              map $http_upgrade $connection_upgrade {{ default upgrade; "" close; }}
+              server {{
+                listen 127.0.0.1:{port} ssl;
+                ssl_certificate {certificate}; ssl_certificate_key {key};
+                proxy_read_timeout 2s;
+                {location[1].replace("http://127.0.0.1:8000", f"http://127.0.0.1:{server.port}")}
+              }}
+            }}"""
+        )
+        assert NGINX is not None
+        with Process(NGINX, "-c", str(tmp_path / "nginx.conf"), cwd=tmp_path, port=port) as nginx:
+            trusting = ssl.create_default_context()
+            trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+            secure = trusting.wrap_socket(socket.create_connection(("127.0.0.1", port), PATIENCE))
+            headers = {"Origin": f"https://127.0.0.1:{port}"}
+            with Client(port, sock=secure, headers=headers) as client:
+                client.subscribe()
+                began = time.monotonic()
+                while time.monotonic() < began + 5:
+                    assert client.receive(heartbeats=True)["type"] == "system.heartbeat"
+                server.publish(1)
+                assert client.receive()["payload"] == {"n": 1}
+                assert client.close().code == 1000
+            nginx.popen.terminate()
+            nginx.popen.wait(PATIENCE)
