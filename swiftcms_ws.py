@@ -51,6 +51,7 @@ import argparse
 import atexit
 import dataclasses
 import difflib
+import errno
 import functools
 import io
 import json
@@ -80,10 +81,24 @@ from urllib.parse import urlsplit
 
 import jwt
 from blinker import NamedSignal, Namespace
-from flask import Blueprint, Flask, Response, current_app, jsonify, request
+from flask import (
+    Blueprint,
+    Flask,
+    Response,
+    abort,
+    current_app,
+    jsonify,
+    make_response,
+    render_template_string,
+    request,
+    url_for,
+)  # fmt: skip
 from flask.globals import request_ctx
 from flask.typing import ResponseReturnValue
 from flask_sock import Sock
+from werkzeug.debug import DebuggedApplication
+from werkzeug.exceptions import HTTPException
+from werkzeug.serving import make_server
 from wsproto.frame_protocol import FrameProtocol
 from wsproto.utilities import ProtocolError as HandshakeError
 
@@ -2324,8 +2339,953 @@ blueprint = hub.blueprint
 publish = hub.publish
 publish_many = hub.publish_many
 
-CLIENT_JS = ""
+# == 12. Browser: client.js, and the page of the inspector and the demo ==============================
+
+CLIENT_JS = r"""// SwiftCMS in the browser: live events, across broken lines too.
+//
+//   const cms = new SwiftCMS()                    // or ({url, token}); token: a text or a function
+//   const stop = cms.subscribe("content.*", "posts", event => show(event.payload))
+//   cms.onstatus = status => …                    // "connecting", "online", "offline"
+//   cms.ongap = subscription => …                 // too much was missed: load afresh what you show
+//   const edit = cms.edit("posts", "42")          // who else edits it, and what they type
+//   cms.close()
+//
+// There is no cms.publish(): only the site's server knows what has been saved.
+(() => {
+  "use strict";
+  const HERE = document.currentScript?.src ?? new URL("/ws/client.js", location).href;
+  const OPENING = 10_000; // milliseconds after which an attempt to connect has failed
+  const PROBING = 5_000; // ... after which a line that may have died in our sleep has
+  const RENEWAL = 60_000; // ... before a token runs out, to fetch the next
+  const LONGEST_WAIT = 30_000; // ... between two attempts
+  const PAUSE = { 1001: 1_000, 4429: 60_000 }; // ... at least, after a close with these codes
+  const EDITING = ["user.editing", "user.stoppedEditing", "user.edited", "system.editing"];
+
+  const isLater = (one, other) => { // ids are two numbers: milliseconds and a counter
+    const [[ms, count], [otherMs, otherCount]] = [one, other].map(id => id.split("-").map(Number));
+    return ms > otherMs || (ms === otherMs && count > otherCount);
+  };
+  const fits = (pattern, name) =>
+    pattern === name || pattern === "*" || (pattern.endsWith(".*") && name.startsWith(pattern.slice(0, -1)));
+  const call = (handler, ...values) => { // one that fails must not take the others with it
+    try { handler?.(...values); } catch (error) { reportError(error); }
+  };
+
+  globalThis.SwiftCMS = class SwiftCMS {
+    onstatus = null;
+    ongap = null;
+    onframe = null; // (way, text) => …: each frame, "in" and "out"; for an inspector
+    clientId = null; // which of an entry's editors this page is
+    #url; #token;
+    #seen; // the id of the newest event handed over
+    #subscriptions = new Set(); // {type, contentType, handler}
+    #edits = new Set(); // {contentType, entryId, take}
+    #socket = null;
+    #status = "offline";
+    #isReady = false; // greeted and signed in
+    #resuming = null; // while subscriptions come back: {until, unanswered, replaying, held}
+    #silence = OPENING; // milliseconds after which the line is dead
+    #timers = {};
+    #attempts = 0;
+    #refs = 0;
+
+    // since: the id of the newest event that the page shows already; left out: the newest there is
+    constructor({ url, token, since } = {}) {
+      this.#url = url === undefined ? new URL("../ws", HERE) : new URL(url, location);
+      this.#url.protocol = this.#url.protocol.replace("http", "ws");
+      this.#token = token;
+      this.#seen = since;
+      addEventListener("online", this.#hurry);
+      document.addEventListener("visibilitychange", this.#hurry);
+      this.#later("connect", 0, this.#connect); // once the page has set its handlers
+    }
+
+    // Has handler(event) called for each event from now on; returns a function that ends this.
+    subscribe(type, contentType, handler) {
+      const own = { type, contentType, handler };
+      this.#subscriptions.add(own);
+      this.#send({ action: "subscribe", type, contentType }); // the same twice is one to the server
+      return () => {
+        this.#subscriptions.delete(own);
+        const isSame = other => other.type === type && other.contentType === contentType;
+        if (![...this.#subscriptions].some(isSame)) this.#send({ action: "unsubscribe", type, contentType });
+      };
+    }
+
+    // Makes this page an editor of an entry, until edit.stop().
+    edit(contentType, entryId) {
+      const entry = { contentType, entryId: String(entryId) };
+      const stops = ["user.editing", "user.stoppedEditing"].map(type => this.subscribe(type, contentType));
+      const edit = {
+        editors: [], // {clientId, userId, since}, this page among them
+        oneditors: null, // (editors, conflict) => …
+        onchange: null, // (change, editor) => …: what another gave to edit.send()
+        send: change => this.#send({ action: "editChange", ...entry, payload: change }),
+        stop: () => {
+          this.#edits.delete(own);
+          this.#send({ action: "editStop", ...entry });
+          stops.forEach(stop => stop());
+        },
+      };
+      const own = { ...entry, take: (type, { editors, conflict, change, editor }) => {
+        if (type === "user.edited") call(edit.onchange, change, editor);
+        else call(edit.oneditors, (edit.editors = editors), conflict);
+      } };
+      this.#edits.add(own);
+      this.#send({ action: "editStart", ...entry });
+      return edit;
+    }
+
+    close() {
+      removeEventListener("online", this.#hurry);
+      document.removeEventListener("visibilitychange", this.#hurry);
+      this.#subscriptions.clear();
+      this.#edits.clear();
+      this.#hangUp("offline");
+    }
+
+    // -- the line: connect, lose, come back --
+
+    #connect = () => {
+      this.#hangUp("connecting");
+      this.#socket = new WebSocket(this.#url);
+      this.#socket.onclose = ({ code }) => this.#lose(code);
+      this.#socket.onmessage = ({ data }) => this.#receive(data);
+      this.#later("silence", OPENING, this.#lose);
+    };
+
+    #hangUp(status) {
+      Object.values(this.#timers).forEach(clearTimeout);
+      this.#timers = {};
+      if (this.#socket) this.#socket.onclose = this.#socket.onmessage = null;
+      this.#socket?.close(); // on a dead line this takes its time; nobody waits for it
+      this.#socket = this.#resuming = null;
+      this.#isReady = false;
+      this.#setStatus(status);
+    }
+
+    #lose = code => {
+      this.#hangUp("offline");
+      if (code === 1009 || (code === 4401 && typeof this.#token !== "function"))
+        return console.error(`SwiftCMS: closed with ${code}; to come back with the same would not help`);
+      const longest = Math.min(LONGEST_WAIT, 1_000 * 2 ** this.#attempts++);
+      const wait = (PAUSE[code] ?? 0) + Math.random() * longest; // not all clients at the same moment
+      this.#later(code === 4429 ? "penance" : "connect", wait, this.#connect);
+    };
+
+    // The network or the tab is back: connect at once, or find out whether the line outlived it.
+    #hurry = ({ type }) => {
+      if (type === "visibilitychange" && document.hidden) return;
+      if (this.#timers.connect) this.#connect();
+      if (!this.#isReady) return;
+      this.#send({ action: "heartbeat" });
+      this.#later("silence", PROBING, this.#lose);
+    };
+
+    #later(timer, milliseconds, action) {
+      clearTimeout(this.#timers[timer]);
+      this.#timers[timer] = setTimeout(action, milliseconds);
+    }
+
+    #setStatus(status) {
+      if (status === this.#status) return;
+      this.#status = status;
+      queueMicrotask(() => call(this.onstatus, status)); // who closes then, finds all in order
+    }
+
+    // -- the conversation: sign in, resume, receive --
+
+    #send(message) { // before the line is ready nothing needs to be: #resume() sends all that stands
+      if (this.#isReady) this.#write(message);
+    }
+
+    #write(message) {
+      const text = JSON.stringify(message);
+      this.#socket.send(text);
+      call(this.onframe, "out", text);
+    }
+
+    #receive(text) {
+      call(this.onframe, "in", text);
+      const message = JSON.parse(text);
+      const { type, payload, ref, id } = message;
+      const resuming = this.#resuming;
+      this.#later("silence", this.#silence, this.#lose);
+      if (type === "system.connected") this.#resume(payload);
+      else if (type === "system.authenticated") this.#renewLater(message);
+      else if (type === "system.heartbeat") {
+        this.#attempts = 0; // a line that has lived for a heartbeat is a good one
+        this.#send({ action: "pong" });
+      } else if (type === "system.error") {
+        console.error(`SwiftCMS: ${payload.message} (${payload.code})`);
+        resuming?.unanswered.delete(ref);
+        if (payload.action === "authenticate") this.#lose(4401);
+      } else if (type === "system.subscribed" && resuming?.unanswered.delete(ref)) {
+        const { type, contentType, recovered, replayed } = payload;
+        resuming.replaying += replayed;
+        if (!recovered && !EDITING.includes(type)) call(this.ongap, { type, contentType });
+      } else if (id && resuming) {
+        resuming.held.push(message);
+        if (resuming.replaying) resuming.replaying--;
+      } else this.#handOver(message);
+      this.#endResuming();
+    }
+
+    async #signIn() {
+      const socket = this.#socket;
+      const token = typeof this.#token === "function" ? await this.#token() : this.#token;
+      if (token && socket === this.#socket) this.#write({ action: "authenticate", token });
+    }
+
+    #renewLater({ payload, timestamp }) {
+      if (typeof this.#token !== "function") return;
+      const left = Date.parse(payload.expiresAt) - Date.parse(timestamp); // both by the server's clock
+      const wait = Math.min(Math.max(left - RENEWAL, left * 0.8), 2 ** 31 - 1); // a timer's longest
+      this.#later("renewal", wait, () => this.#signIn().catch(reportError)); // failed: 4401 will follow
+    }
+
+    async #resume({ clientId, heartbeat, lastId }) {
+      const socket = this.#socket;
+      this.clientId = clientId;
+      this.#silence = 2_500 * heartbeat; // two, and half a one for being late
+      this.#later("silence", this.#silence, this.#lose);
+      const signedIn = await this.#signIn().then(() => true, reportError);
+      if (socket !== this.#socket) return; // lost meanwhile
+      if (!signedIn) return this.#lose();
+      this.#isReady = true;
+      this.#seen ??= lastId;
+      this.#resuming = { until: lastId, unanswered: new Set(), replaying: 0, held: [] };
+      const each = new Map([...this.#subscriptions].map(one => [`${one.type} ${one.contentType}`, one]));
+      for (const { type, contentType } of each.values()) {
+        this.#resuming.unanswered.add(++this.#refs);
+        this.#send({ action: "subscribe", type, contentType, since: this.#seen, ref: this.#refs });
+      }
+      for (const { contentType, entryId } of this.#edits)
+        this.#send({ action: "editStart", contentType, entryId });
+      this.#endResuming();
+    }
+
+    // Replays come one subscription after the other, so that only together are they in order.
+    #endResuming() {
+      if (!this.#resuming || this.#resuming.replaying || this.#resuming.unanswered.size) return;
+      const { until, held } = this.#resuming;
+      this.#resuming = null;
+      held.sort((one, other) => isLater(one.id, other.id) ? 1 : -1);
+      for (const event of held) this.#handOver(event);
+      if (!held.length || isLater(until, this.#seen)) this.#seen = until;
+      if (this.#isReady) this.#setStatus("online");
+    }
+
+    #handOver(event) {
+      const { type, contentType, payload } = event;
+      if (EDITING.includes(type))
+        for (const edit of [...this.#edits])
+          if (edit.contentType === contentType && edit.entryId === payload.entryId) edit.take(type, payload);
+      if (type.startsWith("system.")) return;
+      for (const each of [...this.#subscriptions])
+        if (this.#subscriptions.has(each) && fits(each.type, type) && fits(each.contentType, contentType))
+          call(each.handler, event);
+      this.#seen = event.id ?? this.#seen;
+    }
+  };
+})();
+"""
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ "SwiftCMS demo" if demo else "WebSocket inspector" }}</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  color-scheme: light dark;
+  --ground: light-dark(#fff, #11161c); --panel: light-dark(#eef2f7, #1c242d);
+  --ink: light-dark(#111, #f3f5f7); --quiet: light-dark(#47525e, #b6c2cf);
+  --edge: light-dark(#7d8b9a, #71808f); --notice: light-dark(#fff1b8, #453800);
+  --in: light-dark(#00458f, #93c7ff); --out: light-dark(#8a3a00, #ffbd80);
+  --good: light-dark(#005c2a, #7ce8a6); --bad: light-dark(#a3001b, #ffa3a3);
+}
+* { box-sizing: border-box; margin: 0; }
+body { background: var(--ground); color: var(--ink); font: 1.2rem/1.35 system-ui, sans-serif; }
+main { display: grid; gap: 1.5rem; padding: 1rem; }
+section { min-width: 0; }
+ul, ol { padding: 0; list-style: none; }
+h1 { font-size: 1.7rem; }
+h2 { font-size: 1.3rem; }
+.row, .row > span { display: flex; flex-wrap: wrap; gap: .5rem .7rem; align-items: end; }
+.row { margin-bottom: .7rem; }
+header.row, .tools { align-items: center; }
+header.row > :first-child { flex: 1; }
+label { display: grid; flex: 1 1 8rem; color: var(--quiet); font-size: 1rem; }
+label.wide { flex-basis: 100%; }
+label.check { display: flex; flex: none; gap: .4rem; align-items: center; }
+input, select, textarea, button {
+  min-width: 0; border: 2px solid var(--edge); border-radius: 6px;
+  background: var(--ground); color: var(--ink); font: inherit;
+}
+label > :not([type=checkbox]) { padding: .35rem .5rem; font-size: 1.2rem; }
+[type=checkbox] { width: 1.3rem; height: 1.3rem; }
+textarea { resize: vertical; }
+button { padding: .35rem .8rem; border-color: var(--in); color: var(--in); font-weight: 600; }
+button:hover, [aria-pressed=true] { background: var(--panel); }
+:focus-visible { outline: 4px solid var(--out); outline-offset: 2px; }
+.state { font-weight: 700; color: var(--out); }
+.online, .published { color: var(--good); }
+.offline { color: var(--bad); }
+#log { height: 60vh; overflow: auto; padding: .5rem; background: var(--panel); border-radius: .4rem; }
+#log li { margin-bottom: .6rem; padding-left: .6rem; border-left: 5px solid; font-family: monospace; }
+#log code { display: block; font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }
+#log .in { color: var(--in); } #log .out { color: var(--out); } #log .note { color: var(--quiet); }
+#log.calm .heartbeat { display: none; }
+.entries li {
+  display: flex; flex-wrap: wrap; gap: .3rem .7rem; align-items: center; justify-content: space-between;
+  padding: .4rem 0; border-top: 1px solid var(--edge);
+}
+.entries small { display: block; color: var(--quiet); font-size: 1rem; }
+#editor, #typing li, .notice { padding: .5rem .7rem; margin-bottom: .7rem; border-radius: .4rem; }
+#editor { background: var(--panel); }
+#typing li { background: var(--ground); }
+#typing li, #theirs { white-space: pre-wrap; overflow-wrap: anywhere; }
+.notice { background: var(--notice); }
+.notice:empty { display: none; }
+.name { padding: 0 .5rem; border-radius: 1rem; color: #fff; font-weight: 600; }
+@media (min-width: 70rem) and (min-height: 40rem) {
+  main { height: 100vh; grid-auto-flow: column; grid-auto-columns: 1fr; }
+  main > section { overflow: auto; padding: 5px; }
+  #inspector { display: flex; flex-direction: column; }
+  #log { flex: 1; min-height: 15rem; }
+}
+</style>
+</head>
+<body>
+<main>
+{% if demo %}
+<section aria-labelledby="cms">
+  <header class="row">
+    <h1 id="cms">A tiny CMS</h1>
+    <output id="line" class="state"></output>
+    <button id="cut">Cut the line</button>
+  </header>
+  <form id="sign-in" class="row" autocomplete="off">
+    <label>You are <input name="user" required maxlength="40" pattern=".*\S.*"></label>
+    <button>Sign in</button>
+  </form>
+  <p id="news" class="notice" role="status"></p>
+  <ul id="notices" role="log" aria-label="Notices to you"></ul>
+  <form id="editor" autocomplete="off" hidden>
+    <p id="editors" class="row" role="status"></p>
+    <div class="row">
+      <label class="wide">Title <input name="title" required maxlength="200"></label>
+      <label class="wide">Text <textarea name="body" rows="3" maxlength="10000"></textarea></label>
+      <button>Save</button> <button type="button" id="leave">Close</button>
+    </div>
+    <div id="conflict" class="notice" role="alert" hidden>
+      <p id="refusal"></p>
+      <p id="theirs"></p>
+      <button type="button" id="take">Take theirs</button> <button type="button" id="keep">Keep mine</button>
+    </div>
+    <ul id="typing" aria-label="What others are typing"></ul>
+  </form>
+  <form id="create" class="row" autocomplete="off">
+    <label>New
+      <select name="contentType"><option value="posts">post<option value="pages">page</select>
+    </label>
+    <label>Title <input name="title" required maxlength="200"></label>
+    <button>Create</button>
+  </form>
+  <h2>Posts</h2>
+  <ul id="posts" class="entries"></ul>
+  <h2>Pages</h2>
+  <ul id="pages" class="entries"></ul>
+  <form id="tell" class="row" autocomplete="off">
+    <label>Tell <input name="to" value="ana" required maxlength="40"></label>
+    <label>that <input name="text" required maxlength="500"></label>
+    <button>Tell</button>
+  </form>
+</section>
+{% endif %}
+<section id="inspector" aria-labelledby="wire">
+  <header class="row">
+    <h1 id="wire">{{ "The wire" if demo else "WebSocket inspector" }}</h1>
+    <output id="state" class="state"></output>
+    <button id="toggle">Connect</button>
+  </header>
+  <form id="subscriptions" class="row" autocomplete="off">
+    <label>type <input name="type" value="content.*"></label>
+    <label>contentType <input name="contentType" value="posts"></label>
+    <label>since <input name="since" placeholder="an id"></label>
+    <span><button value="subscribe">Subscribe</button> <button value="unsubscribe">Unsubscribe</button></span>
+  </form>
+  <form id="sign" class="row" autocomplete="off">
+    {% if demo %}
+    <label>name <input id="whose" value="ana"></label>
+    <button type="button" id="get-token">Get token</button>
+    {% endif %}
+    <label>token <input name="token" required></label>
+    <button>Authenticate</button>
+  </form>
+  <form id="free" class="row" autocomplete="off">
+    <label>any message <input name="text" list="examples" placeholder='{"action": …}'></label>
+    <datalist id="examples">
+      <option>{"action": "heartbeat", "ref": 1}
+      <option>{"action": "subscribe"}
+      <option>{"action": "presence"}
+      <option>{"action": "editStart", "contentType": "posts", "entryId": "1"}
+      <option>{"action": "subscrbe"}
+      <option>{"action": "subscribe", "type": "con*"}
+      <option>this is not JSON
+    </datalist>
+    <button>Send</button>
+  </form>
+  <div class="row tools">
+    {% if demo %}
+    <label class="check"><input type="checkbox" id="both"> client.js too</label>
+    {% endif %}
+    <label class="check"><input type="checkbox" id="calm"> no heartbeats</label>
+    <button id="pause" aria-pressed="false">Pause</button>
+    <button id="clear">Clear</button>
+  </div>
+  <ol id="log" role="log" aria-label="Frames" tabindex="0"></ol>
+</section>
+</main>
+<script>
+"use strict";
+const $ = id => document.getElementById(id);
+const make = (tag, properties, ...children) => { // a child that is a text stays one: it is no markup
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+};
+const on = (id, type, action) => $(id).addEventListener(type, action);
+const onSubmit = (id, action) => on(id, "submit", event => {
+  event.preventDefault();
+  action(Object.fromEntries(new FormData(event.target)), event);
+});
+const showState = (id, state) => Object.assign($(id), { textContent: state, className: `state ${state}` });
+
+// -- The inspector: a plain WebSocket, and all that goes over it ------------------------------------
+
+const MOST_FRAMES = 500;
+const WAYS = { in: "← in", out: "→ out", note: "•" };
+const CLOSE_CODES = {
+  1000: "closed as asked",
+  1001: "the server is going away: come back after a moment",
+  1005: "closed without a code",
+  1006: "no close frame came: the line broke, or never stood",
+  1009: "a message was too big: do not send it again",
+  1011: "the server failed, and has logged why: come back, but not at once",
+  1013: "this page read too slowly: come back with since",
+  4401: "sign in with a fresh token",
+  4408: "no sign of life for two heartbeats: come back with since",
+  4429: "too many messages: come back after a minute",
+};
+const address = new URL({{ ws_url | tojson }}, location);
+address.protocol = address.protocol.replace("http", "ws");
+let socket = null;
+let waiting = null; // frames that have come while paused
+
+function log(way, text, whose = "") {
+  const now = new Date();
+  const time = `${now.toTimeString().slice(0, 8)}.${String(now.getMilliseconds()).padStart(3, "0")}`;
+  const parts = text.split(/("(?:action|type)": ?"[^"]*")/);
+  const frame = make("li", { className: way },
+    make("time", {}, `${WAYS[way]} ${time} ${whose}`),
+    make("code", {}, ...parts.map((part, index) => index % 2 ? make("b", {}, part) : part)));
+  frame.classList.toggle("heartbeat", /"(system\.heartbeat|pong)"/.test(text));
+  if (!waiting) return show(frame);
+  waiting.push(frame);
+  if (waiting.length > MOST_FRAMES) waiting.shift();
+}
+
+function show(...frames) {
+  const list = $("log");
+  const isAtEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 50;
+  list.append(...frames);
+  while (list.children.length > MOST_FRAMES) list.firstChild.remove();
+  if (isAtEnd) list.scrollTop = list.scrollHeight;
+}
+
+function connect() {
+  const showLine = () => {
+    const state = ["connecting", "online", "closing", "offline"][socket.readyState];
+    showState("state", state);
+    $("toggle").textContent = state === "offline" ? "Connect" : "Disconnect";
+  };
+  log("note", `connecting to ${address}`);
+  socket = new WebSocket(address);
+  socket.onopen = showLine;
+  socket.onmessage = ({ data }) => log("in", data);
+  socket.onclose = ({ code, reason }) => {
+    log("note", `closed with ${code}: ${CLOSE_CODES[code] ?? "see RFC 6455 section 7.4"}`);
+    if (reason) log("note", `the server says: ${reason}`);
+    showLine();
+  };
+  showLine();
+}
+
+function send(message) {
+  const text = typeof message === "string" ? message : JSON.stringify(message);
+  if (socket.readyState !== WebSocket.OPEN) return log("note", "not sent: connect first");
+  socket.send(text);
+  log("out", text);
+}
+
+onSubmit("subscriptions", (fields, { submitter }) => {
+  const given = Object.entries(fields).filter(([, value]) => value); // what is left empty is left out
+  send({ action: submitter.value, ...Object.fromEntries(given) });
+});
+onSubmit("sign", ({ token }) => send({ action: "authenticate", token }));
+onSubmit("free", ({ text }) => send(text));
+on("toggle", "click", () => socket.readyState < WebSocket.CLOSING ? socket.close(1000) : connect());
+on("calm", "change", ({ target }) => $("log").classList.toggle("calm", target.checked));
+on("clear", "click", () => $("log").replaceChildren());
+on("pause", "click", ({ target }) => {
+  if (waiting) show(...waiting);
+  waiting = waiting ? null : [];
+  target.ariaPressed = waiting !== null;
+});
+connect();
+log("note", "to see events, subscribe");
+</script>
+{% if demo %}
+<script src="{{ client_js_url }}"></script>
+<script>
+"use strict";
+// -- The demo: a CMS whose lists change by events alone, even after what is done here ---------------
+
+const lineName = Math.random().toString(36).slice(2); // by which the server can cut it
+const rows = new Map(); // "posts/7" -> {entry, element, …}
+const deleted = new Set(); // keys that a late answer must not bring back
+let cms, user, token;
+let opened = null; // in the editor: {key, version, theirs, presence, typed, cameFrom}
+
+const say = text => { $("news").textContent = text; };
+const attempt = action => async (...values) => {
+  try { await action(...values); } catch (error) { say(error.message); }
+};
+
+async function api(method, path, body) {
+  const headers = { "Content-Type": "application/json" };
+  if (token) headers.Authorization = `Bearer ${token}`;
+  const response = await fetch(`/api/${path}`, { method, headers, body: JSON.stringify(body) });
+  const answer = await response.json();
+  if (!response.ok) throw Object.assign(new Error(answer.message), answer);
+  return answer;
+}
+const getToken = async name => (await api("GET", `token?user=${encodeURIComponent(name)}`)).token;
+
+function signIn(name) {
+  leave();
+  cms?.close();
+  user = sessionStorage.user = $("sign-in").elements.user.value = name;
+  cms = new SwiftCMS({
+    url: `{{ ws_url }}?line=${lineName}`,
+    token: async () => (token = await getToken(user)),
+  });
+  let isFirst = true, hasGap = false, replayed = 0;
+  cms.subscribe("content.*", "*", event => { replayed++; take(event); });
+  cms.subscribe("notification", "users", event => { replayed++; notify(event.payload); });
+  cms.ongap = () => { hasGap = true; };
+  cms.onframe = (way, text) => { if ($("both").checked) log(way, text, "client.js"); };
+  cms.onstatus = state => {
+    showState("line", state);
+    if (state === "offline") {
+      replayed = 0; // what is handed over from now until the line is back, is replayed
+      say("The line is down. What happens now will be here once it is back.");
+    } else if (state === "online") {
+      if (isFirst || hasGap) load();
+      const what = `${replayed} event${replayed === 1 ? "" : "s"} replayed.`;
+      say(isFirst ? "" : `Line back: ${hasGap ? "too much was missed, so all is loaded afresh." : what}`);
+      isFirst = hasGap = false;
+    }
+  };
+}
+
+// -- lists --
+
+const load = attempt(async () => {
+  for (const { element } of rows.values()) element.remove();
+  rows.clear();
+  deleted.clear();
+  for (const contentType of ["posts", "pages"])
+    for (const entry of await api("GET", contentType)) put(contentType, entry);
+});
+
+function take({ type, contentType, payload: entry }) {
+  const key = `${contentType}/${entry.id}`;
+  if (type === "content.deleted") {
+    rows.get(key)?.element.remove();
+    rows.delete(key);
+    deleted.add(key);
+  } else {
+    put(contentType, entry);
+    rows.get(key)?.element.animate([{ background: "var(--notice)" }, {}], 3_000);
+  }
+}
+
+function put(contentType, entry) {
+  const key = `${contentType}/${entry.id}`;
+  if (deleted.has(key) || rows.get(key)?.entry.version > entry.version) return;
+  if (!rows.has(key)) addRow(contentType, key);
+  const row = rows.get(key);
+  row.entry = entry;
+  row.title.textContent = `${entry.title} `;
+  row.state.textContent = entry.state;
+  row.state.className = `state ${entry.state}`;
+  row.about.textContent = `version ${entry.version}, by ${entry.updated_by}`;
+}
+
+function addRow(contentType, key) {
+  const button = (label, action) => make("button", { onclick: attempt(action) }, label);
+  const row = { title: make("b"), state: make("span"), about: make("small") };
+  row.element = make("li", {},
+    make("div", {}, row.title, row.state, row.about),
+    make("div", {},
+      button("Edit", () => openEditor(key, row.entry)), " ",
+      button("Publish", () => api("POST", `${key}/publish`, {})), " ",
+      button("Delete", () => api("DELETE", key))));
+  rows.set(key, row);
+  $(contentType).prepend(row.element);
+}
+
+// -- the editor --
+
+function openEditor(key, entry) {
+  leave();
+  const presence = cms.edit(...key.split("/"));
+  opened = { key, presence, typed: new Map(), cameFrom: document.activeElement };
+  presence.oneditors = showOthers;
+  presence.onchange = (change, { clientId }) => {
+    const isText = typeof change?.title === "string"; // somebody may try others from the inspector
+    opened.typed.set(clientId, isText ? `${change.title}\n${change.body}` : JSON.stringify(change));
+    showOthers();
+  };
+  showOthers();
+  fill(entry);
+  $("editor").hidden = false;
+  $("editor").elements.title.focus();
+}
+
+function leave() {
+  if (!opened) return;
+  opened.presence.stop();
+  $("editor").hidden = true;
+  opened.cameFrom.focus();
+  opened = null;
+}
+
+function fill(entry) {
+  opened.version = entry.version;
+  $("editor").elements.title.value = entry.title;
+  $("editor").elements.body.value = entry.body;
+  $("conflict").hidden = true;
+}
+
+const written = () => Object.fromEntries(new FormData($("editor")));
+
+const save = attempt(async () => {
+  try {
+    await api("PUT", opened.key, { ...written(), version: opened.version });
+    leave();
+  } catch (error) {
+    if (!error.entry) throw error;
+    opened.theirs = error.entry;
+    $("refusal").textContent = `Not saved: ${error.message}. It says:`;
+    $("theirs").textContent = `${error.entry.title}\n${error.entry.body}`;
+    $("conflict").hidden = false;
+  }
+});
+
+const nameOf = ({ userId, clientId }) => {
+  const hue = parseInt(clientId.slice(0, 4), 16) % 360;
+  return make("span", { className: "name", style: `background: hsl(${hue} 70% 28%)` }, userId ?? "somebody");
+};
+
+function showOthers() {
+  const others = opened.presence.editors.filter(({ clientId }) => clientId !== cms.clientId);
+  $("editors").className = others.length ? "notice row" : "row";
+  $("editors").replaceChildren(...others.length
+    ? ["Also editing this:", ...others.map(nameOf), "Who saves second will be asked."]
+    : ["Nobody else is editing this."]);
+  const typing = others.filter(({ clientId }) => opened.typed.has(clientId));
+  $("typing").replaceChildren(...typing.map(other =>
+    make("li", {}, nameOf(other), ` is typing:\n${opened.typed.get(other.clientId)}`)));
+}
+
+onSubmit("editor", save);
+on("editor", "input", () => opened.presence.send(written()));
+on("leave", "click", leave);
+on("take", "click", () => { fill(opened.theirs); opened.presence.send(written()); });
+on("keep", "click", () => { opened.version = opened.theirs.version; save(); });
+
+// -- the rest --
+
+function notify({ from, text }) {
+  $("notices").prepend(make("li", { className: "notice" }, make("b", {}, from), ` tells you: ${text}`));
+  while ($("notices").children.length > 3) $("notices").lastChild.remove();
+}
+
+onSubmit("sign-in", ({ user: name }) => signIn(name));
+onSubmit("create", attempt(async ({ contentType, title }, { target }) => {
+  await api("POST", contentType, { title });
+  target.elements.title.value = "";
+}));
+onSubmit("tell", attempt(async ({ to, text }, { target }) => {
+  await api("POST", "notices", { to, text });
+  target.elements.text.value = "";
+  say(`Told ${to}, in every window where ${to} is signed in.`);
+}));
+on("cut", "click", attempt(() => api("POST", "cut", { line: lineName })));
+on("get-token", "click", attempt(async () => {
+  $("sign").elements.token.value = await getToken($("whose").value);
+}));
+signIn(sessionStorage.user ?? ["ana", "ben", "cleo", "dario", "eva"][Math.floor(Math.random() * 5)]);
+</script>
+{% endif %}
+</body>
+</html>
+"""
 
 
-def render_page(demo: bool) -> str:
-    return ""
+def render_page(*, demo: bool) -> str:
+    """Return the inspector: alone for GET /ws, or beside the demo's CMS."""
+    return render_template_string(
+        PAGE,
+        demo=demo,
+        ws_url=url_for("swiftcms_ws.about") if demo else request.root_path + request.path,
+        client_js_url=url_for("swiftcms_ws.client_js") if demo else None,
+    )
+
+
+# == 13. Demo and command line =======================================================================
+
+DEMO_CONTENT = """
+CREATE TABLE entries (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,  -- so that none is used twice
+    content_type TEXT NOT NULL,
+    title TEXT NOT NULL,
+    body TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'draft',
+    version INTEGER NOT NULL DEFAULT 1,
+    updated_by TEXT NOT NULL DEFAULT 'SwiftCMS'
+);
+INSERT INTO entries (content_type, title, body, state) VALUES
+    ('posts', 'Hello, class', 'Open this page in a second window and change something.', 'published'),
+    ('posts', 'Nothing is lost', 'Cut the line, change something elsewhere, and wait.', 'draft'),
+    ('pages', 'About us', 'We are the ones on the other end of the wire.', 'published');
+"""
+DEMO_LENGTHS = {"title": 200, "body": 10_000, "line": 40, "to": 40, "user": 40, "text": 500}
+DEMO_CUT_SECONDS = 5.0
+
+
+class DemoEntries:
+    """The demo's posts and pages, in memory. What changes one commits, and only then publishes."""
+
+    def __init__(self) -> None:
+        # SQLite's connection is for one thread at a time. Held until the event is published, too, so
+        # that events come in the order of their commits.
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(":memory:", check_same_thread=False)
+        self._db.row_factory = sqlite3.Row
+        self._db.executescript(DEMO_CONTENT)
+
+    def all(self, content_type: str) -> list[dict[str, Any]]:
+        columns = "id, title, body, state, version, updated_by"
+        query = f"SELECT {columns} FROM entries WHERE content_type = ? ORDER BY id"
+        with self._lock:
+            return [dict(row) for row in self._db.execute(query, [content_type])]
+
+    def get(self, content_type: str, entry_id: int) -> dict[str, Any]:
+        for entry in self.all(content_type):
+            if entry["id"] == entry_id:
+                return entry
+        abort(404, f"there is no {content_type}/{entry_id}, or not any more")
+
+    def create(self, content_type: str, title: str, body: str, user: str) -> dict[str, Any]:
+        values = [content_type, title, body, user]
+        with self._lock:
+            with self._db:
+                self._db.execute(
+                    "INSERT INTO entries (content_type, title, body, updated_by) VALUES (?, ?, ?, ?)", values
+                )
+            entry = self.all(content_type)[-1]
+            publish("content.created", content_type, entry)
+            return entry
+
+    def change(
+        self, event_type: str, content_type: str, entry_id: int, version: int | None = None, **values: str
+    ) -> dict[str, Any]:
+        """Give an entry new values; answer 409 where it is not at `version` any more."""
+        with self._lock:
+            entry = self.get(content_type, entry_id)
+            if version is not None and version != entry["version"]:
+                message = f"{entry['updated_by']} has saved version {entry['version']} since you opened this"
+                abort(make_response({"message": message, "entry": entry}, 409))
+            entry |= {**values, "version": entry["version"] + 1}
+            with self._db:
+                self._db.execute(
+                    "UPDATE entries SET title = :title, body = :body, state = :state, version = :version,"
+                    " updated_by = :updated_by WHERE id = :id",
+                    entry,
+                )
+            publish(event_type, content_type, entry)
+            return entry
+
+    def delete(self, content_type: str, entry_id: int) -> dict[str, Any]:
+        with self._lock:
+            entry = self.get(content_type, entry_id)
+            with self._db:
+                self._db.execute("DELETE FROM entries WHERE id = ?", [entry_id])
+            publish("content.deleted", content_type, entry)
+            return entry
+
+
+def _given(name: str, default: str | None = None) -> str:
+    """Return a text of the request's JSON object, or of a GET's query; anything else is a 400."""
+    given = request.args if request.method == "GET" else request.get_json()
+    value = given.get(name, default) if isinstance(given, Mapping) else None
+    shortest, longest = 0 if default is not None else 1, DEMO_LENGTHS[name]
+    if not isinstance(value, str) or not shortest <= len(value.strip()) <= longest:
+        abort(400, f"`{name}` must be a text of {shortest} to {longest} characters")
+    return value
+
+
+def demo_app() -> Flask:
+    """Return a tiny CMS with a REST API, whose pages show each other what happens."""
+    app = Flask(__name__)
+    # A key of its own, so that nothing from elsewhere is signed in here.
+    app.config.update(SWIFTCMS_WS_JWT_KEY=secrets.token_hex(), SWIFTCMS_WS_INSPECTOR=True)
+    app.json.sort_keys = False  # type: ignore[attr-defined]  # a frame is easier to read as written
+    app.register_blueprint(blueprint)
+    settings = Settings.from_config(app.config)
+    entries = DemoEntries()
+    entry_url = "/api/<any(posts, pages):content_type>/<int:entry_id>"
+
+    def user() -> str:
+        if request.authorization is None:
+            return "nobody"
+        try:
+            return check_token(settings, request.authorization.token or "").id
+        except ClientError as error:
+            abort(401, str(error))
+
+    @app.errorhandler(HTTPException)
+    def sentence(error: HTTPException) -> ResponseReturnValue:
+        return {"message": error.description}, error.code or 500
+
+    @app.get("/")
+    def page() -> ResponseReturnValue:
+        return render_page(demo=True)
+
+    @app.get("/api/<any(posts, pages):content_type>")
+    def list_entries(content_type: str) -> ResponseReturnValue:
+        return entries.all(content_type)
+
+    @app.post("/api/<any(posts, pages):content_type>")
+    def create_entry(content_type: str) -> ResponseReturnValue:
+        return entries.create(content_type, _given("title"), _given("body", ""), user()), 201
+
+    @app.get(entry_url)
+    def get_entry(content_type: str, entry_id: int) -> ResponseReturnValue:
+        return entries.get(content_type, entry_id)
+
+    @app.put(entry_url)
+    def update_entry(content_type: str, entry_id: int) -> ResponseReturnValue:
+        values = {"title": _given("title"), "body": _given("body", ""), "updated_by": user()}
+        version = request.get_json().get("version")
+        if not isinstance(version, int):
+            abort(400, "`version` must be the number of the version that you have changed")
+        return entries.change("content.updated", content_type, entry_id, version, **values)
+
+    @app.delete(entry_url)
+    def delete_entry(content_type: str, entry_id: int) -> ResponseReturnValue:
+        user()
+        return entries.delete(content_type, entry_id)
+
+    @app.post(f"{entry_url}/publish")
+    def publish_entry(content_type: str, entry_id: int) -> ResponseReturnValue:
+        request.get_json()  # a form of another site cannot send any
+        return entries.change(
+            "content.published", content_type, entry_id, state="published", updated_by=user()
+        )
+
+    @app.get("/api/token")
+    def token() -> ResponseReturnValue:
+        # Whoever asks may be anyone: a class has no passwords. A site asks its own login instead.
+        return {"token": hub.issue_token(_given("user"))}
+
+    @app.post("/api/notices")
+    def notify() -> ResponseReturnValue:
+        recipient = _given("to")
+        notice = {"from": user(), "text": _given("text")}
+        return {"id": publish("notification", "users", notice, to=recipient)}, 201
+
+    _let_lines_be_cut(app)
+    return app
+
+
+def _let_lines_be_cut(app: Flask) -> None:
+    """Let a page that names its line, /ws?line=NAME, have it broken and kept down for a while."""
+    sockets: weakref.WeakValueDictionary[str, socket.socket] = weakref.WeakValueDictionary()
+    down_until: dict[str, float] = {}
+
+    @app.before_request
+    def hold_handshakes() -> None:
+        line, sock = request.args.get("line"), request.environ.get("werkzeug.socket")
+        if line and sock and request.endpoint == "swiftcms_ws.websocket":
+            time.sleep(max(0.0, down_until.pop(line, 0.0) - time.monotonic()))
+            sockets[line] = sock
+
+    @app.post("/api/cut")
+    def cut() -> ResponseReturnValue:
+        line = _given("line")
+        if line not in sockets:
+            abort(404, "there is no such line")
+        down_until[line] = time.monotonic() + DEMO_CUT_SECONDS
+        with suppress(OSError):
+            sockets[line].shutdown(socket.SHUT_RDWR)  # no close frame: as when a cable is pulled
+        return {"seconds": DEMO_CUT_SECONDS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo until Ctrl+C or SIGTERM; return the exit code."""
+    parser = argparse.ArgumentParser(prog="swiftcms-ws", description="Serve the SwiftCMS demo.")
+    parser.add_argument("--host", default="localhost", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--debug", action="store_true", help="log everything; tracebacks in the browser")
+    options = parser.parse_args(argv)
+    return serve_demo(options.host, options.port, options.debug)
+
+
+def serve_demo(host: str, port: int, debug: bool) -> int:
+    level = logging.DEBUG if debug else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("werkzeug").setLevel(level)
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        is_taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        why = "another program has it; choose another with --port" if is_taken else str(error)
+        print(f"swiftcms-ws cannot listen on {host} port {port}: {why}", file=sys.stderr)
+        return 1
+    app = demo_app()
+    app.debug = debug
+    with listener:
+        server = make_server(
+            host, port, DebuggedApplication(app) if debug else app, threaded=True, fd=listener.fileno()
+        )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the server as Ctrl+C does
+    shown_host = f"[{host}]" if ":" in host else host
+    print(f"SwiftCMS demo: http://{shown_host}:{server.port}/ (Ctrl+C ends it)", flush=True)
+    try:
+        server.serve_forever()
+    finally:
+        hub.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,6 @@ import base64
 import contextlib
 import itertools
 import json
-import logging
 import os
 import random
 import re
@@ -26,7 +25,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, timezone
 from decimal import Decimal
@@ -54,7 +53,6 @@ from wsproto.events import (
     TextMessage,
 )
 from wsproto.extensions import PerMessageDeflate
-from wsproto.frame_protocol import FrameProtocol
 
 import swiftcms_ws
 from swiftcms_ws import Hub
@@ -218,7 +216,7 @@ class Client:
     def __exit__(self, *exc: object) -> None:
         self.sock.close()
 
-    def _read(self, timeout: float) -> None:
+    def _read(self, timeout: float) -> None:  # noqa: PLR0912 - one case for each kind of event
         self.sock.settimeout(max(timeout, 0.001))
         try:
             data = self.sock.recv(65536)
@@ -1798,12 +1796,12 @@ class Redis:
     def start(self) -> None:
         assert REDIS is not None
         self.popen = subprocess.Popen(
-            [REDIS, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._directory)]
-            + ["--appendonly", "yes", "--appendfsync", "always", "--save", ""],
+            [REDIS, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._directory),
+             "--appendonly", "yes", "--appendfsync", "always", "--save", ""],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
-        until(lambda: self._answers(), "the start of Redis")
+        until(self._answers, "the start of Redis")
 
     def _answers(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as sock:
@@ -2011,25 +2009,24 @@ def test_redis_refuses_writes_and_is_away_at_the_start(redis: Redis) -> None:
 def test_redis_presence_and_disconnect_across_processes(redis: Redis) -> None:
     """Editors of another process count, are told of, and get what is typed; so does a sign-out."""
     config = {"REDIS_URL": redis.url, "HEARTBEAT": 1}
-    with Server(**config) as first, Server(**config) as second:
-        with first.client() as ana, second.client() as bob:
-            for client, name in ((ana, "ana"), (bob, "bob")):
-                client.authenticate(token(name))
-                client.subscribe("user.*")
-            ana.ask("editStart", **POST)
-            assert names(bob.receive()) == ["ana"]
-            assert bob.ask("editStart", **POST)["payload"]["conflict"] is True
-            until(lambda: len(first.hub.editors("posts", "42")) == 2)
-            assert [names(message) for message in ana.rest()] == [["ana"], ["ana", "bob"]]
-            bob.rest()
-            bob.send(action="editChange", payload="x", **POST)
-            assert ana.receive()["payload"]["change"] == "x"
-            with Server(**config) as third:
-                until(lambda: len(third.hub.editors("posts", "42")) == 2, "a new process learns who edits")
-            assert second.hub.disconnect("ana") == 0
-            assert ana.closing().code == 4401
-            left = bob.receive()
-            assert (left["type"], names(left), left["payload"]["conflict"]) == ("user.stoppedEditing", ["bob"], False)
+    with Server(**config) as first, Server(**config) as second, first.client() as ana, second.client() as bob:
+        for client, name in ((ana, "ana"), (bob, "bob")):
+            client.authenticate(token(name))
+            client.subscribe("user.*")
+        ana.ask("editStart", **POST)
+        assert names(bob.receive()) == ["ana"]
+        assert bob.ask("editStart", **POST)["payload"]["conflict"] is True
+        until(lambda: len(first.hub.editors("posts", "42")) == 2)
+        assert [names(message) for message in ana.rest()] == [["ana"], ["ana", "bob"]]
+        bob.rest()
+        bob.send(action="editChange", payload="x", **POST)
+        assert ana.receive()["payload"]["change"] == "x"
+        with Server(**config) as third:
+            until(lambda: len(third.hub.editors("posts", "42")) == 2, "a new process learns who edits")
+        assert second.hub.disconnect("ana") == 0
+        assert ana.closing().code == 4401
+        left = bob.receive()
+        assert (left["type"], names(left), left["payload"]["conflict"]) == ("user.stoppedEditing", ["bob"], False)
 
 
 @needs_redis
@@ -2135,3 +2132,383 @@ def test_behind_nginx_with_tls_past_its_time_out(tmp_path: Path) -> None:
                 assert client.close().code == 1000
             nginx.popen.terminate()
             nginx.popen.wait(PATIENCE)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The browser: the seed's example, README's, client.js, the inspector and the demo
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as running:
+        yield running
+
+
+def html(body: str) -> str:
+    return f'<!doctype html><html lang="en"><link rel="icon" href="data:,"><title>test</title><body>{body}</body></html>'
+
+
+@needs_chromium
+def test_the_seeds_example_verbatim(browser: Browser) -> None:
+    """The seed's JavaScript, as it stands, in a page of a site on port 8080: created posts, and heartbeats."""
+    if not SEED.exists():
+        pytest.skip(f"{SEED} is not beside this checkout")
+    example = re.search(r"```javascript\n(.*?)```", SEED.read_text(), re.S)
+    assert example is not None
+    page_html = html(f"<script>var created = []; function handleContentCreated(p) {{ created.push(p) }}\n{example[1]}</script>")
+    app, hub = Flask("site"), Hub()
+    app.config["SWIFTCMS_WS_HEARTBEAT"] = 0.5
+    app.add_url_rule("/", view_func=lambda: page_html)
+    hub.init_app(app)
+    http_server = make_server("127.0.0.1", 8080, app, threaded=True)
+    threading.Thread(target=http_server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        page = browser.page("http://localhost:8080/")
+        until(lambda: hub.stats()["subscriptions"] == 1)
+        hub.publish("content.created", "pages", {"id": 1})
+        hub.publish("content.updated", "posts", {"id": 2})
+        hub.publish("content.created", "posts", {"id": 3})
+        page.wait("created.length")
+        assert page.js("created") == [{"id": 3}]
+        page.js("new Promise(done => ws.addEventListener('message', e => e.data.includes('system.heartbeat') && done()))")
+        page.js("ws.close()")
+        until(lambda: hub.stats()["connections"] == 0)
+        page.wait("ws.readyState === 3")
+        assert page.complaints() == []
+        assert any("system.heartbeat" in line or "Received" in line for line in page.console)
+        page.close()
+    finally:
+        hub.close()
+        http_server.shutdown()
+        http_server.server_close()
+
+
+def test_what_the_seeds_swift_example_sends(server: Server) -> None:
+    """authenticate, subscribe to content.*, pong to each heartbeat, close with 1001: all as it expects."""
+    with Server(HEARTBEAT=0.2) as server, server.client(greeted=False) as client:
+        client.send(action="authenticate", token=server.hub.issue_token("ana"))
+        client.send(action="subscribe", type="content.*", contentType="posts")
+        types = []
+        published = iter(("created", "updated", "deleted", "published"))
+        while len(types) < 12:
+            message = client.receive(heartbeats=True)
+            types.append(message["type"])
+            if message["type"] == "system.heartbeat":
+                client.send(action="pong")
+                server.publish(1, f"content.{next(published, 'created')}")
+        assert types[:3] == ["system.connected", "system.authenticated", "system.subscribed"]
+        events = [each for each in types if each.startswith("content.")]
+        assert events[:4] == ["content.created", "content.updated", "content.deleted", "content.published"]
+        assert client.close(1001).code == 1001
+
+
+README = (HERE / "README.md").read_text()
+
+
+def readme_example(name: str) -> str:
+    found = re.search(rf"<!-- browser example: {re.escape(name)} -->\n```html\n(.*?)```", README, re.S)
+    assert found is not None
+    return html(found[1])
+
+
+@needs_chromium
+@pytest.mark.parametrize(("name", "place"), [("raw", "#news"), ("client.js", "#posts")])
+def test_readme_browser_examples(browser: Browser, name: str, place: str) -> None:
+    """README's pages show what is published, and leave the console empty."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.add_url_rule("/", view_func=lambda: readme_example(name))
+
+    with Server(configure, HEARTBEAT=0.5) as server:
+        page = browser.page(f"http://localhost:{server.port}/")
+        until(lambda: server.hub.stats()["subscriptions"] == 1)
+        server.publish(title="Good news")
+        page.wait(f"document.querySelector('{place}').textContent.includes('Good news')")
+        assert page.complaints() == []
+        page.close()
+
+
+def test_readme_python_blocks() -> None:
+    """README's Python runs, one block after the other, and its test of a site passes."""
+    blocks = re.findall(r"^( *)```python\n(.*?)^ *```", README, re.S | re.M)
+    assert len(blocks) >= 8
+    found: dict[str, Any] = {"__name__": "readme"}
+    for indent, block in blocks:
+        code = "\n".join(line.removeprefix(indent) for line in block.splitlines())
+        if "create_app" in code or "REDIS_URL" in code:  # a site of its own; and a key that needs a Redis
+            exec(compile(code, "README.md", "exec"), dict(found))
+        else:
+            exec(compile(code, "README.md", "exec"), found)
+    del found["app"].config["SWIFTCMS_WS_REDIS_URL"]
+    found["test_creating_a_post_is_published"]()
+    client = found["app"].test_client()
+    stale = {"title": "x", "version": 1, "by": "eve"}
+    assert client.put("/posts/42", json=stale).status_code == 409
+    assert client.put("/posts/42", json={**stale, "version": 3}).json["version"] == 4
+    assert client.get("/posts").json["lastId"]
+    found["hub"].close()
+
+
+LIVE_SITE = """
+import os, sys
+from flask import Flask, request
+from swiftcms_ws import blueprint, hub, publish
+
+app = Flask(__name__)
+app.secret_key = "a key of more than thirty-two bytes, for tests"
+app.config["SWIFTCMS_WS_HEARTBEAT"] = 1
+app.register_blueprint(blueprint)
+
+@app.get("/")
+def page():
+    return '''<!doctype html><html lang="en"><link rel="icon" href="data:,"><title>live</title>
+      <script src="/ws/client.js"></script><script>
+        let got = [], also = [], statuses = [], gaps = [], tokens = 0;
+        const cms = new SwiftCMS(location.hash ? {token: async () => {
+          tokens++;
+          return (await fetch("/token")).text();
+        }} : {});
+        cms.onstatus = status => statuses.push(status);
+        cms.ongap = ({type, contentType}) => gaps.push(`${type} ${contentType}`);
+        cms.subscribe("content.*", "posts", ({payload}) => {
+          got.push(payload.n);
+          if (payload.n === 13) throw new Error("thirteen");
+        });
+        cms.subscribe("content.created", "*", ({payload}) => also.push(payload.n));
+      </script>'''
+
+@app.get("/token")
+def token():
+    return hub.issue_token("ana", expires_in=2)
+
+@app.post("/publish")
+def publish_it():
+    return {"id": publish("content.created", "posts", request.json)}
+
+app.run(port=int(sys.argv[1]))
+"""
+
+
+class LiveSite:
+    """A site whose page uses client.js, behind a proxy; it can be killed and started again."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self._path = tmp_path
+        (tmp_path / "live_app.py").write_text(LIVE_SITE)
+        self._port = free_port()
+        self.proxy = Proxy(self._port)
+        self.start()
+
+    def start(self) -> None:
+        command = (sys.executable, "live_app.py", str(self._port))
+        self.process = Process(*command, cwd=self._path, port=self._port).__enter__()
+
+    def end(self, number: int) -> None:
+        self.process.popen.send_signal(number)
+        self.process.popen.wait(PATIENCE)
+        self.process.__exit__()
+
+    def publish(self, *numbers: int) -> None:
+        for number in numbers:
+            publish_over_http(self.process, n=number)
+
+    def __enter__(self) -> LiveSite:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.__exit__()
+        self.proxy.__exit__()
+
+
+@needs_chromium
+def test_client_js_through_thick_and_thin(browser: Browser, tmp_path: Path) -> None:
+    """Line cut, server killed, server stopped, network gone: in the end the page has what the server published."""
+    with LiveSite(tmp_path) as live:
+        page = browser.page(f"http://localhost:{live.proxy.port}/")
+        page.wait("statuses.at(-1) === 'online'")
+        live.publish(1, 2, 3)
+        page.wait("got.length === 3 && also.length === 3")
+
+        live.proxy.cut()
+        live.publish(4, 5, 6)
+        page.wait("got.length === 6 && also.length === 6")
+        assert page.js("[got, also, gaps]") == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], []]
+        assert page.js("statuses") == ["connecting", "online", "offline", "connecting", "online"]
+
+        live.publish(13, 14)
+        page.wait("also.length === 8 && got.length === 8")
+        assert any("thirteen" in line for line in page.complaints())
+
+        page.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+        live.proxy.cut()
+        page.wait("statuses.at(-1) === 'offline'")
+        live.publish(15, 16)
+        page.call("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+        page.wait("got.length === 10")
+        assert page.js("[got.slice(8), gaps]") == [[15, 16], []]
+
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            page.js("gaps.length = 0")
+            live.end(number)
+            page.wait("statuses.at(-1) !== 'online'")
+            live.start()
+            page.wait("gaps.length === 2 && statuses.at(-1) === 'online'", timeout=45)
+            assert page.js("gaps.toSorted()") == ["content.* posts", "content.created *"]
+            page.js("got.length = also.length = 0")
+            live.publish(int(number))
+            page.wait("got.length && also.length")
+            assert page.js("[got, also]") == [[int(number)], [int(number)]]
+        page.js("cms.close()")
+        assert page.js("statuses.at(-1)") == "offline"
+        page.close()
+
+
+@needs_chromium
+def test_client_js_renews_its_token(browser: Browser, tmp_path: Path) -> None:
+    """A token that runs out after two seconds is renewed on the open line, which never breaks for it."""
+    with LiveSite(tmp_path) as live:
+        page = browser.page(f"http://localhost:{live.proxy.port}/#token")
+        page.wait("tokens >= 4")
+        live.publish(1)
+        page.wait("got.length === 1")
+        assert page.js("statuses") == ["connecting", "online"]
+        assert page.complaints() == []
+        page.close()
+
+
+@needs_chromium
+def test_client_js_is_cached_and_changes_are_noticed(server: Server) -> None:
+    """An ETag and Cache-Control: asked for again, and not sent again."""
+    status, headers, body = server.get("/ws/client.js")
+    assert (status, headers["Content-Type"].split(";")[0]) == (200, "text/javascript")
+    assert b"SwiftCMS" in body
+    assert headers["Cache-Control"] == "no-cache"
+    assert server.get("/ws/client.js", If_None_Match=headers["ETag"])[0] == 304
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Process]:
+    """The lone file, copied to an empty folder and run."""
+    shutil.copy(HERE / "swiftcms_ws.py", tmp_path)
+    port = free_port()
+    command = (sys.executable, "swiftcms_ws.py", "--port", str(port))
+    with Process(*command, cwd=tmp_path, port=port, PYTHONPATH="") as process:
+        yield process
+
+
+def demo_api(demo: Process, method: str, path: str, data: Any = None) -> tuple[int, Any]:
+    status, _, body = http(f"http://localhost:{demo.port}/api/{path}", method, data)
+    return status, json.loads(body)
+
+
+def test_demo_api(demo: Process) -> None:
+    """The tiny CMS: each change is committed, then published; bad input and stale saves get a sentence."""
+    with demo.client() as client:
+        client.subscribe("content.*")
+        status, entry = demo_api(demo, "POST", "posts", {"title": "New"})
+        assert (status, entry["title"], entry["state"], entry["version"]) == (201, "New", "draft", 1)
+        path = f"posts/{entry['id']}"
+        assert demo_api(demo, "PUT", path, {"title": "Newer", "body": "text", "version": 1})[1]["version"] == 2
+        status, refusal = demo_api(demo, "PUT", path, {"title": "Stale", "body": "", "version": 1})
+        assert (status, refusal["entry"]["title"]) == (409, "Newer")
+        assert demo_api(demo, "POST", f"{path}/publish", {})[1]["state"] == "published"
+        assert demo_api(demo, "DELETE", path)[0] == 200
+        assert demo_api(demo, "GET", path)[0] == 404
+        assert demo_api(demo, "POST", "posts", {"title": ""})[0] == 400
+        assert demo_api(demo, "POST", "posts", [])[0] == 400
+        kinds = [message["type"] for message in client.receive_many(4)]
+        assert kinds == ["content.created", "content.updated", "content.published", "content.deleted"]
+        client.nothing_more()
+        token_of_ana = demo_api(demo, "GET", "token?user=ana")[1]["token"]
+        assert client.authenticate(token_of_ana)["payload"]["userId"] == "ana"
+        client.subscribe("notification")
+        demo_api(demo, "POST", "notices", {"to": "bob", "text": "not for ana"})
+        demo_api(demo, "POST", "notices", {"to": "ana", "text": "hello"})
+        assert client.receive()["payload"]["text"] == "hello"
+
+
+def test_demo_says_that_the_port_is_taken(demo: Process) -> None:
+    """One clear sentence, and no traceback."""
+    command = [sys.executable, "swiftcms_ws.py", "--port", str(demo.port)]
+    run = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert "--port" in run.stderr
+
+
+@needs_chromium
+@pytest.mark.parametrize("path", ["/", "/ws"])
+def test_inspector(browser: Browser, demo: Process, path: str) -> None:
+    """The inspector shows every frame as it went over the wire, and its forms say what they mean."""
+    page = browser.page(f"http://localhost:{demo.port}{path}")
+    page.wait("document.querySelector('#state').textContent === 'online'")
+    page.js("document.querySelector('#subscriptions').requestSubmit(document.querySelector('[value=subscribe]'))")
+    page.wait("document.querySelector('#log').innerText.includes('system.subscribed')")
+    demo_api(demo, "POST", "posts", {"title": "<b>On the wire</b>"})
+    page.wait("document.querySelector('#log').innerText.includes('<b>On the wire</b>')")
+    page.js("document.querySelector('#free').elements.text.value = 'nonsense'")
+    page.js("document.querySelector('#free').requestSubmit()")
+    page.wait("document.querySelector('#log').innerText.includes('invalid_json')")
+    page.js("document.querySelector('#toggle').click()")
+    page.wait("document.querySelector('#log').innerText.includes('closed with 1000')")
+    assert page.complaints() == []
+    page.close()
+
+
+def sign_in(page: Page, name: str) -> None:
+    page.js(f"document.querySelector('#sign-in').elements.user.value = '{name}'")
+    page.js("document.querySelector('#sign-in').requestSubmit()")
+    page.wait("document.querySelector('#line').textContent === 'online'")
+    page.wait("document.querySelectorAll('#posts li').length >= 2")
+
+
+def open_first_post(page: Page) -> None:
+    page.js("[...document.querySelectorAll('#posts li:last-child button')].find(b => b.textContent === 'Edit').click()")
+
+
+@needs_chromium
+def test_demo_two_people_edit_one_post(browser: Browser, demo: Process) -> None:
+    """Each sees the other, what he types, and is asked before his work is overwritten; a killed browser lets go."""
+    ana = browser.page(f"http://localhost:{demo.port}/")
+    with Browser() as other_browser:
+        bob = other_browser.page(f"http://localhost:{demo.port}/")
+        for page, name in ((ana, "ana"), (bob, "bob")):
+            sign_in(page, name)
+            open_first_post(page)
+        ana.wait("document.querySelector('#editors').innerText.includes('bob')")
+        bob.wait("document.querySelector('#editors').innerText.includes('ana')")
+        bob.js("document.querySelector('#editor').elements.title.value = 'Bob was here'")
+        bob.js("document.querySelector('#editor').dispatchEvent(new Event('input', {bubbles: true}))")
+        ana.wait("document.querySelector('#typing').innerText.includes('Bob was here')")
+        bob.js("document.querySelector('#editor').requestSubmit()")
+        ana.wait("document.querySelector('#posts').innerText.includes('Bob was here')")
+        ana.js("document.querySelector('#editor').requestSubmit()")
+        ana.wait("!document.querySelector('#conflict').hidden")
+        assert "bob" in ana.js("document.querySelector('#conflict').innerText")
+        ana.js("document.querySelector('#take').click()")
+        assert ana.js("document.querySelector('#editor').elements.title.value") == "Bob was here"
+        open_first_post(bob)
+        ana.wait("document.querySelector('#editors').innerText.includes('bob')")
+        other_browser.kill()
+        ana.wait("!document.querySelector('#editors').innerText.includes('bob')")
+    assert [line for line in ana.complaints() if "409" not in line] == []
+    ana.close()
+
+
+@needs_chromium
+def test_demo_cut_line_and_notices(browser: Browser, demo: Process) -> None:
+    """The cut line comes back and says what was replayed; a notice reaches the one it is for."""
+    page = browser.page(f"http://localhost:{demo.port}/")
+    sign_in(page, "ana")
+    page.js("document.querySelector('#cut').click()")
+    page.wait("document.querySelector('#line').textContent !== 'online'")
+    demo_api(demo, "POST", "posts", {"title": "While you were away"})
+    demo_api(demo, "POST", "notices", {"to": "ana", "text": "tea is ready"})
+    demo_api(demo, "POST", "notices", {"to": "bob", "text": "a secret"})
+    page.wait("document.querySelector('#news').innerText.includes('2 events replayed')", timeout=40)
+    assert "While you were away" in page.js("document.querySelector('#posts').innerText")
+    assert "tea is ready" in page.js("document.querySelector('#notices').innerText")
+    assert "a secret" not in page.js("document.body.innerText")
+    assert [line for line in page.complaints() if "WebSocket connection" not in line] == []
+    page.close()
