@@ -139,7 +139,9 @@ class Server:
             return int(status.split()[1]), found, json.loads(body)
 
 
-def http(url: str, method: str = "GET", data: Any = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
+def http(
+    url: str, method: str = "GET", data: Any = None, **headers: str
+) -> tuple[int, dict[str, str], bytes]:
     body = None if data is None else json.dumps(data).encode()
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     if body is not None:
@@ -328,7 +330,9 @@ class Frames:
     """Raw frames, well formed and not, for what no library would send."""
 
     @staticmethod
-    def masked(opcode: int, payload: bytes = b"", *, fin: bool = True, rsv: int = 0, length: int | None = None) -> bytes:
+    def masked(
+        opcode: int, payload: bytes = b"", *, fin: bool = True, rsv: int = 0, length: int | None = None
+    ) -> bytes:
         size = len(payload) if length is None else length
         head = bytes([(0x80 if fin else 0) | rsv << 4 | opcode])
         if size < 126:
@@ -499,7 +503,12 @@ class Page:
         try:
             return until(lambda: self.js(expression), expression, timeout)
         except AssertionError as error:
-            raise AssertionError(f"{error}; console: {self.console}; page: {self.js('document.body.innerText')}") from None
+            shown = self.js("document.body.innerText")
+            raise AssertionError(f"{error}; console: {self.console}; page: {shown}") from None
+
+    def be_offline(self, offline: bool) -> None:
+        speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.call("Network.emulateNetworkConditions", offline=offline, **speed)
 
     def complaints(self) -> list[str]:
         """Return what stands in the console but was not logged by the page itself."""
@@ -757,7 +766,8 @@ def test_audience_issuer_and_other_algorithms() -> None:
     with Server(JWT_AUDIENCE="cms", JWT_ISSUER="site", JWT_ALGORITHMS=["HS512"], JWT_KEY="j" * 64) as server:
         sign = lambda **claims: token(key="j" * 64, algorithm="HS512", **claims)  # noqa: E731
         with server.client() as client:
-            for claims in ({}, {"aud": "cms"}, {"iss": "site"}, {"aud": "x", "iss": "site"}, {"aud": "cms", "iss": "x"}):
+            right = {"aud": "cms", "iss": "site"}
+            for claims in ({}, {"aud": "cms"}, {"iss": "site"}, {**right, "aud": "x"}, {**right, "iss": "x"}):
                 assert client.authenticate(sign(**claims))["payload"]["code"] == "invalid_token"
             assert client.authenticate(sign(aud=["x", "cms"], iss="site"))["payload"]["userId"] == "ana"
             assert client.authenticate(server.hub.issue_token("ana"))["type"] == "system.authenticated"
@@ -2146,7 +2156,7 @@ def browser() -> Iterator[Browser]:
 
 
 def html(body: str) -> str:
-    return f'<!doctype html><html lang="en"><link rel="icon" href="data:,"><title>test</title><body>{body}</body></html>'
+    return f'<!doctype html><html lang="en"><link rel="icon" href="data:,"><title>test</title><body>{body}</html>'
 
 
 @needs_chromium
@@ -2156,7 +2166,8 @@ def test_the_seeds_example_verbatim(browser: Browser) -> None:
         pytest.skip(f"{SEED} is not beside this checkout")
     example = re.search(r"```javascript\n(.*?)```", SEED.read_text(), re.S)
     assert example is not None
-    page_html = html(f"<script>var created = []; function handleContentCreated(p) {{ created.push(p) }}\n{example[1]}</script>")
+    handler = "var created = []; function handleContentCreated(payload) { created.push(payload) }"
+    page_html = html(f"<script>{handler}\n{example[1]}</script>")
     app, hub = Flask("site"), Hub()
     app.config["SWIFTCMS_WS_HEARTBEAT"] = 0.5
     app.add_url_rule("/", view_func=lambda: page_html)
@@ -2171,7 +2182,8 @@ def test_the_seeds_example_verbatim(browser: Browser) -> None:
         hub.publish("content.created", "posts", {"id": 3})
         page.wait("created.length")
         assert page.js("created") == [{"id": 3}]
-        page.js("new Promise(done => ws.addEventListener('message', e => e.data.includes('system.heartbeat') && done()))")
+        page.js("var beats = 0; ws.addEventListener('message', e => beats += e.data.includes('system.heartbeat'))")
+        page.wait("beats")
         page.js("ws.close()")
         until(lambda: hub.stats()["connections"] == 0)
         page.wait("ws.readyState === 3")
@@ -2184,7 +2196,7 @@ def test_the_seeds_example_verbatim(browser: Browser) -> None:
         http_server.server_close()
 
 
-def test_what_the_seeds_swift_example_sends(server: Server) -> None:
+def test_what_the_seeds_swift_example_sends() -> None:
     """authenticate, subscribe to content.*, pong to each heartbeat, close with 1001: all as it expects."""
     with Server(HEARTBEAT=0.2) as server, server.client(greeted=False) as client:
         client.send(action="authenticate", token=server.hub.issue_token("ana"))
@@ -2340,11 +2352,11 @@ def test_client_js_through_thick_and_thin(browser: Browser, tmp_path: Path) -> N
         page.wait("also.length === 8 && got.length === 8")
         assert any("thirteen" in line for line in page.complaints())
 
-        page.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+        page.be_offline(True)
         live.proxy.cut()
         page.wait("statuses.at(-1) === 'offline'")
         live.publish(15, 16)
-        page.call("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+        page.be_offline(False)
         page.wait("got.length === 10")
         assert page.js("[got.slice(8), gaps]") == [[15, 16], []]
 

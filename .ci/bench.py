@@ -495,19 +495,21 @@ def matching_cells(found: Figures, name: str) -> list[str]:
 
 
 def ceiling_line(found: Figures) -> str:
-    fastest = max(
-        (rate, server, each, round_figures["client_busy"])
-        for each in (column(*c) for c in COLUMNS)
-        for server, rounds in found.get(each, {}).items()
-        for round_figures in rounds
-        for rate in [round_figures["per_second"]]
-    )
-    ceiling = spread(values(found, "ceiling", RAW, "per_second"))
-    busy = spread(values(found, "ceiling", RAW, "client_busy"), "{:.0%}")
+    bursts = [
+        (figures["per_second"], name, where, figures["client_busy"])
+        for where in (column(*each) for each in COLUMNS)
+        for name, rounds in found.get(where, {}).items()
+        for figures in rounds
+    ]
+    ceiling = values(found, "ceiling", RAW, "per_second")
+    if not bursts or not ceiling:
+        return "Client ceiling: not measured."
+    rate, name, where, busy = max(bursts)
+    busy_then = spread(values(found, "ceiling", RAW, "client_busy"), "{:.0%}")
     return (
-        f"Client ceiling: it counted {ceiling} events a second, sent 64 in a call to 200 clients, "
-        f"with its core {busy} busy. The fastest that any server sent: {fastest[0]:,.0f} "
-        f"({fastest[1]}, {fastest[2]}), with the client's core {fastest[3]:.0%} busy."
+        f"Client ceiling: it counted {spread(ceiling)} events a second, sent 64 in a call to "
+        f"200 clients, with its core {busy_then} busy. The most that any server delivered: "
+        f"{rate:,.0f} ({name}, {where}), with the client's core {busy:.0%} busy."
     )
 
 
