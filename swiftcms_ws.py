@@ -66,20 +66,24 @@ import socket
 import sqlite3
 import ssl
 import sys
+import tempfile
 import threading
 import time
 import weakref
+import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError  # its own class before Python 3.11
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import jwt
+import simple_websocket
 from blinker import NamedSignal, Namespace
 from flask import (
     Blueprint,
@@ -99,6 +103,7 @@ from flask_sock import Sock
 from werkzeug.debug import DebuggedApplication
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import make_server
+from wsproto.events import CloseConnection, Ping
 from wsproto.frame_protocol import FrameProtocol
 from wsproto.utilities import ProtocolError as HandshakeError
 
@@ -136,6 +141,7 @@ BATCH_EVENTS = 64  # that go to a client in one system call, where so many are w
 BATCH_BYTES = 64 * 1024  # and how large that call may grow
 BACKLOG_BYTES = 8 * 1024 * 1024  # published and not yet dispatched; beyond it publish() waits
 EVENT_OVERHEAD = 1024  # bytes that an event weighs in the backlog beside its payload
+PROCESS_LENGTH = 8  # characters that all client ids of one process begin with
 NAME_LENGTH = 128  # characters of a type, a content type or an entry's id: those are kept
 REDIS_SECONDS = 1.0  # for a step of Redis, to connect or to answer; publish() takes two at most
 REDIS_BLOCK = 500  # milliseconds that the follower waits for what is new before it asks again
@@ -505,8 +511,8 @@ class Connection:
     the socket gets room. More than `max_queue` bytes waiting end this client. Nobody else notices.
     """
 
-    def __init__(self, sock: socket.socket, max_queue: int, user: User | None = None) -> None:
-        self.id = secrets.token_hex(8)
+    def __init__(self, client_id: str, sock: socket.socket, max_queue: int, user: User | None = None) -> None:
+        self.id = client_id
         self.opened_at = self.last_heard = time.monotonic()  # the reader's alone; a float is read whole
         # Under the registry's lock:
         self.user = user
@@ -1331,7 +1337,7 @@ class Engine:
             self.broker = RedisBroker(settings, self._on_told, self._on_gap, self._tell_presence)
         self.closing = threading.Event()
         self.server_is_stopping: Callable[[], bool] = lambda: False
-        self.process = secrets.token_hex(4)  # what other processes know this one by
+        self.process = secrets.token_hex(PROCESS_LENGTH // 2)  # what other processes know this one by
         self._heard_of: dict[str, float] = {}  # other processes, and when; changed by jobs alone
         self._presence_is_due = threading.Event()
         self._presence_told_at = 0.0  # the follower's alone
@@ -1344,6 +1350,10 @@ class Engine:
         for thread in self._threads:
             thread.start()
         self.broker.start()
+
+    def new_client_id(self) -> str:
+        """Return an id that tells, to who has several, whether they are of one process."""
+        return self.process + secrets.token_hex(6)
 
     # -- an event's way --------------------------------------------------------------------------------
 
@@ -1646,10 +1656,14 @@ class Conversation:
         """Carry out one message, or answer with what is wrong with it."""
         action = ref = None
         try:
-            self._keep_to_the_rate(1)
+            too_much = self._spend(1)
+            if too_much is not None and too_much.closes_with is not None:
+                raise too_much  # no more work for this one
             message = parse_message(data)
             action = message["action"][:NAME_LENGTH] if isinstance(message.get("action"), str) else None
             ref = self._ref(message)
+            if too_much is not None:
+                raise too_much
             carry_out = self._action(message)
             if self._must_sign_in() and carry_out is not ACTIONS["authenticate"]:
                 raise ClientError("auth_required", "sign in first: send authenticate with a token")
@@ -1667,20 +1681,21 @@ class Conversation:
 
     def _handle_pings(self, count: int) -> None:
         """Count pings, which cost us as much as messages do."""
-        try:
-            self._keep_to_the_rate(count)
-        except ClientError as error:
-            self.fail(error)
+        too_much = self._spend(count)
+        if too_much is not None:
+            self.fail(too_much)
 
-    def _keep_to_the_rate(self, count: int) -> None:
+    def _spend(self, count: int) -> ClientError | None:
+        """Take messages out of the rate's bucket; return what is wrong where there are too many."""
         now, rate = time.monotonic(), self._engine.settings.rate
         refilled = self._allowance + (now - self._allowance_at) * rate
         self._allowance, self._allowance_at = min(self._burst, refilled) - count, now
         if self._allowance < -self._burst:
             sentence = "far too many messages; come back in a minute, slower"
-            raise ClientError("rate_limited", sentence, CloseCode.TOO_MANY_MESSAGES)
+            return ClientError("rate_limited", sentence, CloseCode.TOO_MANY_MESSAGES)
         if self._allowance < 0:
-            raise ClientError("rate_limited", f"too many messages; send {rate:g} a second at most")
+            return ClientError("rate_limited", f"too many messages; send {rate:g} a second at most")
+        return None
 
     def _must_sign_in(self) -> bool:
         return self._engine.settings.auth == "required" and self._connection.user is None
@@ -2080,7 +2095,7 @@ class Hub:
         user = self._find_user(engine.settings)
         self._take_place(engine)
         # The library takes its socket from here, and so can write nothing past the connection.
-        connection = Connection(environ[socket_key], engine.settings.max_queue, user)
+        connection = Connection(engine.new_client_id(), environ[socket_key], engine.settings.max_queue, user)
         environ[socket_key], environ[CONNECTION_KEY] = ReaderSocket(connection), connection
         # No compression (PROTOCOL.md): one frame goes to all clients as it is.
         environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
@@ -2607,11 +2622,13 @@ PAGE = r"""<!doctype html>
   --in: light-dark(#00458f, #93c7ff); --out: light-dark(#8a3a00, #ffbd80);
   --good: light-dark(#005c2a, #7ce8a6); --bad: light-dark(#a3001b, #ffa3a3);
 }
+html { font-size: clamp(100%, 1.15vw, 180%); } /* a projector is wide: let it show large */
 * { box-sizing: border-box; margin: 0; }
 body { background: var(--ground); color: var(--ink); font: 1.2rem/1.35 system-ui, sans-serif; }
 main { display: grid; gap: 1.5rem; padding: 1rem; }
 section { min-width: 0; }
 ul, ol { padding: 0; list-style: none; }
+.entries { margin-bottom: .7rem; }
 h1 { font-size: 1.7rem; }
 h2 { font-size: 1.3rem; }
 .row, .row > span { display: flex; flex-wrap: wrap; gap: .5rem .7rem; align-items: end; }
@@ -2999,7 +3016,7 @@ const save = attempt(async () => {
 });
 
 const nameOf = ({ userId, clientId }) => {
-  const hue = parseInt(clientId.slice(0, 4), 16) % 360;
+  const hue = parseInt(clientId.slice(-4), 16) % 360;
   return make("span", { className: "name", style: `background: hsl(${hue} 70% 28%)` }, userId ?? "somebody");
 };
 
@@ -3062,7 +3079,7 @@ def render_page(*, demo: bool) -> str:
 # == 13. Demo and command line =======================================================================
 
 DEMO_CONTENT = """
-CREATE TABLE entries (
+CREATE TABLE IF NOT EXISTS entries (
     id INTEGER PRIMARY KEY AUTOINCREMENT,  -- so that none is used twice
     content_type TEXT NOT NULL,
     title TEXT NOT NULL,
@@ -3071,23 +3088,24 @@ CREATE TABLE entries (
     version INTEGER NOT NULL DEFAULT 1,
     updated_by TEXT NOT NULL DEFAULT 'SwiftCMS'
 );
-INSERT INTO entries (content_type, title, body, state) VALUES
+INSERT INTO entries (content_type, title, body, state) SELECT * FROM (VALUES
     ('posts', 'Hello, class', 'Open this page in a second window and change something.', 'published'),
     ('posts', 'Nothing is lost', 'Cut the line, change something elsewhere, and wait.', 'draft'),
-    ('pages', 'About us', 'We are the ones on the other end of the wire.', 'published');
+    ('pages', 'About us', 'We are the ones on the other end of the wire.', 'published')
+) WHERE NOT EXISTS (SELECT 1 FROM entries);
 """
 DEMO_LENGTHS = {"title": 200, "body": 10_000, "line": 40, "to": 40, "user": 40, "text": 500}
 DEMO_CUT_SECONDS = 5.0
 
 
 class DemoEntries:
-    """The demo's posts and pages, in memory. What changes one commits, and only then publishes."""
+    """The demo's posts and pages. What changes one commits, and only then publishes."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str) -> None:
         # SQLite's connection is for one thread at a time. Held until the event is published, too, so
         # that events come in the order of their commits.
         self._lock = threading.RLock()
-        self._db = sqlite3.connect(":memory:", check_same_thread=False)
+        self._db = sqlite3.connect(path, check_same_thread=False)
         self._db.row_factory = sqlite3.Row
         self._db.executescript(DEMO_CONTENT)
 
@@ -3119,12 +3137,13 @@ class DemoEntries:
     ) -> dict[str, Any]:
         """Give an entry new values; answer 409 where it is not at `version` any more."""
         with self._lock:
-            entry = self.get(content_type, entry_id)
-            if version is not None and version != entry["version"]:
-                message = f"{entry['updated_by']} has saved version {entry['version']} since you opened this"
-                abort(make_response({"message": message, "entry": entry}, 409))
-            entry |= {**values, "version": entry["version"] + 1}
             with self._db:
+                self._db.execute("BEGIN IMMEDIATE")  # another demo may share the file
+                entry = self.get(content_type, entry_id)
+                if version is not None and version != entry["version"]:
+                    message = f"{entry['updated_by']} has saved version {entry['version']} since you opened this"
+                    abort(make_response({"message": message, "entry": entry}, 409))
+                entry |= {**values, "version": entry["version"] + 1}
                 self._db.execute(
                     "UPDATE entries SET title = :title, body = :body, state = :state, version = :version,"
                     " updated_by = :updated_by WHERE id = :id",
@@ -3149,21 +3168,25 @@ def _given(name: str, default: str | None = None) -> str:
     shortest, longest = 0 if default is not None else 1, DEMO_LENGTHS[name]
     if not isinstance(value, str) or not shortest <= len(value.strip()) <= longest:
         abort(400, f"`{name}` must be a text of {shortest} to {longest} characters")
-    return value
+    return value.strip()
 
 
-def demo_app() -> Flask:
+def demo_app(redis_url: str | None = None) -> Flask:
     """Return a tiny CMS with a REST API, whose pages show each other what happens."""
     app = Flask(__name__)
     # A key of its own, so that nothing from elsewhere is signed in here.
     app.config.update(SWIFTCMS_WS_JWT_KEY=secrets.token_hex(), SWIFTCMS_WS_INSPECTOR=True)
+    app.config["SWIFTCMS_WS_REDIS_URL"] = redis_url
     app.json.sort_keys = False  # type: ignore[attr-defined]  # a frame is easier to read as written
     app.register_blueprint(blueprint)
     settings = Settings.from_config(app.config)
-    entries = DemoEntries()
+    # In memory; or, for all demos that run on one Redis, in a file that they share.
+    shared = Path(tempfile.gettempdir(), f"swiftcms-ws-demo-{zlib.crc32((redis_url or '').encode())}.sqlite")
+    entries = DemoEntries(str(shared) if redis_url else ":memory:")
     entry_url = "/api/<any(posts, pages):content_type>/<int:entry_id>"
 
     def user() -> str:
+        """Return who makes this request, by the token that the page has for its socket."""
         if request.authorization is None:
             return "nobody"
         try:
@@ -3241,25 +3264,17 @@ def _let_lines_be_cut(app: Flask) -> None:
     @app.post("/api/cut")
     def cut() -> ResponseReturnValue:
         line = _given("line")
-        if line not in sockets:
-            abort(404, "there is no such line")
+        sock = sockets.get(line)
+        if sock is None:
+            abort(404, "there is no such line, or it is down already")
         down_until[line] = time.monotonic() + DEMO_CUT_SECONDS
         with suppress(OSError):
-            sockets[line].shutdown(socket.SHUT_RDWR)  # no close frame: as when a cable is pulled
+            sock.shutdown(socket.SHUT_RDWR)  # no close frame, as when a cable is pulled
         return {"seconds": DEMO_CUT_SECONDS}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo until Ctrl+C or SIGTERM; return the exit code."""
-    parser = argparse.ArgumentParser(prog="swiftcms-ws", description="Serve the SwiftCMS demo.")
-    parser.add_argument("--host", default="localhost", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--debug", action="store_true", help="log everything; tracebacks in the browser")
-    options = parser.parse_args(argv)
-    return serve_demo(options.host, options.port, options.debug)
-
-
-def serve_demo(host: str, port: int, debug: bool) -> int:
+def serve_demo(options: argparse.Namespace) -> int:
+    host, port, debug = options.host, options.port, options.debug
     level = logging.DEBUG if debug else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("werkzeug").setLevel(level)
@@ -3271,7 +3286,7 @@ def serve_demo(host: str, port: int, debug: bool) -> int:
         why = "another program has it; choose another with --port" if is_taken else str(error)
         print(f"swiftcms-ws cannot listen on {host} port {port}: {why}", file=sys.stderr)
         return 1
-    app = demo_app()
+    app = demo_app(options.redis)
     app.debug = debug
     with listener:
         server = make_server(
@@ -3285,6 +3300,169 @@ def serve_demo(host: str, port: int, debug: bool) -> int:
     finally:
         hub.close()
     return 0
+
+
+REPLY_SECONDS = 10.0  # for a server to answer a command line
+LONG_SECONDS = 75.0  # longer than nginx's time-out of 60
+PROBES = 20  # connections that check() opens to see how many processes there are
+
+
+def open_line(url: str, **headers: str) -> tuple[simple_websocket.Client, dict[str, Any]]:
+    """Connect as a client; return the line and the server's greeting. Raises OSError or the library's errors."""
+    daemon = functools.partial(threading.Thread, daemon=True)
+    line = simple_websocket.Client.connect(url, headers=headers, thread_class=daemon)
+    # The library overlooks what came in one piece with the handshake's answer until more comes: a pong.
+    line.sock.send(line.ws.send(Ping()))
+    greeting = line.receive(REPLY_SECONDS)
+    if greeting is None:
+        raise OSError("connected, but nothing was said")
+    return line, json.loads(greeting)
+
+
+def listen(options: argparse.Namespace) -> int:
+    """Print events until Ctrl+C, across broken lines; return 1 where coming back would not help."""
+    last_id = None
+    pause = 1.0
+    while True:
+        try:
+            line, greeting = open_line(options.url)
+            patience = MISSED_HEARTBEATS * greeting["payload"]["heartbeat"] + REPLY_SECONDS
+            if options.token is not None:
+                line.send(json.dumps({"action": "authenticate", "token": options.token}))
+            last_id = last_id or greeting["payload"]["lastId"]
+            wish = {"type": options.type, "contentType": options.content_type, "since": last_id}
+            line.send(json.dumps({"action": "subscribe", **wish}))
+            while (data := line.receive(patience)) is not None:
+                message = json.loads(data)
+                if message["type"] == "system.error":
+                    print(message["payload"]["message"], file=sys.stderr)
+                    if message["payload"]["code"] != "rate_limited":
+                        return 1
+                elif message["type"] == "system.heartbeat":
+                    line.send('{"action": "pong"}')
+                    pause = 1.0
+                elif message["type"] == "system.subscribed" and not message["payload"]["recovered"]:
+                    print("some events were missed, and cannot be had any more", file=sys.stderr)
+                elif "id" in message:
+                    print(data, flush=True)
+                    last_id = message["id"]
+            why = "nothing was heard for too long"
+        except (OSError, simple_websocket.ConnectionClosed, simple_websocket.ConnectionError) as error:
+            why = str(error)
+            if getattr(error, "reason", None) in (CloseCode.SIGN_IN_AGAIN, CloseCode.MESSAGE_TOO_BIG):
+                print(why, file=sys.stderr)
+                return 1
+        print(f"the line is down ({why}); trying again", file=sys.stderr)
+        time.sleep(pause * random.uniform(0.5, 1))
+        pause = min(pause * 2, 30.0)
+
+
+def print_token(options: argparse.Namespace) -> int:
+    key = os.environ.get(f"{CONFIG_PREFIX}JWT_KEY") or os.environ.get("SECRET_KEY")
+    if not key:
+        print("set SWIFTCMS_WS_JWT_KEY or SECRET_KEY, in the environment, to the site's key", file=sys.stderr)
+        return 1
+    print(sign_token(Settings(jwt_key=key), options.user, time.time(), options.expires_in, {}))
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print a tick or a cross, with the cure, for each thing that goes wrong with deployments; 1 for a cross."""
+    is_well = True
+
+    def say(is_right: bool, what: str, cure: str = "") -> None:
+        nonlocal is_well
+        is_well = is_well and is_right
+        print(f"{'✓' if is_right else '✗'} {what}" + ("" if is_right else f"\n    {cure}"), flush=True)
+
+    def status_of(url: str, **headers: str) -> int:
+        """Return 101, or the HTTP status that a handshake is refused with."""
+        try:
+            open_line(url, **headers)[0].close()
+        except simple_websocket.ConnectionError as error:
+            return int(error.status_code or 0)
+        except simple_websocket.ConnectionClosed:
+            return 0
+        return 101
+
+    try:
+        line, greeting = open_line(options.url)
+    except (OSError, simple_websocket.ConnectionError, simple_websocket.ConnectionClosed) as error:
+        cure = "Is this the address, with its path? A proxy must pass Upgrade, Connection and Host on (see README)."
+        say(False, f"no handshake with {options.url}: {error}", cure)
+        return 1
+    say(greeting.get("type") == "system.connected", "the handshake, and a greeting", "Is it a swiftcms-ws?")
+
+    origin_cure = "Pages of any site may connect with your visitors' cookies: set SWIFTCMS_WS_ORIGINS."
+    say(status_of(options.url, Origin="https://elsewhere.example") == 403, "a foreign page is refused", origin_cure)
+    has_query = "&" if "?" in options.url else "?"
+    token_cure = "A bad token should be a 401. Does a proxy drop the query?"
+    say(status_of(f"{options.url}{has_query}token=bad") == 401, "a bad token is refused", token_cure)
+
+    newest: dict[str, str] = {}  # process -> the last id that it knows
+    with ThreadPoolExecutor(PROBES) as pool:  # all at once, or one process might take each of them
+        for other, hello in pool.map(lambda _: open_line(options.url), range(PROBES)):
+            newest[hello["payload"]["clientId"][:PROCESS_LENGTH]] = hello["payload"]["lastId"]
+            other.close()
+    say(
+        len(newest) == 1 or len(set(newest.values())) == 1,
+        f"{len(newest)} server process(es); events reach the clients of all",
+        "An event reaches the clients of one process only: set SWIFTCMS_WS_REDIS_URL, or run one process.",
+    )
+
+    if options.long:
+        deadline = time.monotonic() + LONG_SECONDS
+        try:
+            while (left := deadline - time.monotonic()) > 0 and line.receive(left):
+                pass
+            is_alive = bool(line.connected)
+        except simple_websocket.ConnectionClosed:
+            is_alive = False
+        silence_cure = "A proxy cuts silent lines: raise its time-out, or lower SWIFTCMS_WS_HEARTBEAT below it."
+        say(is_alive, f"a line that sends nothing lives for {LONG_SECONDS:g} seconds", silence_cure)
+    closed_with = None
+    try:
+        line.sock.send(line.ws.send(CloseConnection(code=1000)))
+        while line.receive(REPLY_SECONDS):
+            pass
+    except (OSError, simple_websocket.ConnectionClosed) as closed:
+        closed_with = getattr(closed, "reason", None)
+    say(closed_with == 1000, "closing is answered", "Something between us and the server swallows close frames.")
+    return 0 if is_well else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="swiftcms-ws", description="Real-time push for small Flask sites.")
+    parser.set_defaults(run=serve_demo)
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--host", default="localhost", help="address that the demo listens on (%(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="port that it listens on (%(default)s)")
+    parser.add_argument("--redis", metavar="URL", help="run the demo on Redis, twice on two ports if you like")
+    parser.add_argument("--debug", action="store_true", help="log everything; tracebacks in the browser")
+    commands = parser.add_subparsers(title="commands", description="Without one, the demo is served.")
+
+    listener = commands.add_parser("listen", help="print events, one JSON line each; reconnect and resume")
+    listener.set_defaults(run=listen)
+    listener.add_argument("url", help="such as ws://localhost:8080/ws")
+    listener.add_argument("--type", default="*", help="event type or prefix (%(default)s)")
+    listener.add_argument("--content-type", default="*", help="content type (%(default)s)")
+    listener.add_argument("--token", help="a JWT to sign in with")
+
+    signer = commands.add_parser("token", help="sign a token with the key in $SWIFTCMS_WS_JWT_KEY or $SECRET_KEY")
+    signer.set_defaults(run=print_token)
+    signer.add_argument("user", help="the user's id")
+    signer.add_argument("--expires-in", type=float, default=3600, help="seconds that it is valid for (%(default)s)")
+
+    doctor = commands.add_parser("check", help="examine a deployed address, and say what to change")
+    doctor.set_defaults(run=check)
+    doctor.add_argument("url", help="such as wss://example.org/ws")
+    doctor.add_argument("--long", action="store_true", help="also wait past a proxy's time-out, 75 seconds")
+    options = parser.parse_args(argv)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

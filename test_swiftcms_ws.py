@@ -2524,3 +2524,121 @@ def test_demo_cut_line_and_notices(browser: Browser, demo: Process) -> None:
     assert "a secret" not in page.js("document.body.innerText")
     assert [line for line in page.complaints() if "WebSocket connection" not in line] == []
     page.close()
+
+
+@needs_redis
+def test_demo_twice_on_one_redis(redis: Redis, tmp_path: Path) -> None:
+    """--redis on two ports: what is changed in one demo is seen, and can be edited, in the other."""
+    ports = [free_port(), free_port()]
+    with contextlib.ExitStack() as stack:
+        demos = [
+            stack.enter_context(
+                Process(
+                    sys.executable, str(HERE / "swiftcms_ws.py"), "--port", str(port), "--redis", redis.url,
+                    cwd=tmp_path, port=port, TMPDIR=str(tmp_path),
+                )  # fmt: skip
+            )
+            for port in ports
+        ]
+        client = stack.enter_context(demos[1].client())
+        client.subscribe("content.*")
+        entry = demo_api(demos[0], "POST", "posts", {"title": "Shared"})[1]
+        assert client.receive()["payload"]["title"] == "Shared"
+        path = f"posts/{entry['id']}"
+        assert demo_api(demos[1], "PUT", path, {"title": "Changed", "body": "", "version": 1})[0] == 200
+        assert demo_api(demos[0], "PUT", path, {"title": "Stale", "body": "", "version": 1})[0] == 409
+
+
+# ---------------------------------------------------------------------------------------------------
+# The command line: listen, token, check
+# ---------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(HERE / "swiftcms_ws.py"), *arguments],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_listen_prints_reconnects_and_resumes() -> None:
+    """One JSON line for each event, also for those that were published while the line was down."""
+    with Server() as server, Proxy(server.port) as proxy:
+        url = f"ws://127.0.0.1:{proxy.port}/ws"
+        arguments = ("listen", url, "--type", "content.*", "--content-type", "posts", "--token", token())
+        listener = subprocess.Popen(
+            [sys.executable, str(HERE / "swiftcms_ws.py"), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        try:
+            assert listener.stdout is not None
+            until(lambda: server.hub.stats()["subscriptions"] == 1)
+            server.publish(1)
+            server.hub.publish("content.created", "pages", {"n": 99})
+            assert json.loads(listener.stdout.readline())["payload"] == {"n": 1}
+            proxy.cut()
+            server.publish(2)
+            server.publish(3, to="ana")
+            assert [json.loads(listener.stdout.readline())["payload"]["n"] for _ in range(2)] == [2, 3]
+            listener.send_signal(signal.SIGINT)
+            assert listener.wait(PATIENCE) == 130
+        finally:
+            listener.kill()
+            listener.wait(PATIENCE)
+            assert listener.stdout is not None
+            listener.stdout.close()
+
+
+def test_listen_gives_up_where_coming_back_would_not_help(server: Server) -> None:
+    """A bad token or pattern is told on stderr, in the server's words, and ends it."""
+    url = f"ws://127.0.0.1:{server.port}/ws"
+    run = command("listen", url, "--token", "nonsense")
+    assert (run.returncode, "not a valid JWT" in run.stderr) == (1, True)
+    run = command("listen", url, "--type", "con*")
+    assert (run.returncode, "prefix" in run.stderr) == (1, True)
+
+
+def test_token_is_one_that_the_server_takes(server: Server) -> None:
+    """`token USER` signs with the key in the environment; without one it says which to set."""
+    run = command("token", "ana", "--expires-in", "60", SECRET_KEY=KEY, SWIFTCMS_WS_JWT_KEY="")
+    with server.client() as client:
+        assert client.authenticate(run.stdout.strip())["payload"]["userId"] == "ana"
+    run = command("token", "ana", SECRET_KEY="", SWIFTCMS_WS_JWT_KEY="")
+    assert (run.returncode, "SWIFTCMS_WS_JWT_KEY" in run.stderr) == (1, True)
+
+
+def test_check_is_content_with_a_good_site(server: Server) -> None:
+    """Every line a tick, and exit code 0."""
+    run = command("check", f"ws://127.0.0.1:{server.port}/ws")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("✓") == 5
+    assert "✗" not in run.stdout
+
+
+def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
+    """Open origins, several processes without Redis, and no handshake at all: a cross each, with the cure."""
+    with Server(ORIGINS="*") as server:
+        run = command("check", f"ws://127.0.0.1:{server.port}/ws")
+        assert run.returncode == 1
+        assert "SWIFTCMS_WS_ORIGINS" in run.stdout
+        run = command("check", f"ws://127.0.0.1:{server.port}/elsewhere")
+        assert (run.returncode, "Is this the address" in run.stdout) == (1, True)
+    with site(tmp_path, GTHREAD, "--workers", "4") as process:
+        until(lambda: "SWIFTCMS_WS_REDIS_URL" in command("check", f"ws://127.0.0.1:{process.port}/ws").stdout)
+    run = command("check", f"ws://127.0.0.1:{free_port()}/ws")
+    assert (run.returncode, run.stderr) == (1, "")
+
+
+@needs_redis
+def test_check_is_content_with_processes_that_share_redis(redis: Redis, tmp_path: Path) -> None:
+    """Several processes are no cross where they have their events in common."""
+    environ = {"SWIFTCMS_WS_REDIS_URL": redis.url}
+    with site(tmp_path, (*GTHREAD, "--workers", "3"), **environ) as process:
+        run = command("check", f"ws://127.0.0.1:{process.port}/ws")
+        assert run.returncode == 0, run.stdout + run.stderr

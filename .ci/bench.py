@@ -6,8 +6,9 @@ It needs Python 3.10+ with pip, Linux, and better a C compiler. It makes its own
 Each server (bench_servers.py) and the load client (loadclient.c) run in a process of their own,
 each on a core of its own where there are two, and talk over 127.0.0.1. The servers take turns, one
 round of all of them after another, and a ratio is always between two figures of the same round, so
-that a machine that is slow for a minute is slow for both. Tables show the median of the rounds, and
-(least..most). All messages are equally long (300 bytes unless it says otherwise).
+that a machine that is slow for a minute is slow for both. The client does not sleep while it
+expects events, or servers would be charged for waking it. Tables show the median of the rounds,
+and (least..most). All messages are equally long (300 bytes unless it says otherwise).
 
 fan-out     from the first publish of a burst until the last client has its last event
 latency     one event; when all have it, the next: until half of the clients, and the last, have it
@@ -186,6 +187,7 @@ class Session:
         """Connects clients, and waits until the server knows them all."""
         path, *more = join or JOIN[self.name]
         command = [*self.bench.client, str(self.port), path, str(count), *more, *options]
+        command += self.bench.spin
         client = Process(command, self.bench.client_core)
         self.processes.append(client)
         client.count, client.stuck = count, "--stuck" in options
@@ -248,6 +250,7 @@ class Bench:
         self.client, self.quick = client, quick
         cores = sorted(os.sched_getaffinity(0))
         self.server_core, self.client_core = cores[:2] if len(cores) > 1 else (None, None)
+        self.spin = ["--spin"] if len(cores) > 1 else []  # on one core it would starve the server
         self.burst = 100 if quick else 400
         self.repeats = 3 if quick else 9
         self.budget = 1.0 if quick else 3.0  # seconds, for what is repeated

@@ -39,7 +39,7 @@ class Run:
         self.expected = expected
         self.deadline = time.monotonic() + milliseconds / 1000
         self.total = self.complete = self.first_ns = self.last_ns = self.wire_bytes = 0
-        self.order_errors = self.bad_frames = self.cpu_ns = self.largest = 0
+        self.order_errors = self.bad_frames = self.cpu_ns = self.spun_ns = self.largest = 0
         self.smallest = sys.maxsize
 
 
@@ -143,7 +143,7 @@ class Client:
         if self.stuck:
             return
         if not run.total:
-            run.first_ns, run.cpu_ns = now, time.process_time_ns()
+            run.first_ns, run.cpu_ns, run.spun_ns = now, time.process_time_ns(), 0
         run.total += 1
         run.last_ns = now
         run.smallest = min(run.smallest, len(text))
@@ -179,7 +179,7 @@ def report(clients: list[Client], run: Run) -> dict:
         "wire_bytes": run.wire_bytes,
         "smallest": run.smallest if run.total else 0,
         "largest": run.largest,
-        "busy_ns": time.process_time_ns() - run.cpu_ns if run.total else 0,
+        "busy_ns": time.process_time_ns() - run.cpu_ns - run.spun_ns if run.total else 0,
         "p50_ns": latency[len(latency) // 2],
         "p99_ns": latency[len(latency) * 99 // 100],
         "max_ns": latency[-1],
@@ -215,6 +215,7 @@ class Crowd:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.run = Run()
+        self.spin = options.spin
         self.poller = select.epoll()
         self.by_fd: dict[int, Client] = {}
         self.clients: list[Client] = []
@@ -238,7 +239,12 @@ class Crowd:
     def read_ready(self, patience: float | None) -> bool:
         """Reads what there is; True where there is a command among it."""
         commanded = False
-        for fd, _ in self.poller.poll(patience):
+        spinning = self.spin and self.run.expected
+        start = time.monotonic_ns()
+        ready = self.poller.poll(0 if spinning else patience)
+        if spinning and not ready:
+            self.run.spun_ns += time.monotonic_ns() - start
+        for fd, _ in ready:
             if fd == sys.stdin.fileno():
                 commanded = True
             elif not self.by_fd[fd].read(self.run):
@@ -280,7 +286,7 @@ def main() -> None:
     parser.add_argument("--send")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--answers", type=int, default=0)
-    for flag in ("--deflate", "--engineio", "--stuck"):
+    for flag in ("--deflate", "--engineio", "--stuck", "--spin"):
         parser.add_argument(flag, action="store_true")
     options = parser.parse_args()
     signal.alarm(LIFETIME_S)
