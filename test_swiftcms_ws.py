@@ -2536,7 +2536,7 @@ def test_demo_twice_on_one_redis(redis: Redis, tmp_path: Path) -> None:
                 Process(
                     sys.executable, str(HERE / "swiftcms_ws.py"), "--port", str(port), "--redis", redis.url,
                     cwd=tmp_path, port=port, TMPDIR=str(tmp_path),
-                )  # fmt: skip
+                )
             )
             for port in ports
         ]
