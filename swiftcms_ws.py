@@ -54,13 +54,14 @@ import difflib
 import errno
 import functools
 import io
+import itertools
 import json
 import logging
 import os
 import random
 import re
 import secrets
-import selectors
+import select
 import signal
 import socket
 import sqlite3
@@ -79,6 +80,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from enum import IntEnum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -97,13 +99,13 @@ from flask import (
     request,
     url_for,
 )  # fmt: skip
-from flask.globals import request_ctx
+from flask.globals import app_ctx, request_ctx
 from flask.typing import ResponseReturnValue
 from flask_sock import Sock
 from werkzeug.debug import DebuggedApplication
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import make_server
-from wsproto.events import CloseConnection, Ping
+from wsproto.events import CloseConnection, Message, Ping, Pong
 from wsproto.frame_protocol import FrameProtocol
 from wsproto.utilities import ProtocolError as HandshakeError
 
@@ -142,6 +144,10 @@ BATCH_BYTES = 64 * 1024  # and how large that call may grow
 BACKLOG_BYTES = 8 * 1024 * 1024  # published and not yet dispatched; beyond it publish() waits
 EVENT_OVERHEAD = 1024  # bytes that an event weighs in the backlog beside its payload
 PROCESS_LENGTH = 8  # characters that all client ids of one process begin with
+MESSAGE_DEPTH = 100  # objects and arrays within each other in a client's message
+SMALL_FRAGMENT = 256  # bytes; a smaller one counts as a message, or one message could have 64 Ki of them
+HEADERS_LENGTH = 32 * 1024  # characters in a handshake's headers: they are kept with the connection
+SUGGESTED_FROM = 50  # names, at most, that a misspelt one is compared with
 NAME_LENGTH = 128  # characters of a type, a content type or an entry's id: those are kept
 REDIS_SECONDS = 1.0  # for a step of Redis, to connect or to answer; publish() takes two at most
 REDIS_BLOCK = 500  # milliseconds that the follower waits for what is new before it asks again
@@ -227,7 +233,9 @@ class Settings:
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return the end of a sentence that suggests the nearest of `choices`, or nothing."""
-    near = difflib.get_close_matches(word, list(choices), 1)
+    # Either may be a client's, and a long word or thousands of fields would cost 100 ms and more.
+    few = [choice for choice in itertools.islice(choices, SUGGESTED_FROM) if len(choice) <= NAME_LENGTH]
+    near = difflib.get_close_matches(word[:NAME_LENGTH], few, 1)
     return f" (did you mean `{near[0]}`?)" if near else ""
 
 
@@ -394,6 +402,7 @@ def parse_message(data: str | bytes) -> dict[str, Any]:
         raise ClientError("invalid_message", "a message must be a text message; this one was binary")
     try:
         message = json.loads(data, parse_constant=_refuse_constant, parse_float=_parse_float)
+        _check_depth(message)
     except RecursionError:
         raise ClientError("invalid_json", "the message is nested too deep; a few levels do") from None
     except ValueError as error:
@@ -413,6 +422,17 @@ def _parse_float(text: str) -> float:
     if abs(number) == float("inf"):  # would go out again as Infinity, which is not JSON
         raise ValueError(f"{text[:60]} is too large a number")
     return number
+
+
+def _check_depth(message: object) -> None:
+    """Raise RecursionError for what could just be parsed, but perhaps not be made into JSON again."""
+    level, depth = [message], 0
+    while level:
+        if depth > MESSAGE_DEPTH:
+            raise RecursionError
+        containers = [each for each in level if isinstance(each, (dict, list))]
+        level = [child for each in containers for child in (each.values() if isinstance(each, dict) else each)]
+        depth += 1
 
 
 # == 4. Tokens: JWTs, signed and checked by PyJWT ====================================================
@@ -450,6 +470,7 @@ def sign_token(
     return jwt.encode({**claims, **own}, settings.jwt_key or "", algorithm=settings.jwt_algorithms[0])
 
 
+LAST_SECOND = 253_402_300_800  # of the year 9999: a token that ends later has milliseconds in its `exp`
 _TOKEN_FAULTS: list[tuple[type[Exception], str, str]] = [  # the first that fits is told
     (jwt.ExpiredSignatureError, "token_expired", "the token has run out; get a fresh one"),
     (jwt.MissingRequiredClaimError, "invalid_token", "the token lacks a claim; it must have sub and exp"),
@@ -458,6 +479,7 @@ _TOKEN_FAULTS: list[tuple[type[Exception], str, str]] = [  # the first that fits
     (jwt.InvalidAudienceError, "invalid_token", "the token's aud must name this site"),
     (jwt.InvalidIssuerError, "invalid_token", "the token's iss must be the issuer that this site trusts"),
     (jwt.ImmatureSignatureError, "invalid_token", "the token is not valid yet; compare the clocks"),
+    (OverflowError, "invalid_token", "the token's exp must be in seconds since 1970"),
     (Exception, "invalid_token", "the token is not a valid JWT; ask the site for one"),
 ]
 
@@ -477,6 +499,8 @@ def check_token(settings: Settings, token: str) -> User:
             # PyJWT refuses an integer `sub`, which many sites have; it is checked below instead.
             options={"require": ["exp", "sub"], "verify_sub": False},
         )  # fmt: skip
+        if not 0 < claims["exp"] < LAST_SECOND:  # TypeError for a text, which PyJWT takes for a number
+            raise OverflowError
         return User(check_user_id(claims["sub"], "sub"), claims)
     except Warning:  # where warnings are errors: PyJWT's about a short key is for the site to see
         raise
@@ -488,15 +512,20 @@ def check_token(settings: Settings, token: str) -> User:
 # == 5. Connection: one client's socket, and the only place that touches it ==========================
 
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-# Not DefaultSelector: epoll would cost every connection one more file descriptor.
-_Selector: Any = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 def _wait_until(sock: socket.socket, event: int, timeout: float | None) -> None:
-    """Wait until `sock` can be read or written, is shut down, or `timeout` seconds are over."""
-    with suppress(ValueError, OSError), _Selector() as selector:  # closed: the next call will say so
-        selector.register(sock, event)
-        selector.select(timeout)
+    """Wait until `sock` can be read or written (POLLIN, POLLOUT), is shut down, or `timeout` seconds are over."""
+    with suppress(ValueError, OSError):  # closed: the next call will say so
+        if hasattr(select, "poll"):
+            poller = select.poll()
+            poller.register(sock, event)
+            poller.poll(None if timeout is None else timeout * 1000)
+        else:  # Windows
+            select.select([sock] if event == POLLIN else [], [sock] if event == POLLOUT else [], [sock], timeout)
+
+
+POLLIN, POLLOUT = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
 
 
 class Connection:
@@ -510,6 +539,13 @@ class Connection:
     behind it, and the connection's writer, a thread that has nothing else to do, passes it on as
     the socket gets room. More than `max_queue` bytes waiting end this client. Nobody else notices.
     """
+
+    # A thousand of them are gone through for every event: slots keep each small and near.
+    __slots__ = (
+        "_changed", "_give_up_at", "_is_lost", "_is_quiet", "_last_frame_is_in", "_library", "_lock", "_max_message",
+        "_max_queue", "_on_failure", "_on_message", "_on_small_frame", "_queued", "_reader_is_done", "_replay_room",
+        "_sock", "_waiting", "_written", "close_code", "id", "last_heard", "opened_at", "subscriptions", "user", "user_from",
+    )  # fmt: skip
 
     def __init__(self, client_id: str, sock: socket.socket, max_queue: int, user: User | None = None) -> None:
         self.id = client_id
@@ -530,10 +566,11 @@ class Connection:
         # written, and when the reader is done.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._waiting: deque[bytes | memoryview] = deque()  # the first may be half sent
+        self._waiting: list[bytes | memoryview] = []  # the first may be half sent; small while empty
         self._queued = self._written = 0  # bytes that ever had to wait, and those of them gone since
         self._replay_room = 0  # bytes that may wait beyond max_queue: see send()
         self._last_frame_is_in = False  # a close frame is sent or waiting: nothing may follow it
+        self._is_quiet = True  # none of that: nothing waits and nothing ends
         self._is_lost = False  # there is no line any more
         self._reader_is_done = False
         self._give_up_at = float("inf")  # when a connection that is closing is cut
@@ -549,13 +586,13 @@ class Connection:
         has been empty again, or a client could never come back to a long history.
         """
         with self._lock:
-            if self._last_frame_is_in:
-                return
-            if not self._waiting:
+            if self._is_quiet:
                 sent = self._write(data)
                 if sent == len(data):
                     return
                 data = data[sent:]
+            elif self._last_frame_is_in:
+                return
             self._enqueue(data)
             if is_replay:
                 self._replay_room += len(data)
@@ -610,12 +647,14 @@ class Connection:
 
     def _enqueue(self, data: bytes) -> None:
         if not self._is_lost:
+            self._is_quiet = False
             self._waiting.append(data)
             self._queued += len(data)
 
     def _finish(self, frame: bytes) -> None:
         """Send or queue the last frame there will be."""
         self._last_frame_is_in = True
+        self._is_quiet = False
         self._give_up_at = time.monotonic() + CLOSE_SECONDS
         self._enqueue(frame)
         self._write_waiting()
@@ -623,6 +662,7 @@ class Connection:
     def _lose(self) -> None:
         """Let go of everything that waits."""
         self._is_lost = self._last_frame_is_in = True
+        self._is_quiet = False
         self._give_up_at = min(self._give_up_at, time.monotonic() + CLOSE_SECONDS)
         self._waiting.clear()
         self._written = self._queued
@@ -639,8 +679,9 @@ class Connection:
             if sent < len(data):
                 self._waiting[0] = memoryview(data)[sent:]
                 return
-            self._waiting.popleft()
+            self._waiting.pop(0)
         self._replay_room = 0
+        self._is_quiet = not self._last_frame_is_in
         self._changed.notify_all()
 
     # -- writing: the writer ---------------------------------------------------------------------------
@@ -654,7 +695,7 @@ class Connection:
         close frame with it.
         """
         while self._has_something_to_write():
-            _wait_until(self._sock, selectors.EVENT_WRITE, LOOK_SECONDS)
+            _wait_until(self._sock, POLLOUT, LOOK_SECONDS)
             with self._lock:
                 self._write_waiting()
         self._shut(socket.SHUT_WR)
@@ -681,29 +722,30 @@ class Connection:
 
     def begin(
         self, library: Any, max_message: int, on_message: Callable[[str | bytes], None],
-        on_pings: Callable[[int], None], on_failure: Callable[[Exception], None],
+        on_small_frame: Callable[[], None], on_failure: Callable[[Exception], None],
     ) -> None:  # fmt: skip
         """Let the reader go: from now on each message is handed to `on_message`, in its thread.
 
         What that raises goes to `on_failure`, and so does a ClientError for a message of more than
-        `max_message` bytes. `on_pings` is told how many pings were answered. `library` is the
-        simple_websocket.Server whose reader it is.
+        `max_message` bytes. `on_small_frame` is told of each ping, pong and small fragment.
+        `library` is the simple_websocket.Server whose reader it is.
         """
         with self._changed:
-            self._on_message, self._on_pings, self._on_failure = on_message, on_pings, on_failure
+            self._on_message, self._on_failure = on_message, on_failure
+            self._on_small_frame = on_small_frame
+            # The library puts each complete message on a list that has no bound, and sets its event
+            # for a thread that waits there. None does: the message is carried out on the spot.
+            library.event = SimpleNamespace(set=self._hand_over_messages)
+            library.ws.events = functools.partial(self._count_frames, library.ws.events)
             self._max_message, self._library = max_message, library
             self._changed.notify_all()
 
     def read(self, size: int) -> bytes:
-        """Return what the client sent, as soon as there is something; nothing once it has ended.
-
-        First hands over the messages in what was read before: the library keeps them in a list
-        without a bound, so none are to be left there when it asks for more.
-        """
+        """Return what the client sent, as soon as there is something; nothing once it has ended."""
         with self._changed:
             self._changed.wait_for(lambda: self._library or self._is_lost)
         if self._library:
-            self._hand_over_messages()
+            self._hand_over_messages()  # for the size of one that is not complete
         while True:
             data = None
             with self._lock:
@@ -718,7 +760,18 @@ class Connection:
                     self.last_heard = time.monotonic()
                     return data
             if data is None:
-                _wait_until(self._sock, selectors.EVENT_READ, None)
+                _wait_until(self._sock, POLLIN, None)
+
+    def _count_frames(self, events: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """Pass wsproto's events on, and tell of those that make no message: they cost as much."""
+        for event in events():
+            is_small_fragment = (
+                isinstance(event, Message) and len(event.data) < SMALL_FRAGMENT
+                and event.frame_finished and not event.message_finished
+            )  # fmt: skip
+            if (is_small_fragment or isinstance(event, (Ping, Pong))) and not self._last_frame_is_in:
+                self._on_small_frame()
+            yield event
 
     def _hand_over_messages(self) -> None:
         inbox = self._library.input_buffer
@@ -739,11 +792,8 @@ class Connection:
 
     def send_for_library(self, data: bytes) -> int:
         """Send the handshake's answer, pongs, or the answer to a close frame or to a broken one."""
-        if self._library is None:
+        if self._library is None or self._library.connected:
             self.send(data)
-        elif self._library.connected:
-            self.send(data)
-            self._on_pings(_count_control_frames(data))
         else:  # the library has ended: this is its close frame
             with self._lock:
                 if not self._last_frame_is_in:
@@ -752,8 +802,6 @@ class Connection:
 
     def reader_is_done(self) -> None:
         """Take note that the library's thread ends, after a close frame or because the line broke."""
-        if self._library:
-            self._hand_over_messages()  # what came in one piece with the close frame
         with self._lock:
             self._reader_is_done = True
             if not self._last_frame_is_in:
@@ -762,15 +810,6 @@ class Connection:
 
     def fileno(self) -> int:
         return self._sock.fileno()
-
-
-def _count_control_frames(data: bytes) -> int:
-    """Count frames that stand one after the other: a byte, a length under 126, as many bytes."""
-    count = position = 0
-    while position < len(data):
-        position += 2 + data[position + 1]
-        count += 1
-    return count
 
 
 class ReaderSocket:
@@ -1248,14 +1287,14 @@ class RedisBroker(MemoryBroker):
 Entry = tuple[str, str]  # a content type, and the id of one of its entries
 
 
-@dataclasses.dataclass(frozen=True, order=True)
+@dataclasses.dataclass(frozen=True)
 class Editor:
     """One connection that has an entry open for editing; one person in two tabs is two."""
 
     since: str
     client_id: str
-    user_id: str | None = dataclasses.field(compare=False)
-    process: str = dataclasses.field(compare=False)  # that the connection is in
+    user_id: str | None
+    process: str  # that the connection is in
 
     def as_json(self) -> dict[str, Any]:
         return {"clientId": self.client_id, "userId": self.user_id, "since": self.since}
@@ -1289,7 +1328,7 @@ class Presence:
     def editors(self, entry: Entry) -> list[Editor]:
         """Return an entry's editors, who began first first."""
         with self._lock:
-            return sorted(self._editors.get(entry, {}).values())
+            return sorted(self._editors.get(entry, {}).values(), key=lambda editor: editor.since)
 
     def everything(self, process: str | None = None, client_id: str | None = None) -> list[tuple[Entry, Editor]]:
         """Return who edits what, of one process or one client where that is given."""
@@ -1336,7 +1375,9 @@ class Engine:
         if settings.redis_url is not None:
             self.broker = RedisBroker(settings, self._on_told, self._on_gap, self._tell_presence)
         self.closing = threading.Event()
+        self.knows_its_server = False
         self.server_is_stopping: Callable[[], bool] = lambda: False
+        self._last_said: dict[str, float] = {}  # without a lock: at the worst a line is logged twice
         self.process = secrets.token_hex(PROCESS_LENGTH // 2)  # what other processes know this one by
         self._heard_of: dict[str, float] = {}  # other processes, and when; changed by jobs alone
         self._presence_is_due = threading.Event()
@@ -1420,11 +1461,10 @@ class Engine:
     def message(
         self, message_type: str, payload: Mapping[str, Any], content_type: str | None = None, ref: object = None
     ) -> bytes:
-        """Return the frame of a message."""
-        ref_json = None if ref is None else self.to_json(ref)
-        text = message_text(message_type, self.to_json(payload), now_milliseconds(), content_type, ref=ref_json)
-        # A lone surrogate, which a client can escape in JSON, may come back to it, but not as UTF-8.
-        return text_frame(text.encode("utf-8", "replace").decode())
+        """Return the frame of a message. It holds nothing that needs the app's own JSON."""
+        ref_json = None if ref is None else json.dumps(ref)
+        text = message_text(message_type, json.dumps(payload), now_milliseconds(), content_type, ref=ref_json)
+        return text_frame(text)
 
     def fail(self, connection: Connection, error: Exception, action: object = None, ref: object = None) -> None:
         """Tell a client what went wrong, and end the connection where the error says so."""
@@ -1436,8 +1476,18 @@ class Engine:
         self.counters.add(f"error_{error.code}")
         payload = {"code": error.code, "message": str(error), "action": action}
         connection.send(self.message("system.error", payload, ref=ref))
+        if error.code == "too_many_subscriptions":
+            limit = self.settings.max_subscriptions
+            self.say("refused a client more than the %s of SWIFTCMS_WS_MAX_SUBSCRIPTIONS", limit)
         if error.closes_with is not None:
             connection.close(error.closes_with, str(error))
+
+    def say(self, text: str, *values: object, once: bool = False) -> None:
+        """Log a warning, but not again and again: it is clients who decide how often there is cause."""
+        now, said = time.monotonic(), self._last_said.get(text)
+        if said is None or (not once and now >= said + QUIET_SECONDS):
+            self._last_said[text] = now
+            logger.warning(text, *values)
 
     # -- presence: jobs for the dispatcher; nothing of it is kept --------------------------------------
 
@@ -1635,6 +1685,7 @@ class Conversation:
         # The rate's bucket: a message takes one out, time puts them back. The reader's alone.
         self._allowance = self._burst = engine.settings.rate * RATE_BURST
         self._allowance_at = time.monotonic()
+        self._replayed = 0  # events, since the client had last read all; the dispatcher's alone
 
     def greet(self) -> None:
         """Send the first message of every connection."""
@@ -1650,7 +1701,7 @@ class Conversation:
     def begin(self, library: Any) -> None:
         """Let the connection's reader hand us what the client sends."""
         limit = self._engine.settings.max_message
-        self._connection.begin(library, limit, self.handle, self._handle_pings, self.fail)
+        self._connection.begin(library, limit, self.handle, self._handle_small_frame, self.fail)
 
     def handle(self, data: str | bytes) -> None:
         """Carry out one message, or answer with what is wrong with it."""
@@ -1679,9 +1730,9 @@ class Conversation:
     def fail(self, error: Exception) -> None:
         self._engine.fail(self._connection, error)
 
-    def _handle_pings(self, count: int) -> None:
-        """Count pings, which cost us as much as messages do."""
-        too_much = self._spend(count)
+    def _handle_small_frame(self) -> None:
+        """Count a ping, a pong or a small fragment, which cost us as much as a message does."""
+        too_much = self._spend(1)
         if too_much is not None:
             self.fail(too_much)
 
@@ -1745,8 +1796,10 @@ class Conversation:
         engine.registry.subscribe(connection, pattern, start, engine.settings.max_subscriptions)
         recovery = {"recovered": newer is not None, "replayed": len(missed)}
         self._answer("system.subscribed", {"type": pattern[0], "contentType": pattern[1], **recovery}, ref)
+        # As much as there is history may be let in, once: not again and again, before it is read.
+        self._replayed = len(missed) + (self._replayed if connection.waiting_bytes else 0)
         for event in missed:
-            connection.send(event.frame, is_replay=True)
+            connection.send(event.frame, is_replay=self._replayed <= engine.settings.history)
         engine.counters.add("replayed", len(missed))
 
     def unsubscribe(self, message: Mapping[str, Any], ref: object) -> None:
@@ -1876,7 +1929,7 @@ CONNECTION_KEY = "swiftcms_ws.connection"
 WHY_ENDED = {  # and which key is too tight, if it is
     CloseCode.MESSAGE_TOO_BIG: "its message was over SWIFTCMS_WS_MAX_MESSAGE",
     CloseCode.TOO_SLOW: "more than SWIFTCMS_WS_MAX_QUEUE bytes were waiting for it",
-    CloseCode.SIGN_IN_AGAIN: "it had not signed in in time, its token ran out, or the site signed it out",
+    CloseCode.SIGN_IN_AGAIN: "it did not sign in in time (SWIFTCMS_WS_AUTH), its token ran out, or it was signed out",
     CloseCode.NO_SIGN_OF_LIFE: "nothing was heard from it for two heartbeats (SWIFTCMS_WS_HEARTBEAT)",
     CloseCode.TOO_MANY_MESSAGES: "it kept on sending more than SWIFTCMS_WS_RATE messages a second",
 }
@@ -1920,7 +1973,6 @@ class Hub:
         # Held while `_engine` is made. It is set when it is whole, and so is read without.
         self._starting = threading.Lock()
         self._engine: Engine | None = None
-        self._last_said: dict[str, float] = {}  # without a lock: at the worst a line is logged twice
         _hubs.add(self)
 
     # -- what a site calls -----------------------------------------------------------------------------
@@ -2091,7 +2143,8 @@ class Hub:
             return
         engine, environ = self._running(), request.environ
         socket_key = self._check_server(engine)
-        self._check_origin(engine.settings)
+        _check_headers(environ)
+        self._check_origin(engine)
         user = self._find_user(engine.settings)
         self._take_place(engine)
         # The library takes its socket from here, and so can write nothing past the connection.
@@ -2107,38 +2160,41 @@ class Hub:
         if socket_key is None or not environ.get("wsgi.multithread"):
             server = environ.get("SERVER_SOFTWARE", "this server")
             lacks = "gives no access to the socket" if socket_key is None else "has one thread, which it would hold"
-            self._say("refused a WebSocket: %s %s; %s", server, lacks, SERVERS_THAT_CAN)
+            engine.say("refused a WebSocket: %s %s; %s", server, lacks, SERVERS_THAT_CAN)
             raise HandshakeRefused(501, "not_supported", f"{server} {lacks}; {SERVERS_THAT_CAN}")
-        worker = _gunicorn_worker()
-        if worker is not None:
-            engine.server_is_stopping = lambda: not worker.alive
-            threads, limit = worker.cfg.threads, engine.settings.max_connections
-            if threads <= limit:
-                self._say(
-                    "gunicorn has %s threads and each WebSocket holds one, so %s clients would stop the whole"
-                    " site: set SWIFTCMS_WS_MAX_CONNECTIONS (now %s) below --threads",
-                    threads, threads, limit, once=True,
-                )  # fmt: skip
+        if socket_key == "gunicorn.socket" and not engine.knows_its_server:
+            engine.knows_its_server = True
+            worker = _gunicorn_worker()
+            if worker is not None:
+                engine.server_is_stopping = lambda: not worker.alive
+                threads, limit = worker.cfg.threads, engine.settings.max_connections
+                if threads <= limit:
+                    engine.say(
+                        "gunicorn has %s threads and each WebSocket holds one, so %s clients would stop the"
+                        " whole site: set SWIFTCMS_WS_MAX_CONNECTIONS (now %s) below --threads",
+                        threads, threads, limit, once=True,
+                    )  # fmt: skip
         if environ.get("wsgi.multiprocess") and engine.settings.redis_url is None:
-            self._say(
+            engine.say(
                 "there are several server processes, and an event reaches only the clients of the one that"
                 " publishes it: set SWIFTCMS_WS_REDIS_URL, or run one process with threads",
                 once=True,
             )
         return socket_key
 
-    def _check_origin(self, settings: Settings) -> None:
+    def _check_origin(self, engine: Engine) -> None:
         """Refuse pages of other sites: they come with the user's cookies (RFC 6455 section 10.2)."""
-        origin = request.headers.get("Origin")
+        origin, settings = request.headers.get("Origin"), engine.settings
         if origin is None or settings.origins == "*":  # None: not a browser
             return
         if settings.origins is None:
             here = f"{origin.partition('://')[0]}://{request.host}"  # a proxy may have ended the TLS
-            is_allowed = _host_and_port(origin) == _host_and_port(here) != None  # noqa: E711
+            page = _host_and_port(origin)
+            is_allowed = page is not None and page == _host_and_port(here)
         else:
             is_allowed = origin.lower() in [each.lower().rstrip("/") for each in settings.origins]
         if not is_allowed:
-            self._say(
+            engine.say(
                 "refused a WebSocket to a page of %r, which is not of this host (%s); if it may connect,"
                 " name it in SWIFTCMS_WS_ORIGINS; if it is this site, let its proxy pass the Host header on",
                 origin[:200], request.host,
@@ -2166,7 +2222,7 @@ class Hub:
         if engine.closing.is_set():
             raise HandshakeRefused(503, "going_away", "the server is going away", **{"Retry-After": "2"})
         if not engine.registry.reserve(limit):
-            self._say("refused a WebSocket: all %s of SWIFTCMS_WS_MAX_CONNECTIONS are open", limit)
+            engine.say("refused a WebSocket: all %s of SWIFTCMS_WS_MAX_CONNECTIONS are open", limit)
             raise HandshakeRefused(503, "too_many_connections", "too many connections", **{"Retry-After": "10"})
 
     def _after_handshake(self, error: BaseException | None) -> None:
@@ -2236,7 +2292,7 @@ class Hub:
             engine.counters.add(f"closed_{code:d}")
             engine.counters.add("slow_clients", int(code is CloseCode.TOO_SLOW))
             if code in WHY_ENDED:
-                self._say(f"ended a client at %s with {code:d}: {WHY_ENDED[code]}", address)
+                engine.say(f"ended a client at %s with {code:d}: {WHY_ENDED[code]}", address)
 
     def _is_allowed(self, environ: dict[str, Any], user: User | None, event_type: str, content_type: str) -> bool:
         if self._authorize is None:
@@ -2254,17 +2310,22 @@ class Hub:
         assert self._app is not None
         return self._app.request_context({**environ, "wsgi.input": io.BytesIO()})
 
-    def _say(self, text: str, *values: object, once: bool = False) -> None:
-        """Log a warning, but not again and again: it is clients who decide how often there is cause."""
-        now, said = time.monotonic(), self._last_said.get(text)
-        if said is None or (not once and now >= said + QUIET_SECONDS):
-            self._last_said[text] = now
-            logger.warning(text, *values)
+def _check_headers(environ: Mapping[str, Any]) -> None:
+    """Refuse headers that no browser sends: wsproto fails on some, and all are kept with the connection."""
+    headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
+    if sum(map(len, headers.values())) + len(environ.get("QUERY_STRING", "")) > HEADERS_LENGTH:
+        raise HandshakeRefused(431, "bad_handshake", f"the headers are over {HEADERS_LENGTH} characters")
+    for key, value in headers.items():
+        if not value.isascii() and (key in ("HTTP_HOST", "HTTP_CONNECTION") or "_WEBSOCKET_" in key):
+            raise HandshakeRefused(400, "bad_handshake", f"{key[5:].replace('_', '-').title()} must be ASCII")
 
 
-def _host_and_port(origin: str) -> tuple[str | None, int | None] | None:
+def _host_and_port(origin: str) -> tuple[str, int | None] | None:
+    """Return where a page comes from, or None for what is not scheme://host or scheme://host:port."""
     try:
         parts = urlsplit(origin)
+        if not parts.scheme or not parts.hostname or "@" in parts.netloc:
+            return None
         return parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
         return None
@@ -2284,15 +2345,23 @@ def _outside_the_request() -> Iterator[None]:
     when the request is torn down, and this one lasts for hours. Flask wants its context back after.
     """
     context = request_ctx._get_current_object()  # type: ignore[attr-defined]
-    context.pop()
+    noted = app_ctx.g  # by the site, for its after_request functions
+    try:
+        context.pop()
+    except Exception:  # it is popped all the same
+        logger.exception("a teardown function of the site failed; its client is served")
     try:
         yield
     finally:
         context.push()
+        app_ctx.g = noted
 
 
 def _gunicorn_worker() -> Any:
-    """Return the gthread worker whose thread this is, or None. It is up the stack, and only there."""
+    """Return the gthread worker whose thread this is, or None. It is up the stack, and only there.
+
+    Not for every connection: a frame whose locals were looked at keeps a copy of them while it lives.
+    """
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back

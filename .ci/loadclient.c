@@ -299,7 +299,8 @@ static void report(void) {
     long fewest = -1, most = 0, closed = 0, measured = 0;
     int close_code = 0;
     int64_t *latency = malloc(sizeof *latency * count);
-    int64_t busy = total ? cpu_ns() - cpu_at_first - spun_ns : 0;
+    /* When it spins, what it did not wait; else the processor's time. */
+    int64_t busy = !total ? 0 : spun_ns ? now_ns() - first_ns - spun_ns : cpu_ns() - cpu_at_first;
     for (Client *c = clients; c < clients + count; c++) {
         if (c->stuck) continue;
         if (fewest < 0 || c->frames < fewest) fewest = c->frames;
@@ -386,7 +387,7 @@ int main(int argc, char **argv) {
     for (int64_t deadline = 0;;) {
         int64_t now = now_ns(), left = expected ? (deadline - now) / 1000000 : 1000;
         int n = epoll_wait(poller, ready, 256, left < 0 || (spin && expected) ? 0 : left);
-        if (spin && expected && !n) spun_ns += now_ns() - now;
+        if (spin && expected && !n) spun_ns += now_ns() - now; /* waited, and not even slept */
         for (int i = 0; i < n; i++) {
             char line[256];
             Client *c = ready[i].data.ptr;

@@ -159,6 +159,15 @@ def say(report: dict) -> None:
     print(json.dumps(report), flush=True)
 
 
+def busy_ns(run: Run) -> int:
+    """When it spins, what it did not wait; else the processor's time."""
+    if not run.total:
+        return 0
+    if run.spun_ns:
+        return time.monotonic_ns() - run.first_ns - run.spun_ns
+    return time.process_time_ns() - run.cpu_ns
+
+
 def report(clients: list[Client], run: Run) -> dict:
     reading = [client for client in clients if not client.stuck]
     frames = [client.frames for client in reading]
@@ -179,7 +188,7 @@ def report(clients: list[Client], run: Run) -> dict:
         "wire_bytes": run.wire_bytes,
         "smallest": run.smallest if run.total else 0,
         "largest": run.largest,
-        "busy_ns": time.process_time_ns() - run.cpu_ns - run.spun_ns if run.total else 0,
+        "busy_ns": busy_ns(run),
         "p50_ns": latency[len(latency) // 2],
         "p99_ns": latency[len(latency) * 99 // 100],
         "max_ns": latency[-1],
