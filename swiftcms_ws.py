@@ -145,6 +145,7 @@ BACKLOG_BYTES = 8 * 1024 * 1024  # published and not yet dispatched; beyond it p
 EVENT_OVERHEAD = 1024  # bytes that an event weighs in the backlog beside its payload
 PROCESS_LENGTH = 8  # characters that all client ids of one process begin with
 MESSAGE_DEPTH = 100  # objects and arrays within each other in a client's message
+RATE_BYTES = 8 * 1024  # of a message: each so many count as one more, or big ones would fill others' queues
 SMALL_FRAGMENT = 256  # bytes; a smaller one counts as a message, or one message could have 64 Ki of them
 HEADERS_LENGTH = 32 * 1024  # characters in a handshake's headers: they are kept with the connection
 SUGGESTED_FROM = 50  # names, at most, that a misspelt one is compared with
@@ -197,7 +198,9 @@ class Settings:
     jwt_issuer: str | None = _text(None)
     auth: str = _text("optional", '"optional" or "required"', "optional|required")
     origins: Sequence[str] | str | None = _setting(
-        None, 'a list such as ["https://example.org"], or "*"', lambda value: value == "*" or _are_texts(value)
+        None,
+        'a list such as ["https://example.org"], or "*"',
+        lambda value: value == "*" or (_are_texts(value) and all("://" in origin for origin in value)),
     )
     heartbeat: float = _number(25, "seconds, more than 0", 0.01)
     history: int = _number(1000, "a whole number of events, 0 or more", 0, int)
@@ -542,9 +545,10 @@ class Connection:
 
     # A thousand of them are gone through for every event: slots keep each small and near.
     __slots__ = (
-        "_changed", "_give_up_at", "_is_lost", "_is_quiet", "_last_frame_is_in", "_library", "_lock", "_max_message",
-        "_max_queue", "_on_failure", "_on_message", "_on_small_frame", "_queued", "_reader_is_done", "_replay_room",
-        "_sock", "_waiting", "_written", "close_code", "id", "last_heard", "opened_at", "subscriptions", "user", "user_from",
+        "_changed", "_give_up_at", "_is_lost", "_is_quiet", "_last_frame_is_in", "_library", "_lock",
+        "_max_message", "_max_queue", "_on_failure", "_on_message", "_on_small_frame", "_queued",
+        "_reader_is_done", "_replay_room", "_sock", "_waiting", "_written", "close_code", "id", "last_heard",
+        "opened_at", "subscriptions", "user", "user_from",
     )  # fmt: skip
 
     def __init__(self, client_id: str, sock: socket.socket, max_queue: int, user: User | None = None) -> None:
@@ -1707,7 +1711,7 @@ class Conversation:
         """Carry out one message, or answer with what is wrong with it."""
         action = ref = None
         try:
-            too_much = self._spend(1)
+            too_much = self._spend(1 + len(data) // RATE_BYTES)
             if too_much is not None and too_much.closes_with is not None:
                 raise too_much  # no more work for this one
             message = parse_message(data)
@@ -2099,7 +2103,7 @@ class Hub:
             self.close()
             self._app, self._engine = app, None
         _exit_on_sigterm()
-        for name in ("werkzeug", "gunicorn.access"):
+        for name in ("werkzeug", "gunicorn.access", "gunicorn.error"):
             access_log = logging.getLogger(name)
             if _hide_token not in access_log.filters:
                 access_log.addFilter(_hide_token)

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gc
+import hashlib
+import hmac
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -17,6 +21,7 @@ import shutil
 import signal
 import socket
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -25,7 +30,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, timezone
 from decimal import Decimal
@@ -1021,6 +1026,7 @@ def test_a_factory_called_twice_starts_anew() -> None:
         ("MAX_QUEUE", 1.5, "whole number"),
         ("AUTH", "yes", '"required"'),
         ("ORIGINS", "https://a.example", "list"),
+        ("ORIGINS", ["*"], "list"),
         ("JWT_ALGORITHMS", ["none"], "one family"),
         ("JWT_ALGORITHMS", ["HS256", "RS256"], "one family"),
         ("JWT_ALGORITHMS", [], "one family"),
@@ -2642,3 +2648,1447 @@ def test_check_is_content_with_processes_that_share_redis(redis: Redis, tmp_path
     with site(tmp_path, (*GTHREAD, "--workers", "3"), **environ) as process:
         run = command("check", f"ws://127.0.0.1:{process.port}/ws")
         assert run.returncode == 0, run.stdout + run.stderr
+
+
+# ---------------------------------------------------------------------------------------------------
+# Hostile clients: limits
+# ---------------------------------------------------------------------------------------------------
+
+
+def log_lines(caplog: pytest.LogCaptureFixture, word: str = "") -> list[str]:
+    """Return what swiftcms_ws has logged, of the lines that have `word` in them."""
+    lines = [record.getMessage() for record in caplog.records if record.name == "swiftcms_ws"]
+    return [line for line in lines if word in line]
+
+
+def stat(server: Server, name: str) -> int:
+    return server.hub.stats().get(name, 0)
+
+
+def resident() -> int:
+    """Return this process's memory in bytes: server and clients are both in it."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def open_files() -> int:
+    gc.collect()  # Werkzeug leaves an epoll file in a cycle after each refusal
+    return len(os.listdir("/proc/self/fd"))
+
+
+def upgrade_request(port: int, path: str = "/ws", *more: str) -> bytes:
+    lines = [
+        f"GET {path} HTTP/1.1",
+        f"Host: 127.0.0.1:{port}",
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Key: MDEyMzQ1Njc4OTAxMjM0NQ==",
+        "Sec-WebSocket-Version: 13",
+        *more,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def open_raw(port: int) -> socket.socket:
+    """Open a connection with nothing between a test and its bytes. What the server says is unread."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.sendall(upgrade_request(port))
+    read_to(sock, b"\r\n\r\n")
+    return sock
+
+
+def read_to(sock: socket.socket, words: bytes) -> bytes:
+    """Read until `words` have come; what came may end after them."""
+    data = b""
+    while words not in data:
+        more = sock.recv(65536)
+        assert more, f"the line ended before {words!r} came, after {data[-200:]!r}"
+        data += more
+    return data
+
+
+def read_to_the_end(sock: socket.socket) -> bytes:
+    data = b""
+    with contextlib.suppress(ConnectionError):
+        while more := sock.recv(65536):
+            data += more
+    return data
+
+
+def close_code(data: bytes) -> int | None:
+    """Return the code of the close frame that what a server sent ends with, if it does."""
+    for start in range(max(0, len(data) - 127), len(data) - 3):
+        if data[start] == 0x88 and data[start + 1] == len(data) - start - 2:
+            return int(struct.unpack("!H", data[start + 2 : start + 4])[0])
+    return None
+
+
+def vanish(sock: socket.socket) -> None:
+    """Let the kernel send RST: no close frame, no end of the stream."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def text(**message: Any) -> bytes:
+    return Frames.masked(0x1, json.dumps(message).encode())
+
+
+def padded(size: int, filling: str = "x") -> bytes:
+    """Return a message of exactly `size` bytes."""
+    frame = json.dumps({"action": "heartbeat", "padding": ""}).encode()
+    return frame[:-2] + (filling * size).encode()[: size - len(frame)] + frame[-2:]
+
+
+def fragments(data: bytes, size: int) -> bytes:
+    parts = [data[at : at + size] for at in range(0, len(data), size)]
+    last = len(parts) - 1
+    return b"".join(Frames.masked(0x0 if n else 0x1, part, fin=n == last) for n, part in enumerate(parts))
+
+
+TOO_BIG = {
+    "one frame": Frames.masked(0x1, padded(1001)),
+    "binary": Frames.masked(0x2, b"\0" * 1001),
+    "fragments": fragments(padded(1001), 90),
+    "tiny fragments": fragments(padded(1001), 1),
+    "bytes, not characters": Frames.masked(0x1, padded(1002, "é")),
+    "fragments of characters": fragments(padded(1002, "é"), 333),
+    "a frame without an end": Frames.masked(0x1, b"x" * 5000, length=1 << 40),
+    "fragments without an end": Frames.masked(0x1, b"x", fin=False)
+    + Frames.masked(0x0, b"x" * 500, fin=False) * 9,
+}
+
+
+def test_a_message_over_the_limit_is_told_and_ends_with_1009(caplog: pytest.LogCaptureFixture) -> None:
+    """The limit counts bytes, however they are cut up, and also of a message that never ends.
+
+    The error comes before the close frame, other clients stay, and the log says which key it is, once.
+    """
+    with Server(MAX_MESSAGE=1000, RATE=100_000) as server, server.client() as other:
+        for data in (Frames.masked(0x1, padded(1000)), fragments(padded(1000, "é"), 7)):
+            other.sock.sendall(data)
+            assert other.receive(heartbeats=True)["type"] == "system.heartbeat"
+        for kind, data in TOO_BIG.items():
+            with server.client() as client:
+                client.sock.sendall(data)
+                assert client.receive()["payload"]["code"] == "message_too_big", kind
+                closed = client.closing()
+                assert (closed.code, "1000 bytes" in (closed.reason or "")) == (1009, True), kind
+        assert other.ask("heartbeat")["type"] == "system.heartbeat"
+        until(lambda: stat(server, "closed_1009") == len(TOO_BIG), "the count of all ends")
+        assert stat(server, "error_message_too_big") == len(TOO_BIG)
+    assert len(log_lines(caplog, "SWIFTCMS_WS_MAX_MESSAGE")) == len(log_lines(caplog)) == 1
+
+
+def test_an_endless_message_takes_no_memory(server: Server) -> None:
+    """Who goes on with one fragmented message, and does not hear the 1009, is cut; nothing piles up."""
+    piece = Frames.masked(0x0, b"x" * 60_000, fin=False)
+    with open_raw(server.port) as sock:
+        before, sent = resident(), 0
+        sock.sendall(Frames.masked(0x1, b"x", fin=False))
+        with contextlib.suppress(OSError):
+            for _ in range(2000):
+                sock.sendall(piece)
+                sent += len(piece)
+                assert resident() - before < 25_000_000, f"after {sent} bytes"
+    until(lambda: stat(server, "connections") == 0)
+
+
+def test_a_busy_server_does_not_read_ahead() -> None:
+    """While a hook is at work for a client, what that client pushes waits in the kernel, not in memory."""
+    gate, is_asked = threading.Event(), threading.Event()
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @hub.authorize
+        def authorize(user: object, event_type: str, content_type: str) -> bool:
+            is_asked.set()
+            return event_type != "slow" or gate.wait(PATIENCE)
+
+    with Server(configure) as server, server.client() as other, open_raw(server.port) as pusher:
+        pusher.sendall(text(action="subscribe", type="slow"))
+        assert is_asked.wait(PATIENCE)
+        pusher.settimeout(0.4)  # the kernel's buffers are full when they take nothing for so long
+        block, pushed, before = text(action="heartbeat") * 2000, 0, resident()
+        try:
+            while pushed < 60_000_000:
+                pushed += pusher.send(block)
+        except TimeoutError:
+            pass
+        assert pushed < 30_000_000, "the server takes all"
+        assert resident() - before < 15_000_000
+        other.subscribe()
+        server.publish(1)
+        assert other.receive()["payload"] == {"n": 1}
+        gate.set()
+        assert b"rate_limited" in read_to(pusher, b"\x11M")  # a close frame's code: 4429
+        pusher.close()
+        until(lambda: stat(server, "closed_4429") == 1, "the end of the flood")
+
+
+def test_a_burst_is_let_through_and_more_is_rate_limited_then_4429(caplog: pytest.LogCaptureFixture) -> None:
+    """Two seconds' worth may come at once; the next as many are answered with an error; then it is over."""
+    with Server(RATE=20) as server:
+        for _ in range(3):
+            with server.client() as client:
+                began = time.monotonic()
+                client.sock.sendall(text(action="heartbeat", ref=1) * 200)
+                got: Counter[str] = Counter()
+                with pytest.raises(Closed) as closed:
+                    while True:
+                        message = client.receive(heartbeats=True)
+                        got[message["payload"].get("code", message["type"])] += 1
+                refilled = 20 * (time.monotonic() - began) + 2
+                assert closed.value.code == 4429
+                assert set(got) == {"system.heartbeat", "rate_limited"}
+                assert 40 <= got["system.heartbeat"] <= 40 + refilled
+                assert 40 <= got["rate_limited"] <= 41 + refilled
+        until(lambda: stat(server, "closed_4429") == 3, "the count")
+        assert stat(server, "error_rate_limited") >= 120
+    assert len(log_lines(caplog, "SWIFTCMS_WS_RATE")) == len(log_lines(caplog)) == 1
+
+
+def test_who_keeps_to_the_rate_is_not_limited() -> None:
+    """Bursts are filled up again with time, so that a client that pauses may come with another."""
+    with Server(RATE=100) as server, server.client() as client:
+        pause = threading.Event()
+        for _ in range(3):
+            client.sock.sendall(text(action="heartbeat", ref=1) * 50)
+            assert {client.receive(heartbeats=True)["type"] for _ in range(50)} == {"system.heartbeat"}
+            pause.wait(0.3)
+        assert stat(server, "errors") == 0
+
+
+FLOODS = {
+    "pings": (b"", Frames.masked(0x9, b"p" * 10)),
+    "pongs": (b"", Frames.masked(0xA)),
+    "empty fragments": (Frames.masked(0x1, b"{", fin=False), Frames.masked(0x0, fin=False)),
+    "invalid messages": (b"", Frames.masked(0x1, b"{")),
+}
+
+
+@pytest.mark.parametrize("kind", FLOODS)
+def test_frames_of_every_kind_count_against_the_rate(kind: str) -> None:
+    """What costs the server as much as a message is limited as one: also frames that never make one."""
+    first, frame = FLOODS[kind]
+    with Server(RATE=20) as server, open_raw(server.port) as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(first + frame * 500)
+            assert b"rate_limited" in read_to(sock, b"\x11M")  # a close frame's code: 4429
+        sock.close()
+        until(lambda: stat(server, "closed_4429") == 1, "4429", timeout=5)
+
+
+def test_the_limit_of_subscriptions(caplog: pytest.LogCaptureFixture) -> None:
+    """So many and not one more; the same twice is one, and one that is left makes room."""
+    with Server(MAX_SUBSCRIPTIONS=5) as server:
+        for _ in range(2):
+            with server.client() as client:
+                for number in [0, 1, 2, 3, 4, 4, 0]:
+                    client.subscribe(f"a.b{number}")
+                assert client.ask("subscribe", type="a.b5")["payload"]["code"] == "too_many_subscriptions"
+                assert (
+                    client.ask("subscribe", type="a.b5", since="1-0")["payload"]["code"]
+                    == "too_many_subscriptions"
+                )
+                assert client.ask("unsubscribe", type="a.b5")["payload"]["removed"] == 0
+                assert stat(server, "subscriptions") == 5
+                server.publish(1, "a.b5")
+                client.nothing_more()
+                assert client.ask("unsubscribe", type="a.b0")["payload"]["removed"] == 1
+                client.subscribe("a.b5")
+                for number in range(5):
+                    client.ask("editStart", contentType="posts", entryId=str(number))
+                over = client.ask("editStart", contentType="posts", entryId="5")
+                assert over["payload"]["code"] == "too_many_subscriptions"
+            until(lambda: stat(server, "connections") == 0)
+        assert (stat(server, "error_too_many_subscriptions"), stat(server, "subscriptions")) == (6, 0)
+    assert len(log_lines(caplog, "SWIFTCMS_WS_MAX_SUBSCRIPTIONS")) == len(log_lines(caplog)) == 1
+
+
+def test_the_limit_of_connections_is_exact(caplog: pytest.LogCaptureFixture) -> None:
+    """Of 30 handshakes at once so many are let in as there are places, and again when those are free."""
+    together = threading.Barrier(30)
+
+    def configure(app: Flask, hub: Hub) -> None:
+        hub.identify(lambda: together.wait(PATIENCE) and None)
+
+    with Server(configure, MAX_CONNECTIONS=7) as server:
+        for count in (1, 2):
+            answers: list[int] = []
+            held: list[socket.socket] = []
+
+            def knock(answers: list[int] = answers, held: list[socket.socket] = held) -> None:
+                sock = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
+                held.append(sock)
+                sock.sendall(upgrade_request(server.port))
+                head = read_to(sock, b"\r\n\r\n")
+                answers.append(int(head.split()[1]))
+                assert (b"\r\nRetry-After: " in head) == (answers[-1] == 503 or b" 503 " in head)
+
+            run_all([knock] * 30)
+            assert Counter(answers) == {101: 7, 503: 23}
+            assert stat(server, "refused_503") == 23 * count
+            until(lambda: stat(server, "connections") == 7)
+            for sock in held:
+                vanish(sock)
+            until(lambda: server.hub._running().registry._places == 0, "free places")
+    assert len(log_lines(caplog, "SWIFTCMS_WS_MAX_CONNECTIONS")) == len(log_lines(caplog)) == 1
+
+
+def test_the_time_to_sign_in(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Who does not sign in in time is told and ended, however lively; who does stays."""
+    monkeypatch.setattr(swiftcms_ws, "SIGN_IN_SECONDS", 0.3)
+    with Server(AUTH="required") as server, server.client() as signed_in:
+        signed_in.authenticate(token())
+        with server.client() as idle, server.client() as lively:
+            lively.sock.sendall(Frames.masked(0x9) + text(action="authenticate", token="x"))
+            assert lively.receive()["payload"]["code"] == "invalid_token"
+            for client in (idle, lively):
+                error = client.receive()
+                assert (error["type"], error["payload"]["code"]) == ("system.error", "auth_required")
+                assert client.closing().code == 4401
+        until(lambda: stat(server, "closed_4401") == 2)
+        assert stat(server, "error_auth_required") == 2
+        assert signed_in.ask("heartbeat")["type"] == "system.heartbeat"
+    assert len(log_lines(caplog, "SWIFTCMS_WS_AUTH")) == len(log_lines(caplog)) == 1
+
+
+def test_silent_peers_are_counted_and_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Sockets whose other side is gone without a trace do not stay; one who drips bytes is alive."""
+    drip = itertools.cycle(Frames.masked(0xA))
+    with Server(HEARTBEAT=0.4) as server, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(open_raw(server.port)) for _ in range(10)]
+        alive = stack.enter_context(open_raw(server.port))
+
+        def take_close_frame(sock: socket.socket) -> None:
+            read_to(sock, struct.pack("!H", 4408) + b"nothing heard")
+            sock.close()
+
+        def all_but_one() -> bool:
+            alive.sendall(bytes([next(drip)]))
+            threading.Event().wait(0.05)
+            return stat(server, "connections") == 1
+
+        for sock in silent:
+            threading.Thread(target=take_close_frame, args=(sock,)).start()
+        until(all_but_one, "the end of the silent")
+        until(lambda: stat(server, "closed_4408") == 10, "the count of all ends")
+    assert len(log_lines(caplog, "SWIFTCMS_WS_HEARTBEAT")) == len(log_lines(caplog)) == 1
+
+
+def test_a_replay_is_no_way_round_the_limit_of_the_queue() -> None:
+    """Who has the history sent again and again, and never reads, is cut as every slow client."""
+    with Server(MAX_QUEUE=100_000, HISTORY=200) as server, server.client() as first:
+        since = first.hello["payload"]["lastId"]
+        for number in range(200):
+            server.publish(number, padding="x" * 2000)
+        assert server.hub.flush()
+        with server.client(receive_buffer=2048) as stuck:
+            for _ in range(40):
+                stuck.send(action="subscribe", since=since)
+                stuck.send(action="unsubscribe")
+            assert stuck.closing().code == 1013
+        assert first.ask("heartbeat")["type"] == "system.heartbeat"
+
+
+def test_a_change_cannot_push_another_editor_out() -> None:
+    """Large changes from one editor are limited before they fill the queue of another, who reads slowly."""
+    with Server() as server, server.client() as pushing, server.client(receive_buffer=65536) as slow:
+        for client in (slow, pushing):
+            client.ask("editStart", contentType="posts", entryId="1")
+        change = json.dumps(
+            {"action": "editChange", "contentType": "posts", "entryId": "1", "payload": "x" * 65_000}
+        )
+        with contextlib.suppress(OSError):
+            for _ in range(90):
+                pushing.sock.sendall(Frames.masked(0x1, change.encode()))
+        until(lambda: stat(server, "error_rate_limited") > 0, "the limit", timeout=5)
+        assert slow.ask("heartbeat")["type"] == "system.heartbeat"
+        assert {message["type"] for message in slow.messages} <= {"user.edited", "user.stoppedEditing"}
+        assert stat(server, "slow_clients") == 0
+
+
+def test_suggestions_cost_no_time(server: Server) -> None:
+    """A suggestion is for a person's slip: a large message made of near misses must not hold up the site."""
+    near = ",".join(f'"{"".join(letters)}":0' for letters in itertools.permutations("actionx"))[:63_000]
+    costly = [
+        "{" + near.rpartition(",")[0] + "}",
+        json.dumps({"action": "".join(map(chr, range(0x4E00, 0x4E00 + 20_000)))}, ensure_ascii=False),
+        json.dumps({"action": "subscribe" * 7000}),
+    ]
+    with server.client() as client:
+        for message in costly:
+            began = time.process_time()
+            for _ in range(4):
+                client.send_raw(message)
+                assert client.receive()["payload"]["code"] in ("invalid_message", "unknown_action")
+            assert (time.process_time() - began) / 4 < 0.025
+
+
+def test_a_handshake_with_huge_headers_is_refused(server: Server) -> None:
+    """A handshake's headers stay in memory as long as the connection: they must be of a sane size."""
+    status, _, body = server.handshake(**{f"X_{number}": "x" * 4000 for number in range(40)})
+    assert (status, body["code"]) == (431, "bad_handshake")
+    assert server.handshake(Cookie="x" * 8000)[0] == 101
+
+
+# ---------------------------------------------------------------------------------------------------
+# Hostile clients: who may see what
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_nothing_works_before_signing_in_where_that_is_required() -> None:
+    """AUTH = "required": every action but authenticate is refused, and nothing is told or delivered."""
+    everything = {
+        "type": "*",
+        "contentType": "posts",
+        "entryId": "1",
+        "payload": 1,
+        "since": "1-0",
+        "token": token(),
+    }
+    with Server(AUTH="required") as server, server.client() as stranger, server.client() as ana:
+        ana.authenticate(token())
+        ana.ask("editStart", contentType="posts", entryId="1")
+        ana.subscribe()
+        for bad in ("x", token(expires_in=-1), token(key="k" * 64)):
+            assert stranger.authenticate(bad)["type"] == "system.error"
+        for action in swiftcms_ws.ACTIONS.keys() - {"authenticate"}:
+            error = stranger.ask(action, **everything)
+            assert (error["type"], error["payload"]["code"]) == ("system.error", "auth_required"), action
+            assert "ana" not in json.dumps(error)
+        server.publish(1)
+        server.publish(2, to="ana")
+        assert server.hub.flush()
+        assert [message["payload"]["n"] for message in ana.receive_many(2)] == [1, 2]
+        assert [message["type"] for message in stranger.messages] == []
+        assert stat(server, "subscriptions") == 1
+        assert [editor["userId"] for editor in server.hub.editors("posts", "1")] == ["ana"]
+        stranger.authenticate(token("bob"))
+        assert stranger.subscribe(since=stranger.hello["payload"]["lastId"])["replayed"] == 1
+        assert [message["payload"]["n"] for message in stranger.rest()] == [1]
+
+
+def test_what_authorize_refuses_comes_by_no_other_way() -> None:
+    """Not by a wider pattern, a re-subscription, a replay, presence, nor a word that looks the same."""
+    allowed = {("content.published", "posts"), ("user.*", "pages"), ("user.editing", "pages")}
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @hub.authorize
+        def authorize(user: object, event_type: str, content_type: str) -> bool:
+            return (event_type, content_type) in allowed
+
+    with Server(configure) as server, server.client() as client, server.client() as other:
+        since = client.hello["payload"]["lastId"]
+        server.publish(1, "content.published")
+        server.publish(2, "content.updated")
+        server.hub.publish("content.published", "drafts", {"n": 3})
+        for pattern in (
+            "*",
+            "content.*",
+            "content.published",
+            "content.published.*",
+            "content.updated",
+            "user.*",
+        ):
+            for content_type in ("*", "posts", "drafts", "Posts", "p\u043ests"):
+                if (pattern, content_type) in allowed:
+                    continue
+                for more in (
+                    {},
+                    {"since": since},
+                    {"type": pattern, "payload": 1, "user": "ana", "to": "ana"},
+                ):
+                    message = {"type": pattern, "contentType": content_type, **more}
+                    assert client.ask("subscribe", **message)["payload"]["code"] == "forbidden", message
+        assert client.subscribe("content.published", "posts", since=since)["replayed"] == 1
+        assert client.receive()["payload"] == {"n": 1}
+        allowed.clear()  # the hook changes its mind: what was granted stays, nothing more is
+        assert (
+            client.ask("subscribe", type="content.published", contentType="posts")["payload"]["code"]
+            == "forbidden"
+        )
+        allowed.update({("user.editing", "pages"), ("user.editing", "posts")})
+        other.ask("editStart", contentType="posts", entryId="1")
+        allowed.remove(("user.editing", "posts"))
+        for action in ("editStart", "editStop", "editChange", "presence"):
+            for entry in (
+                {"contentType": "posts", "entryId": "1", "payload": 1},
+                {"contentType": "posts", "entryId": "2"},
+            ):
+                error = client.ask(action, **entry)["payload"]
+                assert error["code"] == "forbidden" or (action == "editChange" and "payload" not in entry)
+                assert other.hello["payload"]["clientId"] not in json.dumps(error)
+        for wider in ({}, {"entryId": "1"}, {"contentType": "*"}):
+            assert client.ask("presence", **wider)["payload"]["code"] == "forbidden"
+        assert client.ask("presence", contentType="pages")["payload"]["entries"] == []
+        server.publish(4, "content.updated")
+        server.publish(5, "content.published")
+        assert server.hub.flush()
+        assert [message["payload"]["n"] for message in client.rest() if "n" in message["payload"]] == [5]
+        other.nothing_more()
+
+
+LOOKALIKES = [
+    "ana",
+    "Ana",
+    "an",
+    "ana ",
+    " ana",
+    "anab",
+    "\u0430na",
+    "ana\u200b",
+    "ana\0",
+    "ana,bob",
+    "*",
+    "ana.*",
+    "7",
+    "07",
+]
+
+
+def test_an_event_for_one_user_reaches_no_lookalike() -> None:
+    """`to=` compares whole ids, live and in a replay; nobody signed in gets none, whatever they ask for."""
+    with Server() as server, contextlib.ExitStack() as stack:
+        clients: dict[str, Client] = {}
+        for name in LOOKALIKES:
+            clients[name] = stack.enter_context(
+                server.client(headers={"Authorization": f"Bearer {token(name)}"})
+            )
+            clients[name].subscribe()
+            assert clients[name].hello["payload"]["userId"] == name
+        stranger = stack.enter_context(server.client())
+        stranger.subscribe()
+        since = stranger.hello["payload"]["lastId"]
+        expected: dict[str, list[int]] = {name: [] for name in LOOKALIKES}
+        for number, to in enumerate([*LOOKALIKES, 7, ["ana", "7"], ("an", "*"), {"ana", "Ana"}, []]):
+            server.publish(number, to=to)
+            for name in {str(each) for each in (to if isinstance(to, (list, tuple, set)) else [to])}:
+                expected[name].append(number)
+        for name, client in clients.items():
+            assert [message["payload"]["n"] for message in client.rest()] == expected[name], name
+            with server.client() as again:
+                again.authenticate(token(name))
+                again.subscribe(since=since)
+                assert [message["payload"]["n"] for message in again.rest()] == expected[name], name
+        stranger.nothing_more()
+        assert stranger.ask("unsubscribe")["payload"]["removed"] == 1
+        stranger.send(action="subscribe", since=since, userId="ana", to="ana", user={"id": "ana"}, sub="ana")
+        assert stranger.receive()["payload"]["replayed"] == 0
+
+
+def test_a_token_that_runs_out_ends_what_it_opened(caplog: pytest.LogCaptureFixture) -> None:
+    """It makes no difference how it came, or how lively its owner is; others stay."""
+    with Server(AUTH="required") as server, server.client() as lasting:
+        lasting.authenticate(token("ana", expires_in=600))
+        lasting.subscribe()
+        short = token("ana", expires_in=2)
+        by_path, by_header = (
+            server.client(path=f"/ws?token={short}"),
+            server.client(headers={"Authorization": f"Bearer {short}"}),
+        )
+        with by_path, by_header, server.client() as by_message:
+            by_message.authenticate(short)
+            for client in (by_path, by_header, by_message):
+                client.subscribe()
+            for client in (by_path, by_header, by_message):
+                while (message := client.receive())["type"] != "system.error":
+                    pass
+                assert message["payload"]["code"] == "token_expired"
+                assert client.closing().code == 4401
+        until(lambda: stat(server, "connections") == 1)
+        server.publish(1, to="ana")
+        assert lasting.receive()["payload"] == {"n": 1}
+        until(lambda: stat(server, "closed_4401") == 3, "the count of all ends")
+        assert stat(server, "error_token_expired") == 3
+    assert len(log_lines(caplog)) == 1
+
+
+STRANGE_ENDS = [
+    "9999999999",
+    1e300,
+    10**30,
+    int(time.time() * 1000) + 10**9,
+    -(10**30),
+    4e9 + 0.5,
+    True,
+    None,
+    [],
+]
+
+
+def test_tokens_with_a_strange_end_harm_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """Another system's token may have its `exp` in milliseconds, as text, or beyond all calendars.
+
+    It is taken or refused; in no case does it stop the heartbeat, which watches over everyone's end.
+    """
+    with Server(HEARTBEAT=1.2) as server, contextlib.ExitStack() as stack:
+        watched = stack.enter_context(server.client())
+        watched.authenticate(token(expires_in=2))
+        for exp in STRANGE_ENDS:
+            strange = jwt.encode({"sub": "eve", "exp": exp}, KEY)
+            with contextlib.suppress(Refused):
+                stack.enter_context(server.client(path=f"/ws?token={strange}"))
+            client = stack.enter_context(server.client())
+            answer = client.authenticate(strange)
+            codes = ("invalid_token", "token_expired")
+            assert answer["type"] == "system.authenticated" or answer["payload"]["code"] in codes, exp
+        assert watched.receive()["payload"]["code"] == "token_expired"
+        assert watched.pings > 0
+        assert watched.closing().code == 4401
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_a_connection_stays_with_its_first_user() -> None:
+    """A token of someone else is refused however the first user came, and nothing of theirs arrives."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        hub.identify(lambda: request.headers.get("X-User"))
+
+    ways: list[dict[str, Any]] = [
+        {"headers": {"X-User": "7"}},
+        {"path": f"/ws?token={token(7)}", "headers": {"X-User": "eve"}},
+        {"headers": {"Authorization": f"Bearer {token('7')}"}},
+        {},
+    ]
+    with Server(configure) as server:
+        for way in ways:
+            with server.client(**way) as client:
+                if not way:
+                    client.authenticate(token(7))
+                client.subscribe()
+                for other in ("eve", "70", "7 ", "\uff17"):
+                    assert client.authenticate(token(other))["payload"]["code"] == "invalid_token"
+                    server.publish(1, to=other)
+                assert client.authenticate(token("7"))["payload"]["userId"] == "7"
+                server.publish(2, to=7)
+                assert [message["payload"]["n"] for message in client.rest()] == [2]
+
+
+def test_disconnect_ends_all_of_one_user_and_nobody_else() -> None:
+    """A ban reaches every tab, however it signed in; what is published or sent afterwards has no effect."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        hub.identify(lambda: request.headers.get("X-User"))
+
+    with Server(configure) as server, contextlib.ExitStack() as stack:
+        ways: list[dict[str, Any]] = [{"headers": {"X-User": "7"}}, {"path": f"/ws?token={token(7)}"}, {}]
+        banned = [stack.enter_context(server.client(**way)) for way in ways]
+        banned[-1].authenticate(token(7))
+        others = [
+            stack.enter_context(server.client(headers={"X-User": name})) for name in ("70", "07", "eve")
+        ]
+        for client in (*banned, *others):
+            client.subscribe()
+            client.ask("editStart", contentType="posts", entryId="1")
+        for client in banned:
+            client.rest()
+        assert server.hub.disconnect(7) == 3
+        server.publish(1)
+        for client in banned:
+            with contextlib.suppress(OSError):
+                client.send(action="subscribe", type="content.*")
+            assert client.closing().code == 4401
+            assert [message for message in client.messages if "n" in message["payload"]] == []
+            client.sock.close()
+        until(lambda: stat(server, "connections") == 3)
+        until(lambda: len(server.hub.editors("posts", "1")) == 3)
+        for client in others:
+            assert [message["payload"]["n"] for message in client.rest() if "n" in message["payload"]] == [1]
+
+
+SAME_HOST = [  # Origin, Host, may it?
+    ("http://site.example", "site.example", True),
+    ("https://site.example", "site.example", True),  # TLS may end at a proxy
+    ("HTTP://SITE.Example", "site.example", True),
+    ("http://site.example:80", "site.example", True),
+    ("https://site.example", "site.example:443", True),
+    ("http://site.example:8080", "site.example:8080", True),
+    ("http://[::1]:8080", "[::1]:8080", True),
+    (None, "site.example", True),
+    ("http://site.example:8081", "site.example:8080", False),
+    ("http://site.example:8080", "site.example", False),
+    ("https://site.example:80", "site.example", False),
+    ("http://evil.example", "site.example", False),
+    ("http://site.example.evil.example", "site.example", False),
+    ("http://evil-site.example", "site.example", False),
+    ("http://www.site.example", "site.example", False),
+    ("http://site.example.", "site.example", False),
+    ("http://site.example@evil.example", "site.example", False),
+    ("http://evil.example@site.example", "site.example", False),
+    ("http://site.example:80@evil.example", "site.example", False),
+    ("http://evil.example#@site.example", "site.example", False),
+    ("http://evil.example?http://site.example", "site.example", False),
+    ("http://evil.example/http://site.example", "site.example", False),
+    ("http://evil.example\\@site.example", "site.example", False),
+    ("http://site.example http://evil.example", "site.example", False),
+    ("site.example", "site.example", False),
+    ("//site.example", "site.example", False),
+    ("://site.example", "site.example", False),
+    ("1", "site.example", False),
+    ("", "site.example", False),
+    ("9p://evil.example", "site.example", False),
+    ("not_a_scheme://evil.example", "site.example", False),
+    ("null", "site.example", False),
+    ("null", "not a host", False),
+    ("null", "", False),
+    ("file://", "site.example", False),
+    ("http://", "site.example", False),
+    ("http://[evil", "site.example", False),
+    ("http://site.example:99999", "site.example", False),
+    ("http://site.example:x", "site.example", False),
+    ("http://s\u00efte.example", "site.example", False),
+    ("http://" + "a" * 5000, "site.example", False),
+]
+
+
+def test_origins_of_the_same_host(caplog: pytest.LogCaptureFixture) -> None:
+    """By default the page must come from the host and port that it connects to; all tricks are a 403."""
+    with Server() as server:
+        for origin, host, may in SAME_HOST:
+            assert (server.handshake(Origin=origin, Host=host)[0] == 101) is may, (origin, host)
+        status, _, body = server.handshake(Origin="http://evil.example")
+        assert (status, body["code"]) == (403, "forbidden")
+        assert stat(server, "refused_403") > 20
+    assert len(log_lines(caplog, "SWIFTCMS_WS_ORIGINS")) == len(log_lines(caplog)) == 1
+
+
+def test_origins_that_are_named() -> None:
+    """A list names the only ones; "*" lets every page in; no Origin is no browser, and may always."""
+    listed = ["https://site.example", "http://Local.example:3000/"]
+    with Server(ORIGINS=listed) as server:
+        for origin in ("https://site.example", "HTTPS://Site.Example", "http://local.example:3000", None):
+            assert server.handshake(Origin=origin)[0] == 101, origin
+        for origin in (
+            "http://site.example",
+            "https://site.example:8443",
+            "https://site.example.evil.example",
+            "https://site.example@evil.example",
+            "http://local.example",
+            f"http://127.0.0.1:{server.port}",
+            "null",
+            "",
+            "*",
+        ):
+            assert server.handshake(Origin=origin)[0] == 403, origin
+    with Server(ORIGINS="*") as server:
+        for origin in ("http://evil.example", "null", "", None):
+            assert server.handshake(Origin=origin)[0] == 101
+    with Server(ORIGINS=[]) as server:
+        assert server.handshake(Origin=f"http://127.0.0.1:{server.port}")[0] == 403
+
+
+def test_a_token_is_written_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+    """Not into a log, an access log included, nor an answer, an error, a close reason or an HTTP body."""
+    caplog.set_level(logging.DEBUG)
+    heard: list[Any] = []
+    tokens = {
+        "good": token(),
+        "short-lived": token(expires_in=2),
+        "other": token("eve"),
+        "expired": token(expires_in=-5),
+        "forged": token(key="k" * 64),
+        "of another kind": token(algorithm="HS512"),
+    }
+    with Server(HEARTBEAT=0.3) as server:
+        for name, secret in tokens.items():
+            for path in (
+                f"/ws?token={secret}",
+                f"/ws?a=b&token={secret}&c=d",
+                f"/ws?%74oken={secret}",
+                f"/ws?token={secret}%20",
+            ):
+                heard.append(server.handshake(path))
+            heard.append(server.handshake(Authorization=f"Bearer {secret}"))
+            heard.append(server.get(f"/ws?token={secret}"))
+            heard.append(http(f"http://127.0.0.1:{server.port}/ws?token={secret}", "POST"))
+            heard.append(server.get(f"/ws/client.js?token={secret}"))
+            heard.append(server.get(f"/elsewhere?token={secret}")[0])
+            for line in (
+                f"GET /ws?token={secret} one two",
+                f"GET /ws?token={secret} HTTP/7.0",
+                f"X /ws?token={secret} HTTP/1.1",
+            ):
+                with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
+                    sock.sendall(f"{line}\r\nHost: x\r\n\r\n".encode())
+                    heard.append(read_to_the_end(sock).replace(line.encode(), b""))
+            with server.client() as client:
+                heard.append(client.authenticate(secret))
+                for message in (
+                    {"action": "authenticate", "tokn": secret},
+                    {"action": "authenticate", "token": [secret]},
+                    {"action": "authenticate", "token": secret + "x"},
+                    {"action": "authenticate", "token": {"token": secret}},
+                    {"action": "subscribe", "type": "*", "token": secret},
+                ):
+                    client.send(**message)
+                    heard.append(client.receive(heartbeats=False))
+                client.send_raw('{"action": "authenticate", "token": "' + secret)
+                heard.append(client.receive())
+                if name == "short-lived":
+                    client.authenticate(secret)
+                    closed = client.closing()
+                    heard.append([*client.messages, closed.code, closed.reason])
+                    assert closed.code == 4401
+    everything = caplog.text + repr([record.__dict__ for record in caplog.records]) + repr(heard)
+    assert "GET /ws?token=" in everything
+    for name, secret in tokens.items():
+        for part in secret.split(".")[1:]:
+            assert part not in everything, (name, everything[everything.index(part) - 300 :][:400])
+
+
+@pytest.mark.filterwarnings("ignore::jwt.warnings.InsecureKeyLengthWarning")
+def test_a_short_key_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A key that can be guessed is warned of, with the cure, once; a long one is not; neither is shown."""
+    for key, length in (("hunter2-hunter2", 15), ("é" * 16, None), (b"\xff" * 31, 31)):
+        caplog.clear()
+        with Server(JWT_KEY=key) as server:
+            for _ in range(3):
+                with server.client() as client:
+                    client.authenticate(server.hub.issue_token("ana"))
+            server.publish(1)
+        lines = log_lines(caplog, "SWIFTCMS_WS_JWT_KEY")
+        assert len(lines) == len(log_lines(caplog)) == (length is not None)
+        assert all(
+            f"{length} bytes" in line and "hunter2" not in line and "secrets" in line for line in lines
+        )
+
+
+def forged(header: dict[str, Any], key: bytes, sub: str = "root") -> str:
+    """Return a token signed with HMAC by hand, for PyJWT refuses to do it with such keys."""
+
+    def part(value: Any) -> str:
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+    signed = f"{part(header)}.{part({'sub': sub, 'exp': int(time.time()) + 600})}"
+    digest = (
+        {"256": hashlib.sha256, "384": hashlib.sha384, "512": hashlib.sha512}[header["alg"][-3:]]
+        if key
+        else None
+    )
+    return f"{signed}.{part(hmac.new(key, signed.encode(), digest).digest()) if digest else ''}"
+
+
+def test_a_public_key_signs_nothing() -> None:
+    """With RS256, a token that is HMAC-signed with the public key's text, or not at all, is refused."""
+    pytest.importorskip("cryptography")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    public = private.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    claims = {"sub": "ana", "exp": time.time() + 600}
+    attacks = [
+        *(forged({"alg": alg, "typ": "JWT", **more}, public) for alg in ("HS256", "HS512") for more in (
+            {}, {"kid": "../../dev/null"}, {"jwk": {"kty": "oct", "k": "AA"}}, {"jku": "http://127.0.0.1:1/"}
+        )),
+        forged({"alg": "HS256"}, public.strip()),
+        forged({"alg": "HS256"}, b"\0"),
+        *(forged({"alg": alg}, b"") for alg in ("none", "None", "NONE", "nOnE", "", "RS256")),
+        jwt.encode(claims, rsa.generate_private_key(public_exponent=65537, key_size=2048), algorithm="RS256"),
+        jwt.encode(claims, private, algorithm="RS512"),
+        jwt.encode(claims, private, algorithm="PS256"),
+    ]  # fmt: skip
+    with Server(JWT_ALGORITHMS=["RS256"], JWT_KEY=public.decode()) as server, server.client() as client:
+        for attack in attacks:
+            assert client.authenticate(attack)["payload"]["code"] == "invalid_token", (
+                jwt.get_unverified_header(attack)
+            )
+            assert server.handshake(f"/ws?token={attack}")[0] == 401
+        with pytest.raises(ValueError, match="private key"):
+            server.hub.issue_token("ana")
+        good = jwt.encode(claims, private, algorithm="RS256")
+        assert client.authenticate(good)["payload"]["userId"] == "ana"
+    for mixed in (["RS256", "HS256"], ["none"], ["HS256", "none"], []):
+        with pytest.raises(ValueError, match="JWT_ALGORITHMS"):
+            Server(JWT_ALGORITHMS=mixed)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"alg": "none"}, {"alg": "NONE"}, {"alg": "HS384"}, {"alg": "HS256", "crit": ["b64"], "b64": False}],
+)
+def test_a_token_cannot_choose_how_it_is_checked(server: Server, header: dict[str, Any]) -> None:
+    """The algorithm is the site's choice: none, another one and unknown demands are all invalid_token."""
+    with server.client() as client:
+        for key in (KEY.encode(), b""):
+            attack = forged(header, key if header["alg"].startswith("HS") else b"")
+            assert client.authenticate(attack)["payload"]["code"] == "invalid_token"
+            assert server.handshake(f"/ws?token={attack}")[2]["code"] == "invalid_token"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Careless sites: hooks with a database, functions of their own around every request
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_sixty_sockets_hold_no_database_connection(tmp_path: Path) -> None:
+    """A pool of 5 serves a site whose every hook queries the database, with 60 sockets open."""
+    pytest.importorskip("flask_sqlalchemy")
+    from flask_sqlalchemy import SQLAlchemy
+    from sqlalchemy import text as sql
+    from sqlalchemy.pool import QueuePool
+
+    db = SQLAlchemy()
+    queries: Counter[str] = Counter()
+
+    def ask_the_database(who: str) -> bool:
+        queries[who] += 1
+        return bool(db.session.execute(sql("SELECT 1")).scalar())
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{tmp_path / 'site.db'}"
+        app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
+            "poolclass": QueuePool, "pool_size": 5, "max_overflow": 0, "pool_timeout": 3,
+        }  # fmt: skip
+        db.init_app(app)
+        app.before_request(lambda: ask_the_database("before_request") and None)
+        hub.identify(lambda: "ana" if ask_the_database("identify") else None)
+        hub.authorize(lambda user, event_type, content_type: ask_the_database("authorize"))
+        app.get("/page")(lambda: str(ask_the_database("view")))
+
+    with Server(configure) as server, contextlib.ExitStack() as stack:
+        with server.app.app_context():
+            pool = db.engine.pool
+            stack.callback(db.engine.dispose)
+        assert isinstance(pool, QueuePool)
+        clients: list[Client] = []
+
+        def join() -> None:
+            for _ in range(10):
+                client = stack.enter_context(server.client())
+                client.subscribe()
+                clients.append(client)
+
+        run_all([join] * 6)
+        assert stat(server, "connections") == 60
+        until(lambda: pool.checkedout() == 0, "all connections back in the pool", timeout=5)
+        for _ in range(10):
+            assert server.get("/page")[0::2] == (200, b"True")
+        run_all([lambda: clients[0].ask("presence") and None, *[lambda: server.get("/page") and None] * 8])
+        server.publish(1)
+        for client in clients:
+            assert client.receive()["payload"] == {"n": 1}
+        for client in clients[:30]:
+            client.close()
+        assert server.get("/page")[0] == 200
+        until(lambda: stat(server, "connections") == 30)
+        until(lambda: pool.checkedout() == 0, "all connections back in the pool", timeout=5)
+        assert queries["identify"] == 60
+        assert queries["before_request"] == 60 + 10 + 8 + 1
+
+
+def test_what_a_site_keeps_in_g_is_there_when_the_socket_ends(caplog: pytest.LogCaptureFixture) -> None:
+    """A site may note something before each request and read it after; a socket's request is none other."""
+    seen: list[str] = []
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @app.before_request
+        def note() -> None:
+            g.path = request.path
+
+        @app.after_request
+        def read(response: Any) -> Any:
+            seen.append(g.path)
+            return response
+
+    with Server(configure) as server:
+        with server.client() as client:
+            client.close()
+        until(lambda: seen, "the end of the request", timeout=5)
+    assert seen == ["/ws"]
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_sites_failing_teardown_leaves_no_thread_and_takes_no_place(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where the site's own clean-up fails (its database is down), its client ends, and nothing else stays."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @app.teardown_request
+        def clean_up(error: BaseException | None) -> None:
+            if request.args.get("break"):
+                raise RuntimeError("the database is down")
+
+    threads = threading.active_count()
+    with Server(configure, MAX_CONNECTIONS=3) as server:
+        for _ in range(4):
+            with contextlib.suppress(Closed, AssertionError):
+                server.client(path="/ws?break=1").sock.close()
+        until(lambda: server.hub._running().registry._places == 0, "free places", timeout=5)
+        with server.client() as client:
+            assert client.subscribe()["recovered"]
+    until(lambda: threading.active_count() <= threads, "the end of all threads", timeout=5)
+    assert "the database is down" in caplog.text
+
+
+def test_a_signals_receiver_that_fails_leaves_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """A site's own function for connects or disconnects may fail: it is logged, and the place is free."""
+
+    def fail(app: Flask, hub: Hub, **more: Any) -> None:
+        raise RuntimeError("the receiver failed")
+
+    with Server(MAX_CONNECTIONS=1) as server:
+        for signal_ in (swiftcms_ws.client_connected, swiftcms_ws.client_disconnected):
+            with signal_.connected_to(fail, server.app):
+                with server.client() as client:
+                    is_let_in = signal_ is swiftcms_ws.client_disconnected
+                    assert (client.close() if is_let_in else client.closing()).code == (
+                        1000 if is_let_in else 1011
+                    )
+                until(lambda: server.hub._running().registry._places == 0, "a free place", timeout=5)
+                until(lambda: "the receiver failed" in caplog.text, "a line in the log", timeout=5)
+            caplog.clear()
+        with server.client() as client:
+            assert client.subscribe()["recovered"]
+
+
+def test_a_sites_options_for_its_other_sockets_do_no_harm() -> None:
+    """SOCK_SERVER_OPTIONS are for all of flask-sock; with its own pings on, messages are answered at once."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.config["SOCK_SERVER_OPTIONS"] = {"ping_interval": 2, "max_message_size": 10, "receive_bytes": 100}
+
+    with Server(configure) as server, server.client() as client:
+        began = time.monotonic()
+        for _ in range(5):
+            client.subscribe()
+        assert time.monotonic() - began < 1.5
+        server.publish(1)
+        assert client.receive()["payload"] == {"n": 1}
+
+
+def test_what_comes_with_a_close_frame_is_carried_out(server: Server) -> None:
+    """A client may say its last word and leave in one breath: the word counts."""
+    with server.client() as stays, server.client() as leaves:
+        for client in (stays, leaves):
+            client.ask("editStart", contentType="posts", entryId="1")
+        last_word = text(action="editChange", contentType="posts", entryId="1", payload="the last word")
+        leaves.sock.sendall(last_word + Frames.masked(0x8, struct.pack("!H", 1000)))
+        assert leaves.closing().code == 1000
+        until(lambda: len(server.hub.editors("posts", "1")) == 1)
+        assert [message["payload"]["change"] for message in stays.rest()] == ["the last word"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The fuzzer: seeded, bounded, and beside a client that misses nothing
+# ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def nothing_is_left(caplog: pytest.LogCaptureFixture, **config: Any) -> Iterator[Server]:
+    """Run a server with a healthy client; afterwards that has got every event and nothing else remains.
+
+    No failure is logged, and threads, files, connections and subscriptions are back where they were.
+    """
+    with Server(**config) as server, server.client() as healthy:
+        healthy.subscribe()
+        threads, files = threading.active_count(), open_files()
+        stop, got = threading.Event(), []
+
+        def publish() -> None:
+            for number in itertools.count():
+                server.publish(number)
+                if stop.wait(0.01):
+                    server.hub.publish("the.end", "posts", {"count": number + 1})
+                    return
+
+        def listen() -> None:
+            while (message := healthy.receive())["type"] != "the.end":
+                if message["type"] == "content.created":
+                    got.append(message["payload"]["n"])
+            assert got == list(range(message["payload"]["count"]))
+
+        failures: list[BaseException] = []
+
+        def run(task: Callable[[], None]) -> None:
+            try:
+                task()
+            except BaseException as error:
+                failures.append(error)
+
+        both = [threading.Thread(target=run, args=(task,), daemon=True) for task in (publish, listen)]
+        for thread in both:
+            thread.start()
+        try:
+            yield server
+        finally:
+            stop.set()
+            for thread in both:
+                thread.join(PATIENCE)
+        assert not failures, failures
+        assert not any(thread.is_alive() for thread in both)
+        until(lambda: stat(server, "connections") == 1, "the end of all others")
+        assert (stat(server, "subscriptions"), stat(server, "waiting_bytes")) == (1, 0)
+        until(lambda: threading.active_count() <= threads, "the end of their threads")
+        until(lambda: open_files() <= files, "the end of their files")
+        assert server.hub._running().registry._places == 1
+        assert healthy.ask("presence")["payload"]["entries"] == []
+    failures_logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [line for line in failures_logged if "code 400" not in line and "code 50" not in line] == []
+    assert "Traceback" not in caplog.text
+
+
+VIOLATIONS: dict[str, tuple[bytes, int]] = {
+    "unmasked": (b"\x81\x02{}", 1002),
+    "unmasked ping": (b"\x89\x00", 1002),
+    **{f"reserved bits {bits}": (Frames.masked(0x1, b"{}", rsv=bits), 1002) for bits in (1, 2, 4, 7)},
+    **{f"opcode {code:#x}": (Frames.masked(code, b"{}"), 1002) for code in (3, 7, 0xB, 0xF)},
+    "fragmented ping": (Frames.masked(0x9, b"x", fin=False), 1002),
+    "fragmented close": (Frames.masked(0x8, b"\x03\xe8", fin=False), 1002),
+    "large ping": (Frames.masked(0x9, b"x" * 126), 1002),
+    "large close": (Frames.masked(0x8, b"\x03\xe8" + b"x" * 300), 1002),
+    "a length of the wrong size": (b"\x81\xfe\x00\x02\0\0\0\0{}", 1002),
+    "a length of the wrong size, again": (b"\x81\xff" + struct.pack("!Q", 300) + b"\0\0\0\0", 1002),
+    "a negative length": (b"\x81\xff" + struct.pack("!Q", 1 << 63) + b"\0\0\0\0", 1002),
+    "continuation of nothing": (Frames.masked(0x0, b"{}"), 1002),
+    "text in a text": (Frames.masked(0x1, b"{", fin=False) + Frames.masked(0x1, b"}"), 1002),
+    "not UTF-8": (Frames.masked(0x1, b'{"action": "\xff"}'), 1007),
+    "overlong UTF-8": (Frames.masked(0x1, b"\xc0\xaf"), 1007),
+    "a surrogate in UTF-8": (Frames.masked(0x1, b"\xed\xa0\x80"), 1007),
+    "UTF-8 cut short": (Frames.masked(0x1, b"\xe2\x82"), 1007),
+    "UTF-8 cut short in fragments": (Frames.masked(0x1, b"\xe2", fin=False) + Frames.masked(0x0, b"x"), 1007),
+    "close with one byte": (Frames.masked(0x8, b"\x03"), 1002),
+    **{f"close with {code}": (Frames.masked(0x8, struct.pack("!H", code)), 1002)
+       for code in (0, 999, 1004, 1005, 1006, 1015, 2999, 65535)},
+    "close with bad UTF-8": (Frames.masked(0x8, b"\x03\xe8\xff"), 1007),
+}  # fmt: skip
+
+
+def test_broken_frames_end_their_sender_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Each way to break RFC 6455's framing is answered with its close code, after what was whole."""
+    before = text(action="heartbeat", ref="before it")
+    with nothing_is_left(caplog) as server:
+        for kind, (data, code) in VIOLATIONS.items():
+            with open_raw(server.port) as sock:
+                sock.sendall(before + data)
+                answer = read_to_the_end(sock)
+                assert close_code(answer) == code, (kind, answer)
+                assert b"before it" in answer, (kind, answer)
+
+
+def test_random_bytes_and_rude_ends(caplog: pytest.LogCaptureFixture) -> None:
+    """Hundreds of connections send noise, halves of frames and pieces of sense, and leave as they like."""
+    seeds = random.Random(6455)
+    pieces = [data for data, _ in VIOLATIONS.values()] + [
+        text(action="subscribe"),
+        text(action="subscribe", since="1-0", ref=1),
+        text(action="editStart", contentType="posts", entryId="1"),
+        Frames.masked(0x9, b"ping"),
+        Frames.masked(0xA, b"pong"),
+        Frames.masked(0x1, b"{", fin=False),
+        Frames.masked(0x1, b"x" * 50, length=1 << 62),
+        Frames.masked(0x8, b"\x03\xe8bye"),
+    ]
+
+    def attack(port: int, rng: random.Random) -> None:
+        for _ in range(75):
+            sock = open_raw(port)
+            sock.settimeout(0.2)
+            data = b"".join(
+                rng.choice([*pieces, rng.randbytes(rng.randrange(1, 300))]) for _ in range(rng.randrange(5))
+            )
+            data = data[: rng.randrange(1, len(data) + 1)] if data else data
+            with contextlib.suppress(OSError):
+                sock.sendall(data)
+                match rng.randrange(5):
+                    case 0:
+                        sock.recv(65536)
+                    case 1:
+                        sock.shutdown(socket.SHUT_WR)
+                        read_to_the_end(sock)
+                    case 2:
+                        sock.shutdown(socket.SHUT_RD)
+                    case 3:
+                        vanish(sock)
+            sock.close()
+
+    with nothing_is_left(caplog) as server:
+        rngs = [random.Random(seeds.random()) for _ in range(4)]
+        run_all([lambda rng=rng: attack(server.port, rng) for rng in rngs])  # type: ignore[misc]
+
+
+BROKEN_JSON = [
+    "", " ", "{", "}", "{}", "[]", "nul", "\u0000", "\ufeff{}", "'a'", '{"action"}', '{"action":}', '{action: "heartbeat"}',
+    '{"action": "heartbeat",}', '{"action": "heartbeat"} x', '{"action": "heart\nbeat"}', '{"action": "\\x"}',
+    '{"action": "\\ud800"}', '{"action": "heartbeat", "ref": "\\ud800"}', '{"action": "heartbeat", "ref": "\\udc00\\ud800"}',
+    '{"action": "subscribe", "type": "\\ud800"}', '{"action": "subscribe", "since": "\\ud800"}',
+    '{"action": "editStart", "contentType": "posts", "entryId": "\\ud800"}',
+    '{"action": "authenticate", "token": "\\ud800.\\ud800.\\ud800"}', '{"action": "authenticate", "token": "..\\u0000"}',
+    '{"action": "heartbeat", "action": "subscribe", "action": 7}', '{"ref": 1, "ref": {}, "action": "heartbeat"}',
+    '{"action": "heartbeat", "ref": 1e400}', '{"action": "heartbeat", "ref": -1e400}', '{"action": "heartbeat", "ref": 1e-400}',
+    '{"action": "heartbeat", "ref": NaN}', '{"action": "heartbeat", "ref": Infinity}', '{"action": "heartbeat", "ref": -0}',
+    '{"action": "heartbeat", "ref": ' + "9" * 4000 + "}", '{"action": "heartbeat", "ref": ' + "9" * 5000 + "}",
+    '{"action": "heartbeat", "ref": 1' + "0" * 5000 + ".5}", '{"action": "heartbeat", "ref": "' + "\\u0000" * 3000 + '"}',
+    '{"action": 1e400}', '{"action": "subscribe", "type": 1e400}', '{"action": "presence", "entryId": 1e999}',
+    '{"action": "editChange", "contentType": "posts", "entryId": "1", "payload": 1e400}',
+    '{"action": "editChange", "contentType": "posts", "entryId": "1", "payload": [{"a": [-1e999]}]}',
+    '{"action": "editChange", "contentType": "posts", "entryId": "1", "payload": "\\ud800"}',
+    '{"action": "editChange", "contentType": "posts", "entryId": "1", "payload": {"\\ud800": "\\udfff"}}',
+    '{"action": "editChange", "contentType": "posts", "entryId": "1", "payload": ' + "9" * 4300 + "}",
+]  # fmt: skip
+DEPTHS = [5, 50, 500, *range(900, 1001, 2), *range(960, 1000), 2000, 30_000]
+
+
+def test_broken_json_is_answered_and_the_connection_stays(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever a text message holds, its sender is told, and goes on; other editors get only JSON."""
+    with (
+        nothing_is_left(caplog, RATE=100_000) as server,
+        server.client() as client,
+        server.client() as editor,
+    ):
+        for each in (client, editor):
+            each.ask("editStart", contentType="posts", entryId="1")
+        head = '{"action": "editChange", "contentType": "posts", "entryId": "1", "payload": '
+        deep = [head + "[" * depth + "]" * depth + "}" for depth in DEPTHS]
+        deeper = [head + '{"a":' * depth + "1" + "}" * depth + "}" for depth in DEPTHS if depth < 10_000]
+        for message in [*BROKEN_JSON, *deep, *deeper]:
+            client.send_raw(message)
+            try:
+                assert client.ask("heartbeat")["type"] == "system.heartbeat"
+            except Closed as closed:
+                raise AssertionError(f"{closed} after {message[:100]}") from None
+            for answer in client.messages:
+                code = answer["payload"].get("code")
+                assert answer["type"] != "system.error" or isinstance(code, str), message
+            client.messages.clear()
+        assert editor.ask("heartbeat")["type"] == "system.heartbeat"
+        assert {message["type"] for message in editor.messages} == {"user.edited"}
+        client.close()
+        editor.close()
+
+
+WRONG: list[Any] = [
+    None, True, False, 0, -1, 7, 1.5, 1e308, -(10**40), "", " ", "*", "**", ".", "a.", "a..b", "*.a", "a\0b", "é", "\u2028", "<b>",
+    "x" * 129, "x" * 3000, "1-0", "0-0", "18446744073709551616-18446744073709551616", "constructor", "__class__", "{0}", "%s%n",
+    [], ["*"], [[]], {}, {"a": 1}, {"type": "*"},
+]  # fmt: skip
+FIELDS = ["action", "type", "contentType", "token", "ref", "since", "entryId", "payload"]
+
+
+def test_every_field_of_every_action_with_every_wrong_kind(caplog: pytest.LogCaptureFixture) -> None:
+    """No value in any field of any action fails the server, ends its sender or stays behind it."""
+    good = {
+        "type": "content.*",
+        "contentType": "posts",
+        "entryId": "1",
+        "payload": 1,
+        "since": "1-0",
+        "token": "x",
+        "ref": 1,
+    }
+    rng = random.Random(8259)
+    messages = [
+        {**good, "action": action, field: value}
+        for action in swiftcms_ws.ACTIONS
+        for field in FIELDS
+        for value in WRONG
+    ]
+    for _ in range(400):  # and several at once
+        message = {**good, "action": rng.choice(list(swiftcms_ws.ACTIONS))}
+        for field in rng.sample(FIELDS[1:], rng.randrange(2, 6)):
+            if rng.random() < 0.3:
+                del message[field]
+            else:
+                message[field] = rng.choice(WRONG)
+        messages.append(message)
+    rng.shuffle(messages)
+    codes: Counter[str] = Counter()
+    with nothing_is_left(caplog, RATE=100_000, MAX_SUBSCRIPTIONS=4) as server, server.client() as client:
+        client._refs = itertools.count(1000)
+        for start in range(0, len(messages), 50):
+            client.sock.sendall(b"".join(text(**message) for message in messages[start : start + 50]))
+            assert client.ask("heartbeat")["type"] == "system.heartbeat"
+            codes.update(m["payload"]["code"] for m in client.messages if m["type"] == "system.error")
+            client.messages.clear()
+        client.close()
+    assert codes.keys() == {
+        "unknown_action", "invalid_message", "invalid_type", "invalid_since", "invalid_token", "not_editing",
+        "too_many_subscriptions",
+    }  # fmt: skip
+
+
+STRANGE_HEADERS: list[dict[str, str | None]] = [
+    {"Sec_WebSocket_Protocol": "caf\u00e9"},
+    {"Sec_WebSocket_Protocol": ",,;\x01"},
+    {"Sec_WebSocket_Extensions": "\u00ff; =;;,"},
+    {"Sec_WebSocket_Version": "\u00e9"},
+    {"Sec_WebSocket_Version": "-1"},
+    {"Sec_WebSocket_Key": "\u00e9"},
+    {"Sec_WebSocket_Key": ""},
+    {"Connection": "Upgrade, \u00e9"},
+    {"Host": "\u00e9"},
+    {"Host": ""},
+    {"Host": None},
+    {"X_A": "a\0b"},
+    {"X_(": "a"},
+    {"Cookie": "session=\u00ff\u00fe; =; ;"},
+    {"Authorization": "Bearer \u00e9"},
+    {"Authorization": "Bearer"},
+    {"Authorization": "\u00e9"},
+    {"Content_Length": "-5"},
+    {"Content_Length": "many"},
+    {"Transfer_Encoding": "chunked"},
+    {"Origin": "\u00ff"},
+]
+
+
+def test_a_strange_handshake_is_refused_in_words(caplog: pytest.LogCaptureFixture) -> None:
+    """Headers that no browser sends are let in or answered with 4xx and JSON, never with a traceback."""
+    with nothing_is_left(caplog) as server:
+        for headers in STRANGE_HEADERS:
+            try:
+                status, _, body = server.handshake(**headers)
+            except ValueError as error:
+                raise AssertionError(f"no JSON for {headers}") from error
+            assert status == 101 or (400 <= status < 500 and body["code"]), (headers, status, body)
+        for path in (
+            "/ws?token=%ff%fe",
+            "/ws?token=%00",
+            "/ws?token=",
+            "/ws?token=a.b.c&token=d",
+            "/ws?token=" + "x" * 20_000,
+        ):
+            assert server.handshake(path)[0] == 401, path
+
+
+def test_handshakes_that_are_noise_or_never_end(caplog: pytest.LogCaptureFixture) -> None:
+    """Noise, halves, wrong methods and slow drips before the upgrade take no place and leave nothing."""
+    rng = random.Random(2616)
+    with nothing_is_left(caplog) as server:
+        whole = upgrade_request(server.port)
+        for number in range(80):
+            data = bytearray(whole)
+            match number % 4:
+                case 0:
+                    data = bytearray(rng.randbytes(rng.randrange(1, 200)) + b"\r\n\r\n")
+                case 1:
+                    data = data[: rng.randrange(1, len(data) - 1)]
+                case 2:
+                    for _ in range(rng.randrange(1, 6)):
+                        data[rng.randrange(len(data))] = rng.randrange(256)
+                case 3:
+                    data = bytearray(rng.choice([b"OPTIONS", b"HEAD", b"POST", b"DELETE"]) + data[3:])
+            with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
+                with contextlib.suppress(OSError):
+                    sock.sendall(data)
+                    sock.settimeout(0.02)
+                    sock.recv(65536)
+                if number % 3 == 0:
+                    vanish(sock)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for byte in whole:
+                sock.sendall(bytes([byte]))
+            read_to(sock, b"system.connected")
+            for byte in text(action="subscribe", ref="drip") + fragments(
+                b'{"action": "heartbeat", "ref": "drop"}', 1
+            ):
+                sock.sendall(bytes([byte]))
+            assert b'"drip"' in read_to(sock, b'"ref": "drop"')
+
+
+# ---------------------------------------------------------------------------------------------------
+# Hostile clients: thousands of them, and a flood
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_two_thousand_come_and_go() -> None:
+    """Connect, subscribe, leave, a third of them abruptly: nothing is left and memory stays flat."""
+    with Server() as server:
+        server.hub.flush()  # starts what stays
+        threads, files = threading.active_count(), open_files()
+        cycles, memory = itertools.count(1), {}
+
+        def come_and_go() -> None:
+            while (number := next(cycles)) <= 2000:
+                sock = open_raw(server.port)
+                sock.sendall(text(action="subscribe", type=f"kind{number}.*", ref=1))
+                if number % 5 == 0:
+                    sock.sendall(text(action="editStart", contentType="posts", entryId=str(number)))
+                read_to(sock, b"system.subscribed")
+                match number % 3:
+                    case 0:
+                        vanish(sock)
+                    case 1:
+                        sock.sendall(Frames.masked(0x8, b"\x03\xe8"))
+                        read_to_the_end(sock)
+                sock.close()
+                if number in (500, 2000):
+                    memory[number] = resident()
+
+        run_all([come_and_go] * 3, timeout=90)
+        until(lambda: stat(server, "connections") == 0)
+        assert server.hub.flush()
+        stats = server.hub.stats()
+        assert (stats["subscriptions"], stats["queue_length"], stats["waiting_bytes"], stats["errors"]) == (
+            0,
+            0,
+            0,
+            0,
+        )
+        until(lambda: threading.active_count() <= threads, "the end of all threads")
+        until(lambda: open_files() <= files, "the end of all files")
+        engine = server.hub._running()
+        assert (engine.registry._places, engine.registry._subscribers, engine.registry._by_user) == (
+            0,
+            {},
+            {},
+        )
+        with server.client() as last:
+            assert last.ask("presence")["payload"]["entries"] == []
+        assert memory[2000] - memory[500] < 15_000_000
+
+
+FLOODER = """
+import socket, sys
+port, request, first, frame = int(sys.argv[1]), *(bytes.fromhex(each) for each in sys.argv[2:])
+while True:
+    try:
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.sendall(request)
+        sock.recv(65536)
+        sock.sendall(first)
+        print("flooding", flush=True)
+        while True:
+            sock.sendall(frame * 500)
+    except ConnectionError:
+        sock.close()
+"""
+
+
+@pytest.mark.parametrize("kind", ["messages", "pongs"])
+def test_a_flood_is_cut_and_its_neighbours_do_not_notice(server: Server, kind: str) -> None:
+    """While one client floods, is ended with 4429, and comes back for more, an event is as fast as before."""
+    first, frame = {"messages": (b"", text(action="heartbeat")), **FLOODS}[kind]
+
+    def delivery(count: int) -> float:
+        times = []
+        for number in range(count):
+            began = time.perf_counter()
+            server.publish(number)
+            neighbour.receive()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    with server.client() as neighbour:
+        neighbour.subscribe()
+        before, memory = delivery(100), resident()
+        sent = upgrade_request(server.port).hex(), first.hex(), frame.hex()
+        command = [sys.executable, "-c", FLOODER, str(server.port), *sent]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as flooder:
+            try:
+                assert flooder.stdout is not None
+                assert flooder.stdout.readline() == b"flooding\n"
+                during = delivery(150)
+                until(lambda: stat(server, "closed_4429") > 0, "4429", timeout=8)
+                grown = resident() - memory
+            finally:
+                flooder.kill()
+        assert during < 2 * before + 0.005, f"{before * 1000:.2f} ms before, {during * 1000:.2f} ms meanwhile"
+        assert grown < 20_000_000
+    until(lambda: stat(server, "connections") == 0)
