@@ -76,11 +76,10 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError  # its own class before Python 3.11
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime, timezone
 from enum import IntEnum
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -583,7 +582,7 @@ class Connection:
 
     # -- writing: the dispatcher, the heartbeat, the reader --------------------------------------------
 
-    def send(self, data: bytes, *, is_replay: bool = False) -> None:
+    def send(self, data: bytes, is_replay: bool = False) -> None:
         """Send whole frames, now or as soon as the client takes them. Never blocks, never raises.
 
         A replay may be larger than the queue: it is let in, and does not count until the queue
@@ -591,7 +590,10 @@ class Connection:
         """
         with self._lock:
             if self._is_quiet:
-                sent = self._write(data)
+                try:
+                    sent = self._sock.send(data)
+                except OSError as error:
+                    sent = self._cannot_write(error, len(data))
                 if sent == len(data):
                     return
                 data = data[sent:]
@@ -639,15 +641,12 @@ class Connection:
 
     # The next five are called with the lock held.
 
-    def _write(self, data: bytes | memoryview) -> int:
-        """Hand bytes to the kernel and return how many it took."""
-        try:
-            return self._sock.send(data)
-        except _WOULD_BLOCK:
+    def _cannot_write(self, error: OSError, size: int) -> int:
+        """Return how many of `size` bytes need not be kept: none, where the kernel has no room for them now."""
+        if isinstance(error, _WOULD_BLOCK):
             return 0
-        except OSError:  # the client is gone; the reader will find the same
-            self._lose()
-            return len(data)
+        self._lose()  # the client is gone; the reader will find the same
+        return size
 
     def _enqueue(self, data: bytes) -> None:
         if not self._is_lost:
@@ -676,7 +675,10 @@ class Connection:
         """Write what waits, as far as the kernel takes it."""
         while self._waiting:
             data = self._waiting[0]
-            sent = self._write(data)
+            try:
+                sent = self._sock.send(data)
+            except OSError as error:
+                sent = self._cannot_write(error, len(data))
             if self._is_lost:
                 return
             self._written += sent
@@ -739,7 +741,7 @@ class Connection:
             self._on_small_frame = on_small_frame
             # The library puts each complete message on a list that has no bound, and sets its event
             # for a thread that waits there. None does: the message is carried out on the spot.
-            library.event = SimpleNamespace(set=self._hand_over_messages)
+            library.event = library.sock
             library.ws.events = functools.partial(self._count_frames, library.ws.events)
             self._max_message, self._library = max_message, library
             self._changed.notify_all()
@@ -749,7 +751,7 @@ class Connection:
         with self._changed:
             self._changed.wait_for(lambda: self._library or self._is_lost)
         if self._library:
-            self._hand_over_messages()  # for the size of one that is not complete
+            self.hand_over_messages()  # for the size of one that is not complete
         while True:
             data = None
             with self._lock:
@@ -777,7 +779,7 @@ class Connection:
                 self._on_small_frame()
             yield event
 
-    def _hand_over_messages(self) -> None:
+    def hand_over_messages(self) -> None:
         inbox = self._library.input_buffer
         try:
             while inbox and not self._last_frame_is_in:
@@ -817,13 +819,27 @@ class Connection:
 
 
 class ReaderSocket:
-    """What simple-websocket takes for the socket: the connection, by a socket's method names."""
+    """What simple-websocket takes for the socket and, once begun, for its event: the connection."""
+
+    __slots__ = ("_connection",)
 
     def __init__(self, connection: Connection) -> None:
-        self.fileno = connection.fileno
-        self.recv = connection.read
-        self.send = connection.send_for_library
-        self.close = connection.reader_is_done
+        self._connection = connection
+
+    def recv(self, size: int) -> bytes:
+        return self._connection.read(size)
+
+    def send(self, data: bytes) -> int:
+        return self._connection.send_for_library(data)
+
+    def close(self) -> None:
+        self._connection.reader_is_done()
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def set(self) -> None:
+        self._connection.hand_over_messages()
 
 
 # == 6. Registry: who is connected, and who subscribes to what =======================================
@@ -1680,6 +1696,8 @@ class Engine:
 class Conversation:
     """Carries out one client's messages, one after the other, in that connection's reader thread."""
 
+    __slots__ = ("_allowance", "_allowance_at", "_burst", "_connection", "_engine", "_is_allowed", "_replayed")
+
     def __init__(
         self, engine: Engine, connection: Connection, is_allowed: Callable[[User | None, str, str], bool]
     ) -> None:
@@ -2217,7 +2235,7 @@ class Hub:
                 raise HandshakeRefused(401, error.code, str(error), **{"WWW-Authenticate": "Bearer"}) from None
         if self._identify is None:
             return None
-        with self._hook_context(_lasting(request.environ)):
+        with self._hook_context(request.environ):
             user_id = self._identify()
         return None if user_id is None else User(check_user_id(user_id, "what the identify hook returns"))
 
@@ -2264,30 +2282,45 @@ class Hub:
     def _websocket(self, library: Any) -> None:
         """Serve one client, in the web server's thread, until it has ended."""
         connection: Connection = request.environ.pop(CONNECTION_KEY)
-        engine, environ = self._running(), _lasting(request.environ)
+        engine, environ = self._running(), request.environ  # the server keeps it as long
+        # Leave the request that the handshake was, so that what the site opened in it is closed: a
+        # before_request function may have taken a database connection, to be given back when the
+        # request is torn down, and this one lasts for hours. Flask wants its context back after.
+        context, noted = request_ctx._get_current_object(), app_ctx.g  # type: ignore[attr-defined]
+        try:
+            context.pop()
+        except Exception:  # it is popped all the same
+            logger.exception("a teardown function of the site failed; its client is served")
+        try:
+            self._serve(engine, connection, library, environ)
+        finally:
+            context.push()
+            app_ctx.g = noted  # for the site's after_request functions
+
+    def _serve(self, engine: Engine, connection: Connection, library: Any, environ: dict[str, Any]) -> None:
+        """Greet a client, be its writer until it has ended, and tidy up after it."""
         conversation = Conversation(engine, connection, functools.partial(self._is_allowed, environ))
         library.max_message_size = None  # ours answers before it closes
-        with _outside_the_request():
-            try:
-                conversation.greet()
-                engine.registry.add(connection)
-                if engine.closing.is_set():  # since the handshake
-                    connection.close(CloseCode.GOING_AWAY, "the server is going away; come back with since")
-                self._tell(client_connected, environ, connection)
-            except Exception as error:  # of a signal's receiver
-                conversation.fail(error)
-            try:
-                conversation.begin(library)
-                connection.write_until_ended()
-            finally:
-                engine.registry.remove(connection)
-                engine.registry.release()
-            conversation.stop_all_editing()
-            self._note_end(engine, connection, environ.get("REMOTE_ADDR", "an unknown address"))
-            try:
-                self._tell(client_disconnected, environ, connection)
-            except Exception:
-                logger.exception("a receiver of client_disconnected failed")
+        try:
+            conversation.greet()
+            engine.registry.add(connection)
+            if engine.closing.is_set():  # since the handshake
+                connection.close(CloseCode.GOING_AWAY, "the server is going away; come back with since")
+            self._tell(client_connected, environ, connection)
+        except Exception as error:  # of a signal's receiver
+            conversation.fail(error)
+        try:
+            conversation.begin(library)
+            connection.write_until_ended()
+        finally:
+            engine.registry.remove(connection)
+            engine.registry.release()
+        conversation.stop_all_editing()
+        self._note_end(engine, connection, environ.get("REMOTE_ADDR", "an unknown address"))
+        try:
+            self._tell(client_disconnected, environ, connection)
+        except Exception:
+            logger.exception("a receiver of client_disconnected failed")
 
     def _note_end(self, engine: Engine, connection: Connection, address: str) -> None:
         """Count an end that the server chose, and say why, and what a site could do about it."""
@@ -2312,7 +2345,9 @@ class Hub:
     def _hook_context(self, environ: dict[str, Any]) -> Any:
         """Return a request context for one call: what the hook opens, a session say, ends with it."""
         assert self._app is not None
-        return self._app.request_context({**environ, "wsgi.input": io.BytesIO()})
+        kept = {key: value for key, value in environ.items() if isinstance(value, (str, bool, tuple))}
+        streams = {"wsgi.errors": environ["wsgi.errors"], "wsgi.input": io.BytesIO()}
+        return self._app.request_context({**kept, **streams})
 
 def _check_headers(environ: Mapping[str, Any]) -> None:
     """Refuse headers that no browser sends: wsproto fails on some, and all are kept with the connection."""
@@ -2333,32 +2368,6 @@ def _host_and_port(origin: str) -> tuple[str, int | None] | None:
         return parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
         return None
-
-
-def _lasting(environ: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what hooks may need of a handshake hours later: no sockets, no streams, no request."""
-    kept = {key: value for key, value in environ.items() if isinstance(value, (str, bool, tuple))}
-    return {**kept, "wsgi.errors": environ["wsgi.errors"]}
-
-
-@contextmanager
-def _outside_the_request() -> Iterator[None]:
-    """Leave the request that the handshake was, so that what the site opened in it is closed.
-
-    A before_request function of the site may have taken a database connection, to be given back
-    when the request is torn down, and this one lasts for hours. Flask wants its context back after.
-    """
-    context = request_ctx._get_current_object()  # type: ignore[attr-defined]
-    noted = app_ctx.g  # by the site, for its after_request functions
-    try:
-        context.pop()
-    except Exception:  # it is popped all the same
-        logger.exception("a teardown function of the site failed; its client is served")
-    try:
-        yield
-    finally:
-        context.push()
-        app_ctx.g = noted
 
 
 def _gunicorn_worker() -> Any:
