@@ -201,7 +201,8 @@ class FlaskSocketIO(Server):
         from flask_socketio import SocketIO
 
         app = Flask(__name__)
-        self.io = SocketIO(app, async_mode="threading", transports=["websocket"])
+        # With the usual 20 s it ends its own clients: their pongs wait behind a thousand threads.
+        self.io = SocketIO(app, async_mode="threading", transports=["websocket"], ping_timeout=120)
         self.port = serve_wsgi(app)
 
     @staticmethod
