@@ -283,6 +283,9 @@ EventId = tuple[int, int]  # milliseconds since 1970 and a counter, as in a Redi
 Pattern = tuple[str, str]  # of a type and of a content type
 
 _WORDS = r"[\w-]+(?:\.[\w-]+)*"
+_NAME = re.compile(_WORDS)
+_TYPE_PATTERN = re.compile(rf"\*|{_WORDS}(?:\.\*)?")
+_CONTENT_TYPE_PATTERN = re.compile(rf"\*|{_WORDS}")
 _NAME_RULE = f"words of letters, digits, _ and - joined by dots, at most {NAME_LENGTH} characters"
 
 
@@ -319,24 +322,24 @@ def check_name(value: object, argument: str) -> None:
     """Raise, for the programmer to see, where a type or content type cannot be published."""
     if not isinstance(value, str):
         raise TypeError(f"{argument} must be a str, not {type(value).__name__}")
-    if not _fits(value, _WORDS):
+    if not _fits(value, _NAME):
         raise ValueError(f"{argument} must be {_NAME_RULE}, not {value[:NAME_LENGTH]!r}")
 
 
 def parse_pattern(message: Mapping[str, Any]) -> Pattern:
     """Return what a message's `type` and `contentType` ask for, or raise ClientError."""
     event_type, content_type = message.get("type", "*"), message.get("contentType", "*")
-    if not _fits(event_type, rf"\*|{_WORDS}(?:\.\*)?"):
+    if not _fits(event_type, _TYPE_PATTERN):
         right = "`type` must be an event type such as content.created, a prefix such as content.*, or *"
         raise ClientError("invalid_type", f"{right} ({_NAME_RULE}), not {describe(event_type)}")
-    if not _fits(content_type, rf"\*|{_WORDS}"):
+    if not _fits(content_type, _CONTENT_TYPE_PATTERN):
         right = "`contentType` must be a content type such as posts, or *"
         raise ClientError("invalid_type", f"{right} ({_NAME_RULE}), not {describe(content_type)}")
     return event_type, content_type
 
 
-def _fits(value: object, pattern: str) -> bool:
-    return isinstance(value, str) and len(value) <= NAME_LENGTH and bool(re.fullmatch(pattern, value))
+def _fits(value: object, pattern: re.Pattern[str]) -> bool:
+    return isinstance(value, str) and len(value) <= NAME_LENGTH and bool(pattern.fullmatch(value))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1382,6 +1385,21 @@ class Counters:
             return dict(self._numbers)
 
 
+Route = tuple[int, Collection[Connection]]  # bits for events, and who is to get all of these
+
+
+def _by_what_they_want(routes: Iterable[Route]) -> Iterable[Route]:
+    """Put those together that want the same events of several routes, so that each is in one."""
+    wanted: dict[Connection, int] = defaultdict(int)
+    for bits, connections in routes:
+        for connection in connections:
+            wanted[connection] |= bits
+    together: dict[int, list[Connection]] = defaultdict(list)
+    for connection, bits in wanted.items():
+        together[bits].append(connection)
+    return together.items()
+
+
 class Engine:
     """Everything that runs, for one hub in one process; a fork or another app gets a new one."""
 
@@ -1462,19 +1480,14 @@ class Engine:
         alike: dict[tuple[str, str, frozenset[str] | None], int] = defaultdict(int)
         for index, event in enumerate(events):  # bit i stands for events[i]
             alike[event.type, event.content_type, event.to] |= 1 << index
-        wanted: dict[Connection, int] = defaultdict(int)
-        for (event_type, content_type, to), bits in alike.items():
-            for connection in self.registry.matching(event_type, content_type, to):
-                wanted[connection] |= bits
-
-        @functools.cache
-        def frames(bits: int) -> bytes:
-            return b"".join(event.frame for index, event in enumerate(events) if bits >> index & 1)
-
-        for connection, bits in wanted.items():
-            connection.send(frames(bits))
+        routes = [(bits, self.registry.matching(*route)) for route, bits in alike.items()]
+        # Most often all are alike, one event always is, and then there is nothing to sort out.
+        for bits, connections in routes if len(routes) == 1 else _by_what_they_want(routes):
+            data = b"".join(event.frame for index, event in enumerate(events) if bits >> index & 1)
+            for connection in connections:
+                connection.send(data)
+            self.counters.add("delivered", bits.bit_count() * len(connections))
         self.broker.remember(events)
-        self.counters.add("delivered", sum(bits.bit_count() for bits in wanted.values()))
 
     # -- the server's own messages ---------------------------------------------------------------------
 
