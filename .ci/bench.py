@@ -16,6 +16,7 @@ latency     one event; when all have it, the next: until half of the clients, an
 publish     one call of publish(), back to back, with 1 and with 1000 clients subscribed
 memory      the server process's PSS for each of 200 clients that offer compression
 stuck       how much longer a burst takes the others when one of 200 clients never reads
+redis       200 clients of another process than the one that publishes, beside one process alone
 matching    one subscriber of what is published, while others subscribed to something else
 ceiling     what the load client can count: it must be more than any server sends
 
@@ -33,6 +34,7 @@ import platform
 import resource
 import select
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -45,7 +47,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_JSON = HERE / "bench.json"
-PACKAGES = ["flask", "flask-sock", "simple-websocket", "pyjwt", "flask-socketio", "websockets"]
+PACKAGES = ["flask", "flask-sock", "simple-websocket", "pyjwt", "flask-socketio", "websockets", "redis"]
 RAW, OURS = "raw_python", "swiftcms_ws"
 SOCKET_IO_PATH = "/socket.io/?EIO=4&transport=websocket"
 # How a client joins each server: the path, and what else the load client must know.
@@ -173,14 +175,19 @@ class Process:
 class Session:
     """One server with its clients, and what can be measured of them."""
 
-    def __init__(self, bench: Bench, name: str) -> None:
+    def __init__(self, bench: Bench, name: str, redis_url: str | None = None) -> None:
+        """With Redis a second process of the same kind, which has no clients, is the one that publishes."""
         self.bench, self.name = bench, name
-        script = str(HERE / "bench_servers.py")
-        self.server = Process([sys.executable, script, name], bench.server_core)
+        command = [sys.executable, str(HERE / "bench_servers.py"), name, *([redis_url] if redis_url else [])]
+        self.server = self.publisher = Process(command, bench.server_core)
         self.processes = [self.server]
+        if redis_url:
+            self.publisher = Process(command, bench.server_core)
+            self.processes.append(self.publisher)
 
     def __enter__(self) -> Session:
-        self.port = self.server.hear()["port"]
+        ports = [process.hear()["port"] for process in self.processes]
+        self.port = ports[0]
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -215,7 +222,7 @@ class Session:
     ) -> dict:
         """Publishes, and returns what the server and the client say of it, checked."""
         client.ask(f"expect {events} {int(limit * 1000)}")
-        self.server.tell(f"{command} {events} {extra}")
+        self.publisher.tell(f"{command} {events} {extra}")
         report = client.hear(limit + 5)
         everybody = client.count - client.stuck
         if report["order_errors"] or report["bad_frames"]:
@@ -229,7 +236,7 @@ class Session:
             raise Wrong(f"{self.name}: too many events, or connections lost: {report}")
         if not size * 0.95 <= report["smallest"] <= report["largest"] <= size * 1.05:
             raise Wrong(f"{self.name}: messages should have {size} bytes: {report}")
-        report |= self.server.hear()
+        report |= self.publisher.hear()
         if "start_ns" in report:
             report["seconds"] = (report["last_ns"] - report["start_ns"]) / 1e9
             report["per_second"] = events * everybody / report["seconds"]
@@ -333,6 +340,14 @@ class Bench:
                     figures["end"] = client.ask("stuck")
         return figures | {"ratio": figures["with"] / figures["without"]}
 
+    def redis(self, name: str, redis_url: str | None, command: str = "burst") -> dict:
+        with Session(self, name, redis_url) as session:
+            client = session.join(200)
+            session.publish(client, SMALL_BURST)
+            bursts = [session.publish(client, self.burst, command=command) for _ in range(self.repeats)]
+            per_second = statistics.median(burst["per_second"] for burst in bursts)
+            return {"per_second": per_second} | self.latency(session, client)
+
     def matching(self, name: str) -> dict:
         """The same server, with 10 and then 10,000 subscriptions that do not match."""
         figures = {}
@@ -356,6 +371,27 @@ class Bench:
             client = session.join(200)
             report = session.publish(client, 64 * self.burst // 4, extra="64")
             return {key: report[key] for key in ("per_second", "client_busy")}
+
+
+@contextlib.contextmanager
+def redis_server(directory: Path) -> Iterator[str | None]:
+    """A Redis of our own, in memory, or None where there is none to start."""
+    program = shutil.which("redis-server") or shutil.which("valkey-server")
+    if program is None:
+        yield None
+        return
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [program, "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", str(directory)]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        child.kill()
+        child.wait()
 
 
 def other_processes_s() -> float:
@@ -481,9 +517,14 @@ def in_markdown(found: Figures, names: list[str]) -> str:
             matching_cells,
         ),
     ]
+    with_redis = (
+        "Through Redis, 200 clients of another process than the one that publishes",
+        ["burst, deliveries a second", "one event: µs until half have it", "until the last has it"],
+        redis_cells,
+    )
     parts = []
-    for title, heads, cells in tables:
-        rows = [[name, *cells(found, name)] for name in names]
+    for title, heads, cells in [*tables, with_redis]:
+        rows = [[name, *cells(found, name)] for name in (REDIS_ROWS if cells == redis_cells else names)]
         rows = [row for row in rows if set(row[1:]) != {NOTHING}]
         if rows:
             parts.append(table(title, ["server", *heads], rows))
@@ -538,6 +579,10 @@ def matching_cells(found: Figures, name: str) -> list[str]:
     ]
 
 
+def redis_cells(found: Figures, name: str) -> list[str]:
+    return [spread(values(found, "redis", name, key)) for key in ("per_second", "half_us", "last_us")]
+
+
 def ceiling_line(found: Figures) -> str:
     bursts = [
         (figures["per_second"], name, where, figures["client_busy"])
@@ -576,6 +621,24 @@ def others_line(found: Figures) -> str:
 # --- The run --------------------------------------------------------------------------------------
 
 
+ALONE = f"{OURS}, one process, no Redis"
+REDIS_ROWS = [ALONE, OURS, f"{OURS}, publish_many", "Flask-SocketIO"]
+
+
+def redis_plan(
+    bench: Bench, names: list[str], url: str | None
+) -> Iterator[tuple[str, str, Callable[[], dict]]]:
+    if url is None:
+        print("there is no redis-server: nothing is measured with Redis", file=sys.stderr)
+        return
+    if OURS in names:
+        yield "redis", ALONE, lambda: bench.redis(OURS, None)
+        yield "redis", OURS, lambda: bench.redis(OURS, url)
+        yield "redis", REDIS_ROWS[2], lambda: bench.redis(OURS, url, "burst_many")
+    if "Flask-SocketIO" in names:
+        yield "redis", "Flask-SocketIO", lambda: bench.redis("Flask-SocketIO", url)
+
+
 def plan(bench: Bench, names: list[str]) -> Iterator[tuple[str, str, Callable[[], dict]]]:
     """One round: (measurement, server, what to call)."""
     yield "ceiling", RAW, bench.ceiling
@@ -612,13 +675,13 @@ def main() -> int:
     failures: list[str] = []
     started = time.monotonic()
     about_machine = machine()
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, redis_server(Path(directory)) as redis_url:
         client, about_client = build_client(Path(directory))
         bench = Bench(client, options.quick)
         rounds = options.rounds or (1 if options.quick else 3)
         patience_until = started + rounds * ROUND_LIMIT_S
         for number in range(1, rounds + 1):
-            for measurement, name, measure in plan(bench, names):
+            for measurement, name, measure in [*plan(bench, names), *redis_plan(bench, names, redis_url)]:
                 try:
                     figures = undisturbed(measure, patience_until) | {"round": number}
                 except Wrong as error:

@@ -1,10 +1,11 @@
-"""The servers that bench.py compares. Each runs in a process of its own: `bench_servers.py NAME`.
+"""The servers that bench.py compares. Each runs in a process of its own: `bench_servers.py NAME [REDIS]`.
 
 They say {"port": …} and then obey lines on standard input, one answer of JSON a line:
 
     clients              how many clients are connected (null where the client can tell)
     resize BYTES         how long the messages are from now on
     burst EVENTS         publish them as fast as this server can; when that began
+    burst_many EVENTS    the same in one call, where a server has one for that
     publish_cost CALLS   the same, with a stopwatch around each call
     exit
 
@@ -202,7 +203,8 @@ class FlaskSocketIO(Server):
 
         app = Flask(__name__)
         # With the usual 20 s it ends its own clients: their pongs wait behind a thousand threads.
-        self.io = SocketIO(app, async_mode="threading", transports=["websocket"], ping_timeout=120)
+        options = {"async_mode": "threading", "transports": ["websocket"], "ping_timeout": 120}
+        self.io = SocketIO(app, message_queue=REDIS_URL, **options)
         self.port = serve_wsgi(app)
 
     @staticmethod
@@ -273,14 +275,15 @@ class SwiftCMS(Server):
         from flask import Flask
 
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-        from swiftcms_ws import blueprint, publish
+        from swiftcms_ws import blueprint, publish, publish_many
 
         app = Flask(__name__)
         app.config["SECRET_KEY"] = "only for the benchmark, and long enough"
         app.config["SWIFTCMS_WS_MAX_CONNECTIONS"] = 20_000
         app.config["SWIFTCMS_WS_RATE"] = 1_000_000
+        app.config["SWIFTCMS_WS_REDIS_URL"] = REDIS_URL
         app.register_blueprint(blueprint)
-        self.hand_over = publish
+        self.hand_over, self.hand_over_many = publish, publish_many
         self.port = serve_wsgi(app)
 
     @staticmethod
@@ -293,7 +296,13 @@ class SwiftCMS(Server):
     def publish(self, payload: dict) -> None:
         self.hand_over("content.created", "posts", payload)
 
+    def burst_many(self, events: int) -> dict:
+        start = time.monotonic_ns()
+        self.hand_over_many([("content.created", "posts", self.payload()) for _ in range(events)])
+        return {"start_ns": start}
 
+
+REDIS_URL = sys.argv[2] if len(sys.argv) > 2 else None
 SERVERS = {
     "raw_python": RawPython,
     "flask-sock": FlaskSock,
