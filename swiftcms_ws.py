@@ -520,7 +520,7 @@ _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 def _wait_until(sock: socket.socket, event: int, timeout: float | None) -> None:
-    """Wait until `sock` can be read or written (POLLIN, POLLOUT), is shut down, or `timeout` seconds are over."""
+    """Wait until `sock` can be read or written (POLLIN, POLLOUT), is shut down, or for `timeout` seconds."""
     with suppress(ValueError, OSError):  # closed: the next call will say so
         if hasattr(select, "poll"):
             poller = select.poll()
@@ -783,6 +783,7 @@ class Connection:
             yield event
 
     def hand_over_messages(self) -> None:
+        """Carry out what is on the library's list, and refuse what grows too big before it gets there."""
         inbox = self._library.input_buffer
         try:
             while inbox and not self._last_frame_is_in:
@@ -1451,6 +1452,9 @@ class Engine:
             text.encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(f"payload cannot be sent as JSON: {error}") from error
+        if len(text) > self.settings.max_queue:  # each client that does not take it at once would be cut for it
+            right = f"at most SWIFTCMS_WS_MAX_QUEUE, {self.settings.max_queue}; publish an id, to fetch the rest by"
+            raise ValueError(f"payload has {len(text)} characters as JSON, and may have {right}")
         return event_type, content_type, text, to
 
     def publish(self, drafts: list[Draft]) -> list[str]:

@@ -898,6 +898,15 @@ def test_publish_refuses_in_the_caller(
         assert server.hub.stats()["published"] == 0
 
 
+def test_publish_refuses_what_would_cut_everyone() -> None:
+    """A payload larger than any client's queue raises, instead of ending all who do not take it at once."""
+    with Server(MAX_QUEUE=1000) as server, server.client() as client:
+        client.subscribe()
+        with pytest.raises(ValueError, match="^payload has .*SWIFTCMS_WS_MAX_QUEUE"):
+            server.publish(1, padding="x" * 1000)
+        client.nothing_more()
+
+
 def test_publish_to_some(server: Server) -> None:
     """`to=` reaches the named users in all their tabs, and nobody else."""
     names = ["ana", "ana", "bob", "7", None]
@@ -1605,9 +1614,9 @@ def test_servers(tmp_path: Path, server_name: str) -> None:
 @pytest.mark.parametrize("server_name", SERVERS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ends(tmp_path: Path, server_name: str, number: int) -> None:
-    """A signal ends the server within two seconds, and each of a hundred clients hears 1001 first."""
+    """A signal ends the server within two seconds, and each of two hundred clients hears 1001 first."""
     with site(tmp_path, SERVERS[server_name]) as process, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(process.client()) for _ in range(100)]
+        clients = [stack.enter_context(process.client()) for _ in range(200)]
         began = time.monotonic()
         process.popen.send_signal(number)
         for client in clients:
