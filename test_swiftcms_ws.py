@@ -902,7 +902,7 @@ def test_publish_refuses_what_would_cut_everyone() -> None:
     """A payload larger than any client's queue raises, instead of ending all who do not take it at once."""
     with Server(MAX_QUEUE=1000) as server, server.client() as client:
         client.subscribe()
-        with pytest.raises(ValueError, match="^payload has .*SWIFTCMS_WS_MAX_QUEUE"):
+        with pytest.raises(ValueError, match=r"^payload has .*SWIFTCMS_WS_MAX_QUEUE"):
             server.publish(1, padding="x" * 1000)
         client.nothing_more()
 
