@@ -77,7 +77,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError  # its own class before Python 3.11
 from contextlib import suppress
-from datetime import datetime, timezone
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -302,7 +301,8 @@ class Event:
     @functools.cached_property
     def frame(self) -> bytes:
         """The bytes that every client gets: made once, by the dispatcher, the first to ask."""
-        return text_frame(message_text(self.type, self.payload, self.id[0], self.content_type, self.id))
+        text = message_text(self.type, self.payload, self.id[0], self.content_type, self.id)
+        return bytes(_dispatchers.framer.send_data(text))
 
 
 def format_event_id(event_id: EventId) -> str:
@@ -366,8 +366,8 @@ def now_milliseconds() -> int:
 
 def timestamp(milliseconds: int) -> str:
     """Return a time as the protocol writes it: UTC, ISO 8601, milliseconds."""
-    moment = datetime.fromtimestamp(milliseconds / 1000, timezone.utc)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    seconds, rest = divmod(milliseconds, 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:03}Z"
 
 
 def message_text(
@@ -390,6 +390,16 @@ def message_text(
 def framer() -> FrameProtocol:
     """Return wsproto's maker of frames: one for each frame, for it is not made for several threads."""
     return FrameProtocol(client=False, extensions=[])
+
+
+class _Dispatchers(threading.local):
+    """What each dispatcher has for itself: a framer to keep, for it makes the frame that all wait for."""
+
+    def __init__(self) -> None:
+        self.framer = framer()
+
+
+_dispatchers = _Dispatchers()
 
 
 def text_frame(text: str) -> bytes:
