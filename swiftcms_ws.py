@@ -2175,6 +2175,11 @@ class Hub:
                     # NaN is no JSON: the browser of everyone who gets it would throw.
                     engine = Engine(self._current_settings(), lambda value: app.json.dumps(value, allow_nan=False))
                     _warn_of_a_short_key(engine.settings)
+                    if self._app is None and engine.settings.redis_url is None:
+                        logger.warning(
+                            "this hub is registered with no app, and so reaches nobody: a site with a Hub of its"
+                            " own calls that one's publish(); a script gives Hub(redis_url=…)"
+                        )
                     engine.start()
                     self._engine = engine
         return self._engine
@@ -3416,6 +3421,14 @@ LONG_SECONDS = 75.0  # longer than nginx's time-out of 60
 PROBES = 20  # connections that check() opens to see how many processes there are
 
 
+def websocket_url(text: str) -> str:
+    """Return an address as a client needs it; people leave out the path, or copy one with http."""
+    scheme, _, rest = text.rpartition("://")
+    host, slash, path = rest.partition("/")
+    secure = "s" if scheme in ("https", "wss") else ""
+    return f"ws{secure}://{host}/{path if slash and path else 'ws'}"
+
+
 def open_line(url: str, **headers: str) -> tuple[simple_websocket.Client, dict[str, Any]]:
     """Connect as a client; return the line and the server's greeting. Raises OSError or the library's errors."""
     daemon = functools.partial(threading.Thread, daemon=True)
@@ -3468,8 +3481,9 @@ def listen(options: argparse.Namespace) -> int:
 
 def print_token(options: argparse.Namespace) -> int:
     key = os.environ.get(f"{CONFIG_PREFIX}JWT_KEY") or os.environ.get("SECRET_KEY")
-    if not key:
+    if not key or len(key.encode()) < 32:
         print("set SWIFTCMS_WS_JWT_KEY or SECRET_KEY, in the environment, to the site's key", file=sys.stderr)
+        print(f"(of 32 bytes or more: it has {len(key)})" if key else "(there is none)", file=sys.stderr)
         return 1
     print(sign_token(Settings(jwt_key=key), options.user, time.time(), options.expires_in, {}))
     return 0
@@ -3515,7 +3529,7 @@ def check(options: argparse.Namespace) -> int:
             other.close()
     say(
         len(newest) == 1 or len(set(newest.values())) == 1,
-        f"{len(newest)} server process(es); events reach the clients of all",
+        f"server processes seen: {len(newest)}; an event reaches the clients of all of them",
         "An event reaches the clients of one process only: set SWIFTCMS_WS_REDIS_URL, or run one process.",
     )
 
@@ -3553,7 +3567,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     listener = commands.add_parser("listen", help="print events, one JSON line each; reconnect and resume")
     listener.set_defaults(run=listen)
-    listener.add_argument("url", help="such as ws://localhost:8080/ws")
+    listener.add_argument("url", type=websocket_url, help="such as ws://localhost:8080/ws")
     listener.add_argument("--type", default="*", help="event type or prefix (%(default)s)")
     listener.add_argument("--content-type", default="*", help="content type (%(default)s)")
     listener.add_argument("--token", help="a JWT to sign in with")
@@ -3565,7 +3579,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     doctor = commands.add_parser("check", help="examine a deployed address, and say what to change")
     doctor.set_defaults(run=check)
-    doctor.add_argument("url", help="such as wss://example.org/ws")
+    doctor.add_argument("url", type=websocket_url, help="such as wss://example.org/ws")
     doctor.add_argument("--long", action="store_true", help="also wait past a proxy's time-out, 75 seconds")
     options = parser.parse_args(argv)
     try:
