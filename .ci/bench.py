@@ -34,6 +34,7 @@ import platform
 import resource
 import select
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -665,6 +666,7 @@ def main() -> int:
     if unknown := set(options.only.split(",")) - set(JOIN):
         parser.error(f"no such server: {', '.join(sorted(unknown))}; there are {', '.join(JOIN)}")
     enter_environment()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end what was started
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
