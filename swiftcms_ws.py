@@ -1272,7 +1272,7 @@ class RedisBroker(MemoryBroker):
             except (*self._faults, PublishError) as error:
                 if pause == REDIS_PAUSE:
                     logger.warning("Redis is away, and is tried again until it is back: %s", error)
-            except Exception:
+            except Exception:  # a follower that ended would leave this process deaf, and nobody told
                 logger.exception("following Redis failed, and is tried again")
             pause = min(pause * 2, REDIS_SECONDS)
             with self._changed:
@@ -1307,10 +1307,10 @@ class RedisBroker(MemoryBroker):
             self._has_begun = False
             return
         found = dict(answer or [])
-        for entry in found.get(self._events, []):
+        for event in [self._event(*entry) for entry in found.get(self._events, [])]:
             with self._changed:
                 self._changed.wait_for(self._has_room)
-                self._enqueue(self._event(*entry))
+                self._enqueue(event)
         for told_id, fields in found.get(self._told, []):
             self._told_id = told_id
             self.in_order(functools.partial(self._on_told, json.loads(fields["message"])))
@@ -1481,7 +1481,7 @@ class Engine:
                     self._deliver(work)
                 else:
                     work()
-            except Exception:
+            except Exception:  # one bad batch must not end all delivery
                 logger.exception("the dispatcher failed, and goes on with what is next")
 
     def _deliver(self, events: list[Event]) -> None:
@@ -1659,7 +1659,7 @@ class Engine:
                 if now >= next_beat:
                     next_beat = max(next_beat + interval, now)
                     self._beat()
-            except Exception:
+            except Exception:  # without heartbeats nobody dead would ever be ended
                 logger.exception("the heartbeat failed, and goes on with the next")
 
     def _beat(self) -> None:
@@ -2351,7 +2351,7 @@ class Hub:
         self._note_end(engine, connection, environ.get("REMOTE_ADDR", "an unknown address"))
         try:
             self._tell(client_disconnected, environ, connection)
-        except Exception:
+        except Exception:  # the site's; the client has gone, and cannot be told
             logger.exception("a receiver of client_disconnected failed")
 
     def _note_end(self, engine: Engine, connection: Connection, address: str) -> None:
