@@ -27,21 +27,21 @@ An event's way
     Hub.publish()             checks it and turns its payload into JSON, in the caller's thread
     MemoryBroker.publish()    gives it an id and a place in the queue; the caller goes on
     Engine._deliver()         asks the registry who wants it, and hands all of them the same frame
-    Connection.send()         writes what the kernel takes; the rest waits for the connection's writer
+    Connection.send()         writes what the kernel takes; the rest waits for the writer
 
 Threads
     dispatcher    one per hub and process: delivers every event, and never waits for a client
+    writer        one per hub and process: writes what kernels did not take, when they do
     heartbeat     one per hub and process: sends heartbeats, ends what is dead or out of time
     follower      one per hub and process, where there is Redis: reads what any process published
-    reader        one per connection, simple-websocket's: carries out the client's messages
-    writer        one per connection, the web server's own: writes what the kernel did not take
+    reader        one per connection, the web server's own: carries out the client's messages
 
 Locks (what each guards is said where it is made)
-    Hub._starting          while an engine is made and started; the locks below are taken under it
-    MemoryBroker._changed  ids and the queue       Connection._lock  one socket and what waits for it
-    Registry._lock         who subscribes to what  Presence._lock    who edits what
-    Counters._lock         the numbers of stats()
-The last five are leaves: no lock is taken under them, no hook called, nothing logged, and nothing
+    Hub._starting       while an engine is made and started; the locks below are taken under it
+    MemoryBroker._lock  ids, and the queue        Connection._lock  one socket, and what waits for it
+    Registry._lock      who subscribes to what    Presence._lock    who edits what
+    Counters._lock      the numbers of stats()    Writer._round     nothing: it wakes who waits in flush()
+The last six are leaves: no lock is taken under them, no hook called, nothing logged, and nothing
 waited for but their own condition. What one thread alone touches has no lock, and says so.
 """
 
@@ -62,6 +62,7 @@ import random
 import re
 import secrets
 import select
+import selectors
 import signal
 import socket
 import sqlite3
@@ -79,7 +80,8 @@ from concurrent.futures import TimeoutError as FutureTimeoutError  # its own cla
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from queue import SimpleQueue
+from typing import Any, TypeAlias, TypeVar, cast
 from urllib.parse import urlsplit
 
 import jwt
@@ -103,6 +105,8 @@ from flask_sock import Sock
 from werkzeug.debug import DebuggedApplication
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import make_server
+from wsproto.connection import Connection as FrameParser
+from wsproto.connection import ConnectionState, ConnectionType
 from wsproto.events import CloseConnection, Message, Ping, Pong
 from wsproto.frame_protocol import FrameProtocol
 from wsproto.utilities import ProtocolError as HandshakeError
@@ -144,9 +148,11 @@ EVENT_OVERHEAD = 1024  # bytes that an event weighs in the backlog beside its pa
 PROCESS_LENGTH = 8  # characters that all client ids of one process begin with
 MESSAGE_DEPTH = 100  # objects and arrays within each other in a client's message
 RATE_BYTES = 8 * 1024  # of a message: each so many count as one more, or big ones would fill others' queues
+RECEIVE_BYTES = 16 * 1024  # that are taken from a socket at once
 SMALL_FRAGMENT = 256  # bytes; a smaller one counts as a message, or one message could have 64 Ki of them
 HEADERS_LENGTH = 32 * 1024  # characters in a handshake's headers: they are kept with the connection
 SUGGESTED_FROM = 50  # names, at most, that a misspelt one is compared with
+ROUTES_KEPT = 64  # answers of the registry, each as long as there are subscribers
 NAME_LENGTH = 128  # characters of a type, a content type or an entry's id: those are kept
 REDIS_SECONDS = 1.0  # for a step of Redis, to connect or to answer; publish() takes two at most
 REDIS_BLOCK = 500  # milliseconds that the follower waits for what is new before it asks again
@@ -288,21 +294,28 @@ _CONTENT_TYPE_PATTERN = re.compile(rf"\*|{_WORDS}")
 _NAME_RULE = f"words of letters, digits, _ and - joined by dots, at most {NAME_LENGTH} characters"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Event:
-    """One published event, as the broker ordered it."""
+    """One published event, as the broker ordered it. Nothing of it changes."""
 
     id: EventId
     type: str
     content_type: str
     payload: str  # JSON
     to: frozenset[str] | None  # user ids; None: everyone who subscribes
+    _frame: bytes = b""
 
-    @functools.cached_property
+    @property
     def frame(self) -> bytes:
-        """The bytes that every client gets: made once, by the dispatcher, the first to ask."""
-        text = message_text(self.type, self.payload, self.id[0], self.content_type, self.id)
-        return bytes(_dispatchers.framer.send_data(text))
+        """The bytes that every client gets: made once, by the dispatcher, which alone asks for them."""
+        if not self._frame:
+            # The payload is JSON already, and the names need no escaping.
+            text = (
+                f'{{"type": "{self.type}", "contentType": "{self.content_type}", "payload": {self.payload}, '
+                f'"id": "{format_event_id(self.id)}", "timestamp": "{timestamp(self.id[0])}"}}'
+            )
+            self._frame = bytes(_dispatchers.framer.send_data(text))
+        return self._frame
 
 
 def format_event_id(event_id: EventId) -> str:
@@ -322,8 +335,13 @@ def check_name(value: object, argument: str) -> None:
     """Raise, for the programmer to see, where a type or content type cannot be published."""
     if not isinstance(value, str):
         raise TypeError(f"{argument} must be a str, not {type(value).__name__}")
-    if not _fits(value, _NAME):
+    if len(value) > NAME_LENGTH or not _is_name(value):
         raise ValueError(f"{argument} must be {_NAME_RULE}, not {value[:NAME_LENGTH]!r}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_name(text: str) -> bool:
+    return bool(_NAME.fullmatch(text))
 
 
 def parse_pattern(message: Mapping[str, Any]) -> Pattern:
@@ -367,24 +385,12 @@ def now_milliseconds() -> int:
 def timestamp(milliseconds: int) -> str:
     """Return a time as the protocol writes it: UTC, ISO 8601, milliseconds."""
     seconds, rest = divmod(milliseconds, 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:03}Z"
+    return f"{_to_the_second(seconds)}.{rest:03}Z"
 
 
-def message_text(
-    message_type: str, payload: str, milliseconds: int, content_type: str | None = None,
-    event_id: EventId | None = None, ref: str | None = None,
-) -> str:  # fmt: skip
-    """Put a message together. `payload` and `ref` are JSON already; names need no escaping."""
-    parts = [f'"type": "{message_type}"']
-    if content_type is not None:
-        parts.append(f'"contentType": "{content_type}"')
-    parts.append(f'"payload": {payload}')
-    if event_id is not None:
-        parts.append(f'"id": "{format_event_id(event_id)}"')
-    parts.append(f'"timestamp": "{timestamp(milliseconds)}"')
-    if ref is not None:
-        parts.append(f'"ref": {ref}')
-    return "{" + ", ".join(parts) + "}"
+@functools.lru_cache(maxsize=16)
+def _to_the_second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def framer() -> FrameProtocol:
@@ -393,7 +399,7 @@ def framer() -> FrameProtocol:
 
 
 class _Dispatchers(threading.local):
-    """What each dispatcher has for itself: a framer to keep, for it makes the frame that all wait for."""
+    """What each dispatcher keeps for itself: a framer, for it makes the frames that all wait for."""
 
     def __init__(self) -> None:
         self.framer = framer()
@@ -526,44 +532,34 @@ def check_token(settings: Settings, token: str) -> User:
 
 # == 5. Connection: one client's socket, and the only place that touches it ==========================
 
+Frame: TypeAlias = "Message[Any] | Ping | Pong"  # as wsproto parses it; a long one comes in parts
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-
-
-def _wait_until(sock: socket.socket, event: int, timeout: float | None) -> None:
-    """Wait until `sock` can be read or written (POLLIN, POLLOUT), is shut down, or for `timeout` seconds."""
-    with suppress(ValueError, OSError):  # closed: the next call will say so
-        if hasattr(select, "poll"):
-            poller = select.poll()
-            poller.register(sock, event)
-            poller.poll(None if timeout is None else timeout * 1000)
-        else:  # Windows
-            select.select([sock] if event == POLLIN else [], [sock] if event == POLLOUT else [], [sock], timeout)
-
-
-POLLIN, POLLOUT = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
 
 
 class Connection:
     """One client.
 
     Several threads write to a client: the dispatcher (events), the heartbeat, and its own reader
-    (answers, and simple-websocket's pongs). All of them call send(), which keeps frames whole and
-    in order, and never blocks: the dispatcher has a thousand other clients to serve. So the socket
-    is non-blocking. What the kernel does not take, because its buffer for a client that reads
-    slowly or not at all is full, waits here; from then on all that is sent to this client waits
-    behind it, and the connection's writer, a thread that has nothing else to do, passes it on as
-    the socket gets room. More than `max_queue` bytes waiting end this client. Nobody else notices.
+    (answers and pongs). All of them call send(), which keeps frames whole and in order, and never
+    blocks: the dispatcher has a thousand other clients to serve. So the socket is non-blocking.
+    What the kernel does not take, because its buffer for a client that reads slowly or not at all
+    is full, waits here; from then on all that is sent to this client waits behind it, and the
+    writer, which has nothing else to do, passes it on as the socket gets room. More than
+    `max_queue` bytes waiting end this client. Nobody else notices.
     """
 
     # A thousand of them are gone through for every event: slots keep each small and near.
     __slots__ = (
-        "_changed", "_give_up_at", "_is_lost", "_is_quiet", "_last_frame_is_in", "_library", "_lock",
-        "_max_message", "_max_queue", "_on_failure", "_on_message", "_on_small_frame", "_queued",
-        "_reader_is_done", "_replay_room", "_sock", "_waiting", "_written", "close_code", "id", "last_heard",
-        "opened_at", "subscriptions", "user", "user_from",
+        "_attend", "_is_lost", "_is_quiet", "_last_frame_is_in", "_lock", "_max_queue", "_replay_room",
+        "_sock", "_waiting", "close_code", "give_up_at", "id", "last_heard", "opened_at", "queued",
+        "subscriptions", "user", "user_from", "written",
     )  # fmt: skip
 
-    def __init__(self, client_id: str, sock: socket.socket, max_queue: int, user: User | None = None) -> None:
+    def __init__(
+        self, client_id: str, sock: socket.socket, max_queue: int, attend: Callable[[Connection], None],
+        user: User | None = None,
+    ) -> None:  # fmt: skip
+        """Take over a socket whose handshake is done; `attend` is the writer's."""
         self.id = client_id
         self.opened_at = self.last_heard = time.monotonic()  # the reader's alone; a float is read whole
         # Under the registry's lock:
@@ -573,25 +569,22 @@ class Connection:
 
         self._sock = sock
         self._max_queue = max_queue
+        self._attend = attend
         sock.setblocking(False)
         with suppress(OSError):  # a Unix socket, behind a proxy, has no Nagle to switch off
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
         # Guards all below, and the order of bytes on the socket; only non-blocking calls are made
-        # under it. `_changed` is notified when the writer has something to do, when all is
-        # written, and when the reader is done.
+        # under it. Numbers and flags are read without it, each for itself, and are whole.
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
         self._waiting: list[bytes | memoryview] = []  # the first may be half sent; small while empty
-        self._queued = self._written = 0  # bytes that ever had to wait, and those of them gone since
+        self.queued = self.written = 0  # bytes that ever had to wait, and those of them gone since
         self._replay_room = 0  # bytes that may wait beyond max_queue: see send()
         self._last_frame_is_in = False  # a close frame is sent or waiting: nothing may follow it
         self._is_quiet = True  # none of that: nothing waits and nothing ends
         self._is_lost = False  # there is no line any more
-        self._reader_is_done = False
-        self._give_up_at = float("inf")  # when a connection that is closing is cut
+        self.give_up_at = float("inf")  # when a connection that is ending is cut
         self.close_code: CloseCode | None = None  # where it was we who ended it
-        self._library: Any = None  # simple-websocket's side of it, once begin() has been called
 
     # -- writing: the dispatcher, the heartbeat, the reader --------------------------------------------
 
@@ -612,11 +605,13 @@ class Connection:
                 data = data[sent:]
             elif self._last_frame_is_in:
                 return
+            is_attended = bool(self._waiting)
             self._enqueue(data)
             if is_replay:
                 self._replay_room += len(data)
             is_too_slow = self.waiting_bytes > self._max_queue + self._replay_room
-            self._changed.notify_all()
+        if not is_attended:
+            self._attend(self)
         if is_too_slow:
             self.close(CloseCode.TOO_SLOW, "read too slowly; come back with since")
 
@@ -627,30 +622,23 @@ class Connection:
                 return False
             if code is CloseCode.TOO_SLOW:
                 # The first chunk may be half sent, and a close frame inside a frame is garbage. The
-                # rest is let go: it would keep this client's threads for nothing.
+                # rest is let go: it would hold this client's thread for nothing.
                 while len(self._waiting) > 1:
-                    self._written += len(self._waiting.pop())
+                    self.written += len(self._waiting.pop())
             self.close_code = code
             self._finish(close_frame(code, reason))
-            return True
+        self._attend(self)
+        return True
 
     @property
     def is_ending(self) -> bool:
-        """Whether a close frame is sent or waiting. A bool is read whole, without the lock."""
+        """Whether a close frame is sent or waiting."""
         return self._last_frame_is_in
 
     @property
     def waiting_bytes(self) -> int:
         """How much the kernel has not taken yet."""
-        return self._queued - self._written
-
-    def wait_until_written(self, deadline: float) -> bool:
-        """Wait until what was sent up to now is with the kernel, or the connection has ended."""
-        with self._changed:
-            queued = self._queued
-            return self._changed.wait_for(
-                lambda: self._written >= queued or self._is_lost, deadline - time.monotonic()
-            )
+        return self.queued - self.written
 
     # The next five are called with the lock held.
 
@@ -662,16 +650,14 @@ class Connection:
         return size
 
     def _enqueue(self, data: bytes) -> None:
-        if not self._is_lost:
-            self._is_quiet = False
-            self._waiting.append(data)
-            self._queued += len(data)
+        self._is_quiet = False
+        self._waiting.append(data)
+        self.queued += len(data)
 
     def _finish(self, frame: bytes) -> None:
         """Send or queue the last frame there will be."""
         self._last_frame_is_in = True
-        self._is_quiet = False
-        self._give_up_at = time.monotonic() + CLOSE_SECONDS
+        self.give_up_at = time.monotonic() + CLOSE_SECONDS
         self._enqueue(frame)
         self._write_waiting()
 
@@ -679,13 +665,15 @@ class Connection:
         """Let go of everything that waits."""
         self._is_lost = self._last_frame_is_in = True
         self._is_quiet = False
-        self._give_up_at = min(self._give_up_at, time.monotonic() + CLOSE_SECONDS)
         self._waiting.clear()
-        self._written = self._queued
-        self._changed.notify_all()
+        self.written = self.queued
 
     def _write_waiting(self) -> None:
-        """Write what waits, as far as the kernel takes it."""
+        """Write what waits, as far as the kernel takes it; after a close frame, shut our side.
+
+        That keeps the response which the web server takes to be due, when its view returns, from
+        reaching a browser as garbage.
+        """
         while self._waiting:
             data = self._waiting[0]
             try:
@@ -694,166 +682,172 @@ class Connection:
                 sent = self._cannot_write(error, len(data))
             if self._is_lost:
                 return
-            self._written += sent
+            self.written += sent
             if sent < len(data):
                 self._waiting[0] = memoryview(data)[sent:]
                 return
             self._waiting.pop(0)
         self._replay_room = 0
-        self._is_quiet = not self._last_frame_is_in
-        self._changed.notify_all()
-
-    # -- writing: the writer ---------------------------------------------------------------------------
-
-    def write_until_ended(self) -> None:
-        """Be the connection's writer until it has ended: the work of the web server's thread.
-
-        Ends cleanly. After the close frame our side is shut, so that the response which the web
-        server takes to be due when its view returns never reaches a browser as garbage. Then the
-        client has a moment to end its side: closing at once would reset the connection, and the
-        close frame with it.
-        """
-        while self._has_something_to_write():
-            _wait_until(self._sock, POLLOUT, LOOK_SECONDS)
-            with self._lock:
-                self._write_waiting()
-        self._shut(socket.SHUT_WR)
-        self._wait_for_reader(self._give_up_at)
-        self._shut(socket.SHUT_RDWR)  # wakes a reader that waits still
-        self._wait_for_reader(time.monotonic() + CLOSE_SECONDS)
-
-    def _has_something_to_write(self) -> bool:
-        """Wait for bytes that the kernel did not take; return False once there will be none."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._last_frame_is_in)
-            return bool(self._waiting) and time.monotonic() < self._give_up_at
-
-    def _wait_for_reader(self, deadline: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._reader_is_done, deadline - time.monotonic())
+        if self._last_frame_is_in:
+            self._shut(socket.SHUT_WR)
+        else:
+            self._is_quiet = True
 
     def _shut(self, how: int) -> None:
         with suppress(OSError):  # the other side was faster
             # Not sock.shutdown(): a TLS socket's own forgets its keys, and would read ciphertext.
             socket.socket.shutdown(self._sock, how)
 
-    # -- reading: the library's thread, which knows us as a ReaderSocket -------------------------------
+    # -- writing: the writer ---------------------------------------------------------------------------
 
-    def begin(
-        self, library: Any, max_message: int, on_message: Callable[[str | bytes], None],
-        on_small_frame: Callable[[], None], on_failure: Callable[[Exception], None],
-    ) -> None:  # fmt: skip
-        """Let the reader go: from now on each message is handed to `on_message`, in its thread.
-
-        What that raises goes to `on_failure`, and so does a ClientError for a message of more than
-        `max_message` bytes. `on_small_frame` is told of each ping, pong and small fragment.
-        `library` is the simple_websocket.Server whose reader it is.
-        """
-        with self._changed:
-            self._on_message, self._on_failure = on_message, on_failure
-            self._on_small_frame = on_small_frame
-            # The library puts each complete message on a list that has no bound, and sets its event
-            # for a thread that waits there. None does: the message is carried out on the spot.
-            library.event = library.sock
-            library.ws.events = functools.partial(self._count_frames, library.ws.events)
-            self._max_message, self._library = max_message, library
-            self._changed.notify_all()
-
-    def read(self, size: int) -> bytes:
-        """Return what the client sent, as soon as there is something; nothing once it has ended."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._library or self._is_lost)
-        if self._library:
-            self.hand_over_messages()  # for the size of one that is not complete
-        while True:
-            data = None
-            with self._lock:
-                try:
-                    data = self._sock.recv(size)
-                except _WOULD_BLOCK:
-                    pass
-                except OSError:
-                    return b""
-                # Once our close frame is out, the end is waited for, and what still comes is dropped.
-                if data == b"" or (data and not self._last_frame_is_in):
-                    self.last_heard = time.monotonic()
-                    return data
-            if data is None:
-                _wait_until(self._sock, POLLIN, None)
-
-    def _count_frames(self, events: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """Pass wsproto's events on, and tell of those that make no message: they cost as much."""
-        for event in events():
-            is_small_fragment = (
-                isinstance(event, Message) and len(event.data) < SMALL_FRAGMENT
-                and event.frame_finished and not event.message_finished
-            )  # fmt: skip
-            if (is_small_fragment or isinstance(event, (Ping, Pong))) and not self._last_frame_is_in:
-                self._on_small_frame()
-            yield event
-
-    def hand_over_messages(self) -> None:
-        """Carry out what is on the library's list, and refuse what grows too big before it gets there."""
-        inbox = self._library.input_buffer
-        try:
-            while inbox and not self._last_frame_is_in:
-                message = inbox.pop(0)
-                self._check_size(len(message.encode() if isinstance(message, str) else message))
-                self._on_message(message)
-            if not self._last_frame_is_in:
-                self._check_size(self._library.incoming_message_len)  # of one that is not complete
-        except Exception as error:  # this is the library's thread: nobody above would hear of it
-            self._on_failure(error)
-
-    def _check_size(self, size: int) -> None:
-        if size > self._max_message:
-            sentence = f"the message is over the limit of {self._max_message} bytes; send less, or several"
-            raise ClientError("message_too_big", sentence, CloseCode.MESSAGE_TOO_BIG)
-
-    def send_for_library(self, data: bytes) -> int:
-        """Send the handshake's answer, pongs, or the answer to a close frame or to a broken one."""
-        if self._library is None or self._library.connected:
-            self.send(data)
-        else:  # the library has ended: this is its close frame
-            with self._lock:
-                if not self._last_frame_is_in:
-                    self._finish(data)
-        return len(data)
-
-    def reader_is_done(self) -> None:
-        """Take note that the library's thread ends, after a close frame or because the line broke."""
+    def go_on(self, now: float) -> bool:
+        """Write what the kernel takes; cut what should have ended by now. Return whether there is more to do."""
         with self._lock:
-            self._reader_is_done = True
-            if not self._last_frame_is_in:
+            self._write_waiting()
+            if now >= self.give_up_at and not self._is_lost:
                 self._lose()
-            self._changed.notify_all()
+                self._shut(socket.SHUT_RDWR)  # wakes the reader
+            return not self._is_lost and (bool(self._waiting) or self._last_frame_is_in)
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
+    # -- reading: the web server's thread --------------------------------------------------------------
 
-class ReaderSocket:
-    """What simple-websocket takes for the socket and, once begun, for its event: the connection."""
+    def frames(self) -> Iterator[Frame]:
+        """Be the connection's reader, until it has ended: yield each frame, or part of one, that comes.
 
-    __slots__ = ("_connection",)
+        Pings are answered here, and so are a close frame and bytes that are no frame: those end it.
+        After a close frame of ours the client has a moment to end the line. Closing at once would
+        reset it, and the close frame could be lost.
+        """
+        library = FrameParser(ConnectionType.SERVER)
+        try:
+            while data := self._receive():
+                library.receive_data(data)
+                for frame in library.events():
+                    if isinstance(frame, CloseConnection):
+                        self._answer_close(bytes(library.send(frame.response())))
+                    elif isinstance(frame, Ping):
+                        self.send(bytes(library.send(frame.response())))
+                    if not self._last_frame_is_in:
+                        yield cast("Frame", frame)
+                if library.state is ConnectionState.CLOSED and not self._waiting:
+                    return  # both sides have said so
+        finally:
+            with self._lock:
+                self._lose()
+                self._shut(socket.SHUT_RDWR)
+            self._attend(self)  # for who waits until all is written
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def _receive(self) -> bytes:
+        """Wait for bytes from the client; return none at the end. What comes after the end is dropped."""
+        while True:
+            with self._lock:  # for TLS, where two threads may not be in one socket
+                try:
+                    data = self._sock.recv(RECEIVE_BYTES)
+                except _WOULD_BLOCK:
+                    data = None
+                except OSError:
+                    return b""
+            if data is None:
+                _wait_for_input(self._sock)
+            elif not data or not self._last_frame_is_in:
+                self.last_heard = time.monotonic()
+                return data
 
-    def recv(self, size: int) -> bytes:
-        return self._connection.read(size)
+    def _answer_close(self, frame: bytes) -> None:
+        with self._lock:
+            if self._last_frame_is_in:
+                return
+            self._finish(frame)
+        self._attend(self)
 
-    def send(self, data: bytes) -> int:
-        return self._connection.send_for_library(data)
+
+def _wait_for_input(sock: socket.socket) -> None:
+    with suppress(ValueError, OSError):  # closed: recv() will say so
+        if hasattr(select, "poll"):  # no descriptor for each client, as with epoll, and no limit of 1024
+            poller = select.poll()
+            poller.register(sock, select.POLLIN)
+            poller.poll()
+        else:  # Windows
+            select.select([sock], [], [])
+
+
+class Writer:
+    """Writes what kernels did not take, and cuts the lines of clients that do not end.
+
+    It waits for all these sockets at once, and so for none of them.
+    """
+
+    def __init__(self) -> None:
+        self._bell, self._rope = socket.socketpair()  # to be woken by
+        self._bell.setblocking(False)
+        self._rope.setblocking(False)
+        self._new: deque[Connection] = deque()  # needs no lock: append() and popleft() are whole
+        self._attended: set[Connection] = set()  # the writer's alone
+        self._is_closed = False  # set once
+        self._round = threading.Condition()  # guards nothing; notified after each round
+
+    def attend(self, connection: Connection) -> None:
+        """See to it that all is written, and that an ending ends. From any thread; never blocks."""
+        self._new.append(connection)
+        self._ring()
+
+    def _ring(self) -> None:
+        with suppress(OSError):  # rung so often that it is heard in any case, or the writer has ended
+            self._rope.send(b"!")
+
+    def run(self) -> None:
+        """Be the writer, until closed and nothing is left to do."""
+        while self._attended or self._new or not self._is_closed:
+            try:
+                ready = self._wait()
+                while self._new:
+                    connection = self._new.popleft()
+                    self._attended.add(connection)
+                    ready.add(connection)
+                now = time.monotonic()
+                for connection in list(self._attended):
+                    is_due = connection in ready or now >= connection.give_up_at
+                    if is_due and not connection.go_on(now):
+                        self._attended.remove(connection)
+            except Exception:  # without a writer slow clients would hear nothing more
+                logger.exception("the writer failed, and goes on")
+            with self._round:
+                self._round.notify_all()
+        self._bell.close()
+        self._rope.close()
+
+    def _wait(self) -> set[Any]:
+        """Wait until a socket has room, the bell rings, or time is up for one; return who has room."""
+        # A new one each time: a closed socket's number is soon another's.
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._bell, selectors.EVENT_READ)
+            for connection in self._attended:
+                if connection.waiting_bytes:
+                    with suppress(ValueError, OSError):  # closed meanwhile
+                        selector.register(connection, selectors.EVENT_WRITE)
+            until = min((connection.give_up_at for connection in self._attended), default=float("inf"))
+            timeout = None if until == float("inf") else until - time.monotonic()
+            ready = {key.fileobj for key, _ in selector.select(timeout)}
+        if self._bell in ready:
+            self._bell.recv(4096)
+        return ready
+
+    def wait_until_written(self, connections: Collection[Connection], deadline: float) -> bool:
+        """Wait until what waits now is with the kernel, or with nobody; False where it is not by `deadline`."""
+        due = [(connection, connection.queued) for connection in connections]
+        with self._round:
+            return self._round.wait_for(
+                lambda: all(connection.written >= queued for connection, queued in due),
+                deadline - time.monotonic(),
+            )
 
     def close(self) -> None:
-        self._connection.reader_is_done()
-
-    def fileno(self) -> int:
-        return self._connection.fileno()
-
-    def set(self) -> None:
-        self._connection.hand_over_messages()
+        """Let the writer end once it has nothing to do."""
+        self._is_closed = True
+        self._ring()
 
 
 # == 6. Registry: who is connected, and who subscribes to what =======================================
@@ -876,6 +870,7 @@ class Registry:
         self._connections: dict[Connection, None] = {}
         self._subscribers: dict[Pattern, dict[Connection, None]] = {}
         self._by_user: dict[str, dict[Connection, None]] = {}
+        self._found: dict[tuple[str, str], tuple[Connection, ...]] = {}  # answers of matching(), while they hold
 
     def reserve(self, limit: int) -> bool:
         """Take one of `limit` places, until release(); return False where all are taken."""
@@ -930,6 +925,7 @@ class Registry:
                 raise ClientError("too_many_subscriptions", sentence)
             connection.subscriptions[pattern] = after if already is None else min(after, already)
             self._subscribers.setdefault(pattern, {})[connection] = None
+            self._found.clear()
 
     def unsubscribe(self, connection: Connection, pattern: Pattern | None) -> int:
         """Take away one subscription, or all; return how many there were."""
@@ -941,6 +937,7 @@ class Registry:
         if connection.subscriptions.pop(pattern, None) is None:
             return False
         self._take_out(self._subscribers, pattern, connection)
+        self._found.clear()
         return True
 
     @staticmethod
@@ -952,17 +949,26 @@ class Registry:
 
     def matching(self, event_type: str, content_type: str, to: frozenset[str] | None) -> Collection[Connection]:
         """Return the connections, each once, that want such an event."""
-        patterns = patterns_of(event_type, content_type)
-        found: dict[Connection, None] = {}
         with self._lock:
             if to is None:
-                for pattern in patterns:
-                    found |= self._subscribers.get(pattern, {})
-            for user_id in to or ():
+                return self._found.get((event_type, content_type)) or self._find(event_type, content_type)
+            patterns = patterns_of(event_type, content_type)
+            found: dict[Connection, None] = {}
+            for user_id in to:
                 for connection in self._by_user.get(user_id, ()):
                     if not connection.subscriptions.keys().isdisjoint(patterns):
                         found[connection] = None
         return found
+
+    def _find(self, event_type: str, content_type: str) -> tuple[Connection, ...]:
+        """Look up who subscribes to this, and note it: a burst asks again and again. The lock is held."""
+        found: dict[Connection, None] = {}
+        for pattern in patterns_of(event_type, content_type):
+            found |= self._subscribers.get(pattern, {})
+        if len(self._found) >= ROUTES_KEPT:
+            self._found.clear()
+        self._found[event_type, content_type] = tuple(found)
+        return tuple(found)
 
     def missed(self, connection: Connection, pattern: Pattern, events: Iterable[Event]) -> list[Event]:
         """Return those of `events` that `pattern` matches and that have not reached the connection."""
@@ -999,6 +1005,7 @@ class Registry:
 # == 7. Broker: one order for all events, and the history ============================================
 
 Result = TypeVar("Result")
+Job = Callable[[], None]
 Draft = tuple[str, str, str, "frozenset[str] | None"]  # an Event without its id
 
 
@@ -1010,14 +1017,18 @@ class MemoryBroker:
     """
 
     def __init__(self, history_size: int) -> None:
-        # Guards the newest id, the queue and `_is_closed`, and is notified when any of them
-        # changes. Nothing under it takes longer than an append.
-        self._changed = threading.Condition()
+        # Guards what follows, and that events are queued in the order of their ids; nothing under it
+        # takes longer than that. `_changed` is notified where anyone may wait: for room in the
+        # queue, and for its end.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self.last_id: EventId = (now_milliseconds(), 0)  # the newest in the queue, or ever in it
-        self._queue: deque[Event | Callable[[], None]] = deque()
+        self.published = 0  # events, by this process
         self._queued_bytes = 0
         self._is_closed = False
+        self._queue: SimpleQueue[Event | Job | None] = SimpleQueue()  # None: nothing comes any more
         # The dispatcher's alone:
+        self._held: list[Job | None] = []  # taken from the queue, and next
         self._history: deque[Event] = deque()  # of what is delivered
         self._history_size = history_size
         self._forgotten = self._delivered = self.last_id  # the newest not in the history; the newest delivered
@@ -1030,25 +1041,27 @@ class MemoryBroker:
         return [self._publish(draft) for draft in drafts]
 
     def _publish(self, draft: Draft) -> EventId:
-        with self._changed:
-            self._changed.wait_for(self._has_room)
+        with self._lock:
+            self._wait_for_room()
             milliseconds = now_milliseconds()
             last, counter = self.last_id
             # A clock that is set back must not take the ids with it.
             event_id = (milliseconds, 0) if milliseconds > last else (last, counter + 1)
             self._enqueue(Event(event_id, *draft))
+            self.published += 1
             return event_id
 
-    def _has_room(self) -> bool:
-        return self._queued_bytes < BACKLOG_BYTES or self._is_closed
+    # The next two are called with the lock held.
+
+    def _wait_for_room(self) -> None:
+        while self._queued_bytes >= BACKLOG_BYTES and not self._is_closed:
+            self._changed.wait()
 
     def _enqueue(self, event: Event) -> None:
-        """Queue an event. The lock is held."""
         self.last_id = event.id
         if not self._is_closed:
-            self._queue.append(event)
+            self._queue.put(event)
             self._queued_bytes += len(event.payload) + EVENT_OVERHEAD
-            self._changed.notify_all()
 
     def in_order(self, job: Callable[[], Result]) -> Future[Result]:
         """Have the dispatcher run `job` between the events queued before this call and those after.
@@ -1064,34 +1077,27 @@ class MemoryBroker:
             except Exception as error:
                 future.set_exception(error)
 
-        with self._changed:
+        with self._lock:
             if self._is_closed:
                 future.cancel()
             else:
-                self._queue.append(run)
-                self._changed.notify_all()
+                self._queue.put(run)
         return future
 
-    def take(self) -> list[Event] | Callable[[], None] | None:
+    def take(self) -> list[Event] | Job | None:
         """Wait for what is next: a job, or as many events as make one batch; None once closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._is_closed)
-            batch: list[Event] = []
-            size = 0
-            while self._queue and len(batch) < BATCH_EVENTS and size < BATCH_BYTES:
-                following = self._queue[0]
-                if isinstance(following, Event):
-                    batch.append(following)
-                    size += len(following.payload)
-                elif not batch:
-                    self._queue.popleft()
-                    return following
-                else:
-                    break
-                self._queue.popleft()
-            self._queued_bytes -= size + EVENT_OVERHEAD * len(batch)
-            self._changed.notify_all()  # for who waits to publish
-            return batch or None
+        following = self._held.pop() if self._held else self._queue.get()
+        if not isinstance(following, Event):
+            return following
+        batch, size = [following], len(following.payload)
+        while len(batch) < BATCH_EVENTS and size < BATCH_BYTES and not self._queue.empty():
+            following = self._queue.get()
+            if not isinstance(following, Event):
+                self._held.append(following)
+                break
+            batch.append(following)
+            size += len(following.payload)
+        return batch
 
     def remember(self, events: list[Event]) -> None:
         """Take note that `events` are delivered. For the dispatcher."""
@@ -1099,6 +1105,11 @@ class MemoryBroker:
         self._delivered = events[-1].id
         while len(self._history) > self._history_size:
             self._forgotten = self._history.popleft().id
+        with self._changed:
+            was_full = self._queued_bytes >= BACKLOG_BYTES
+            self._queued_bytes -= sum(len(event.payload) + EVENT_OVERHEAD for event in events)
+            if was_full:
+                self._changed.notify_all()
 
     @property
     def delivered(self) -> EventId:
@@ -1140,14 +1151,15 @@ class MemoryBroker:
         """Tell the engines of other processes, soon or never: there are none."""
 
     def queue_length(self) -> int:
-        with self._changed:
-            return len(self._queue)
+        return self._queue.qsize()
 
     def close(self) -> None:
         """Let the dispatcher end once the queue is empty, and nobody wait for it any more."""
         with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
+            if not self._is_closed:
+                self._is_closed = True
+                self._queue.put(None)
+                self._changed.notify_all()
 
 
 _MARKER: Draft = ("system.marker", "system", "{}", frozenset())  # an event to nobody
@@ -1209,6 +1221,7 @@ class RedisBroker(MemoryBroker):
             raise PublishError(f"Redis did not take the event: {error}") from error
         with self._changed:
             self._last_published = max(self._last_published, ids[-1])
+            self.published += len(ids)
         return ids
 
     def tell_others(self, message: dict[str, Any]) -> None:
@@ -1309,8 +1322,9 @@ class RedisBroker(MemoryBroker):
         found = dict(answer or [])
         for event in [self._event(*entry) for entry in found.get(self._events, [])]:
             with self._changed:
-                self._changed.wait_for(self._has_room)
+                self._wait_for_room()
                 self._enqueue(event)
+                self._changed.notify_all()
         for told_id, fields in found.get(self._told, []):
             self._told_id = told_id
             self.in_order(functools.partial(self._on_told, json.loads(fields["message"])))
@@ -1385,7 +1399,7 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the numbers, which every thread adds to
-        self._numbers = Counter({"published": 0, "delivered": 0, "replayed": 0, "errors": 0, "slow_clients": 0})
+        self._numbers = Counter({"delivered": 0, "replayed": 0, "errors": 0, "slow_clients": 0})
 
     def add(self, name: str, number: int = 1) -> None:
         with self._lock:
@@ -1423,6 +1437,7 @@ class Engine:
         self.broker: MemoryBroker = MemoryBroker(settings.history)
         if settings.redis_url is not None:
             self.broker = RedisBroker(settings, self._on_told, self._on_gap, self._tell_presence)
+        self.writer = Writer()
         self.closing = threading.Event()
         self.knows_its_server = False
         self.server_is_stopping: Callable[[], bool] = lambda: False
@@ -1433,7 +1448,9 @@ class Engine:
         self._presence_told_at = 0.0  # the follower's alone
         self._threads = [
             threading.Thread(target=target, name=f"swiftcms-ws {name}", daemon=True)
-            for name, target in {"dispatcher": self._dispatch, "heartbeat": self._keep_beating}.items()
+            for name, target in [
+                ("dispatcher", self._dispatch), ("heartbeat", self._keep_beating), ("writer", self.writer.run)
+            ]
         ]
 
     def start(self) -> None:
@@ -1469,9 +1486,7 @@ class Engine:
 
     def publish(self, drafts: list[Draft]) -> list[str]:
         """Give events to the broker, and return their ids."""
-        event_ids = self.broker.publish(drafts)
-        self.counters.add("published", len(drafts))
-        return [format_event_id(event_id) for event_id in event_ids]
+        return [format_event_id(event_id) for event_id in self.broker.publish(drafts)]
 
     def _dispatch(self) -> None:
         """Be the dispatcher: the one thread that delivers events, and so the one order they have."""
@@ -1509,9 +1524,9 @@ class Engine:
         self, message_type: str, payload: Mapping[str, Any], content_type: str | None = None, ref: object = None
     ) -> bytes:
         """Return the frame of a message. It holds nothing that needs the app's own JSON."""
-        ref_json = None if ref is None else json.dumps(ref)
-        text = message_text(message_type, json.dumps(payload), now_milliseconds(), content_type, ref=ref_json)
-        return text_frame(text)
+        message: dict[str, Any] = {"type": message_type, "contentType": content_type, "payload": payload}
+        message |= {"timestamp": timestamp(now_milliseconds()), "ref": ref}
+        return text_frame(json.dumps({name: value for name, value in message.items() if value is not None}))
 
     def fail(self, connection: Connection, error: Exception, action: object = None, ref: object = None) -> None:
         """Tell a client what went wrong, and end the connection where the error says so."""
@@ -1700,19 +1715,20 @@ class Engine:
             connections = self.registry.connections()
         except FutureTimeoutError:
             return False
-        return all(connection.wait_until_written(deadline) for connection in connections)
+        return self.writer.wait_until_written(connections, deadline)
 
     def close(self, timeout: float) -> bool:
         """End every connection and all threads. See Hub.close()."""
         deadline = time.monotonic() + timeout
         self.closing.set()
         self.broker.close()
-        for thread in self._threads:
+        for thread in self._threads[:-1]:  # the writer still has to write
             if thread is not threading.current_thread() and thread.is_alive():
                 thread.join(timeout / 4)
         for connection in self.registry.connections():
             connection.close(CloseCode.GOING_AWAY, "the server is going away; come back with since")
         is_empty = self.registry.wait_until_empty(deadline)
+        self.writer.close()
         self.tell_others("presence", editors=[])
         return is_empty
 
@@ -1723,7 +1739,10 @@ class Engine:
 class Conversation:
     """Carries out one client's messages, one after the other, in that connection's reader thread."""
 
-    __slots__ = ("_allowance", "_allowance_at", "_burst", "_connection", "_engine", "_is_allowed", "_replayed")
+    __slots__ = (
+        "_allowance", "_allowance_at", "_burst", "_connection", "_engine", "_is_allowed", "_parts",
+        "_replayed", "_size",
+    )  # fmt: skip
 
     def __init__(
         self, engine: Engine, connection: Connection, is_allowed: Callable[[User | None, str, str], bool]
@@ -1731,6 +1750,8 @@ class Conversation:
         self._engine = engine
         self._connection = connection
         self._is_allowed = is_allowed
+        self._parts: list[Any] = []  # of a message that is not whole yet,
+        self._size = 0  # and how many bytes they have
         # The rate's bucket: a message takes one out, time puts them back. The reader's alone.
         self._allowance = self._burst = engine.settings.rate * RATE_BURST
         self._allowance_at = time.monotonic()
@@ -1747,12 +1768,41 @@ class Conversation:
         }
         self._answer("system.connected", payload)
 
-    def begin(self, library: Any) -> None:
-        """Let the connection's reader hand us what the client sends."""
-        limit = self._engine.settings.max_message
-        self._connection.begin(library, limit, self.handle, self._handle_small_frame, self.fail)
+    def take(self, frame: Frame) -> None:
+        """Take a frame; once a message is whole, carry it out."""
+        try:
+            data = self._whole_message(frame)
+        except ClientError as error:
+            self.fail(error)
+        else:
+            if data is not None:
+                self._handle(data)
 
-    def handle(self, data: str | bytes) -> None:
+    def fail(self, error: Exception) -> None:
+        self._engine.fail(self._connection, error)
+
+    def _whole_message(self, frame: Frame) -> str | bytes | None:
+        """Return the message that a frame completes, or None. Raises ClientError where it grows too big."""
+        if isinstance(frame, Message):
+            self._parts.append(frame.data)
+            self._size += len(frame.data.encode() if isinstance(frame.data, str) else frame.data)
+            limit = self._engine.settings.max_message
+            if self._size > limit:
+                sentence = f"the message is over the limit of {limit} bytes; send less, or several"
+                raise ClientError("message_too_big", sentence, CloseCode.MESSAGE_TOO_BIG)
+            if frame.message_finished:
+                whole: str | bytes = frame.data[:0].join(self._parts)
+                self._parts, self._size = [], 0
+                return whole
+            if not frame.frame_finished or len(frame.data) >= SMALL_FRAGMENT:
+                return None
+        # A ping, a pong or a small fragment: it costs us as much as a message does.
+        too_much = self._spend(1)
+        if too_much is not None:
+            raise too_much
+        return None
+
+    def _handle(self, data: str | bytes) -> None:
         """Carry out one message, or answer with what is wrong with it."""
         action = ref = None
         try:
@@ -1768,22 +1818,13 @@ class Conversation:
             if self._must_sign_in() and carry_out is not ACTIONS["authenticate"]:
                 raise ClientError("auth_required", "sign in first: send authenticate with a token")
             carry_out(self, message, ref)
-        except ClientError as error:
-            self._engine.fail(self._connection, error, action, ref)
         except CancelledError:  # the server is going away, and this connection with it
             pass
         except BrokerAway as error:
             logger.info("sent client %s away: %s", self._connection.id, error)
             self._connection.close(CloseCode.GOING_AWAY, "the history cannot be read now; come back with since")
-
-    def fail(self, error: Exception) -> None:
-        self._engine.fail(self._connection, error)
-
-    def _handle_small_frame(self) -> None:
-        """Count a ping, a pong or a small fragment, which cost us as much as a message does."""
-        too_much = self._spend(1)
-        if too_much is not None:
-            self.fail(too_much)
+        except Exception as error:  # the client's, or a hook's: then it is logged, and this connection ends
+            self._engine.fail(self._connection, error, action, ref)
 
     def _spend(self, count: int) -> ClientError | None:
         """Take messages out of the rate's bucket; return what is wrong where there are too many."""
@@ -1974,7 +2015,7 @@ ACTIONS: dict[str, Action] = {
 
 SOCKET_KEYS = ("werkzeug.socket", "gunicorn.socket")  # where a server leaves it in the environ
 SERVERS_THAT_CAN = "run the site with flask run or gunicorn -k gthread --threads 100"
-CONNECTION_KEY = "swiftcms_ws.connection"
+HANDSHAKE_KEY = "swiftcms_ws.handshake"
 WHY_ENDED = {  # and which key is too tight, if it is
     CloseCode.MESSAGE_TOO_BIG: "its message was over SWIFTCMS_WS_MAX_MESSAGE",
     CloseCode.TOO_SLOW: "more than SWIFTCMS_WS_MAX_QUEUE bytes were waiting for it",
@@ -1985,6 +2026,28 @@ WHY_ENDED = {  # and which key is too tight, if it is
 
 Identify = TypeVar("Identify", bound="Callable[[], str | int | None]")
 Authorize = TypeVar("Authorize", bound="Callable[[User | None, str, str], bool]")
+
+
+class Handshake:
+    """Stands in for the socket while simple-websocket accepts the handshake; then we take the socket over.
+
+    That library has a thread for each client that reads, and writes too. It is told that the line
+    has ended, and ends: one thread, the web server's own, is enough to read with, and takes half the memory.
+    """
+
+    def __init__(self, sock: socket.socket, user: User | None) -> None:
+        self.sock = sock
+        self.user = user
+
+    def send(self, data: bytes) -> int:
+        self.sock.sendall(data)
+        return len(data)
+
+    def recv(self, size: int) -> bytes:
+        return b""
+
+    def close(self) -> None:
+        """The library's thread ends."""
 
 
 class HandshakeRefused(Exception):
@@ -2114,6 +2177,7 @@ class Hub:
             "subscriptions": engine.registry.count_subscriptions(),
             "queue_length": engine.broker.queue_length(),
             "waiting_bytes": sum(connection.waiting_bytes for connection in connections),
+            "published": engine.broker.published,
             **engine.counters.as_dict(),
         }
 
@@ -2201,9 +2265,7 @@ class Hub:
         self._check_origin(engine)
         user = self._find_user(engine.settings)
         self._take_place(engine)
-        # The library takes its socket from here, and so can write nothing past the connection.
-        connection = Connection(engine.new_client_id(), environ[socket_key], engine.settings.max_queue, user)
-        environ[socket_key], environ[CONNECTION_KEY] = ReaderSocket(connection), connection
+        environ[socket_key] = environ[HANDSHAKE_KEY] = Handshake(environ[socket_key], user)
         # No compression (PROTOCOL.md): one frame goes to all clients as it is.
         environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
 
@@ -2281,7 +2343,7 @@ class Hub:
 
     def _after_handshake(self, error: BaseException | None) -> None:
         """Give the place back where the library refused what we had let in."""
-        if request.environ.pop(CONNECTION_KEY, None) is not None:
+        if request.environ.pop(HANDSHAKE_KEY, None) is not None:
             self._running().registry.release()
 
     def _refused(self, refusal: HandshakeRefused) -> Response:
@@ -2313,7 +2375,8 @@ class Hub:
 
     def _websocket(self, library: Any) -> None:
         """Serve one client, in the web server's thread, until it has ended."""
-        connection: Connection = request.environ.pop(CONNECTION_KEY)
+        handshake: Handshake = request.environ.pop(HANDSHAKE_KEY)
+        library.ws = None  # which has parsed it, and would keep it
         engine, environ = self._running(), request.environ  # the server keeps it as long
         # Leave the request that the handshake was, so that what the site opened in it is closed: a
         # before_request function may have taken a database connection, to be given back when the
@@ -2324,15 +2387,36 @@ class Hub:
         except Exception:  # it is popped all the same
             logger.exception("a teardown function of the site failed; its client is served")
         try:
-            self._serve(engine, connection, library, environ)
+            self._serve(engine, handshake, environ)
         finally:
             context.push()
             app_ctx.g = noted  # for the site's after_request functions
 
-    def _serve(self, engine: Engine, connection: Connection, library: Any, environ: dict[str, Any]) -> None:
-        """Greet a client, be its writer until it has ended, and tidy up after it."""
-        conversation = Conversation(engine, connection, functools.partial(self._is_allowed, environ))
-        library.max_message_size = None  # ours answers before it closes
+    def _serve(self, engine: Engine, handshake: Handshake, environ: dict[str, Any]) -> None:
+        """Greet a client, be its reader until it has ended, and tidy up after it."""
+        try:
+            connection = Connection(
+                engine.new_client_id(), handshake.sock, engine.settings.max_queue, engine.writer.attend, handshake.user
+            )
+            conversation = Conversation(engine, connection, functools.partial(self._is_allowed, environ))
+            try:
+                self._greet(engine, conversation, connection, environ)
+                for frame in connection.frames():
+                    conversation.take(frame)
+            finally:
+                engine.registry.remove(connection)
+        finally:
+            engine.registry.release()
+        conversation.stop_all_editing()
+        self._note_end(engine, connection, environ.get("REMOTE_ADDR", "an unknown address"))
+        try:
+            self._tell(client_disconnected, environ, connection)
+        except Exception:  # the site's; the client has gone, and cannot be told
+            logger.exception("a receiver of client_disconnected failed")
+
+    def _greet(
+        self, engine: Engine, conversation: Conversation, connection: Connection, environ: dict[str, Any]
+    ) -> None:
         try:
             conversation.greet()
             engine.registry.add(connection)
@@ -2341,18 +2425,6 @@ class Hub:
             self._tell(client_connected, environ, connection)
         except Exception as error:  # of a signal's receiver
             conversation.fail(error)
-        try:
-            conversation.begin(library)
-            connection.write_until_ended()
-        finally:
-            engine.registry.remove(connection)
-            engine.registry.release()
-        conversation.stop_all_editing()
-        self._note_end(engine, connection, environ.get("REMOTE_ADDR", "an unknown address"))
-        try:
-            self._tell(client_disconnected, environ, connection)
-        except Exception:  # the site's; the client has gone, and cannot be told
-            logger.exception("a receiver of client_disconnected failed")
 
     def _note_end(self, engine: Engine, connection: Connection, address: str) -> None:
         """Count an end that the server chose, and say why, and what a site could do about it."""

@@ -1217,7 +1217,7 @@ def test_a_client_that_vanishes_leaves_nothing(server: Server) -> None:
         until(lambda: server.hub.stats()["connections"] == 0)
         until(lambda: not server.hub.editors("posts", "1"))
         client.sock.close()
-    until(lambda: threading.active_count() <= before + 2, "the end of all threads but the hub's two")
+    until(lambda: threading.active_count() <= before + 3, "the end of all threads but the hub's three")
     assert server.hub.stats()["subscriptions"] == 0
 
 
