@@ -3490,6 +3490,7 @@ def serve_demo(options: argparse.Namespace) -> int:
 
 REPLY_SECONDS = 10.0  # for a server to answer a command line
 LONG_SECONDS = 75.0  # longer than nginx's time-out of 60
+WRONG_ADDRESS = "Is this the address, with its path? A proxy must pass Upgrade, Connection and Host on (see README)."
 PROBES = 20  # connections that check() opens to see how many processes there are
 
 
@@ -3535,8 +3536,10 @@ def listen(options: argparse.Namespace) -> int:
                 elif message["type"] == "system.heartbeat":
                     line.send('{"action": "pong"}')
                     pause = 1.0
-                elif message["type"] == "system.subscribed" and not message["payload"]["recovered"]:
-                    print("some events were missed, and cannot be had any more", file=sys.stderr)
+                elif message["type"] == "system.subscribed":
+                    print(f"listening to {options.url}", file=sys.stderr)
+                    if not message["payload"]["recovered"]:
+                        print("some events were missed, and cannot be had any more", file=sys.stderr)
                 elif "id" in message:
                     print(data, flush=True)
                     last_id = message["id"]
@@ -3545,6 +3548,9 @@ def listen(options: argparse.Namespace) -> int:
             why = str(error)
             if getattr(error, "reason", None) in (CloseCode.SIGN_IN_AGAIN, CloseCode.MESSAGE_TOO_BIG):
                 print(why, file=sys.stderr)
+                return 1
+            if 400 <= int(getattr(error, "status_code", None) or 0) < 500:
+                print(f"no handshake with {options.url}: {why}\n{WRONG_ADDRESS}", file=sys.stderr)
                 return 1
         print(f"the line is down ({why}); trying again", file=sys.stderr)
         time.sleep(pause * random.uniform(0.5, 1))
@@ -3583,8 +3589,7 @@ def check(options: argparse.Namespace) -> int:
     try:
         line, greeting = open_line(options.url)
     except (OSError, simple_websocket.ConnectionError, simple_websocket.ConnectionClosed) as error:
-        cure = "Is this the address, with its path? A proxy must pass Upgrade, Connection and Host on (see README)."
-        say(False, f"no handshake with {options.url}: {error}", cure)
+        say(False, f"no handshake with {options.url}: {error}", WRONG_ADDRESS)
         return 1
     say(greeting.get("type") == "system.connected", "the handshake, and a greeting", "Is it a swiftcms-ws?")
 

@@ -7,6 +7,7 @@ an exception in any thread, fails the test in which it happens (see pyproject.to
 from __future__ import annotations
 
 import base64
+import configparser
 import contextlib
 import gc
 import hashlib
@@ -17,6 +18,7 @@ import logging
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -2633,6 +2635,8 @@ def test_listen_gives_up_where_coming_back_would_not_help(server: Server) -> Non
     assert (run.returncode, "not a valid JWT" in run.stderr) == (1, True)
     run = command("listen", url, "--type", "con*")
     assert (run.returncode, "prefix" in run.stderr) == (1, True)
+    run = command("listen", f"{url}/elsewhere")
+    assert (run.returncode, "Is this the address" in run.stderr) == (1, True)
 
 
 def test_token_is_one_that_the_server_takes(server: Server) -> None:
@@ -2673,6 +2677,243 @@ def test_check_is_content_with_processes_that_share_redis(redis: Redis, tmp_path
     with site(tmp_path, (*GTHREAD, "--workers", "3"), **environ) as process:
         run = command("check", f"ws://127.0.0.1:{process.port}/ws")
         assert run.returncode == 0, run.stdout + run.stderr
+
+
+def impatient(*arguments: str) -> subprocess.Popen[str]:
+    """Start a command that takes a second for as long as it usually takes 75 for."""
+    code = "import sys, swiftcms_ws; swiftcms_ws.LONG_SECONDS = 1.0; sys.exit(swiftcms_ws.main())"
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def test_check_waits_past_a_time_out() -> None:
+    """With --long a line that something cuts while it is silent is a cross; one that lives is a tick."""
+    with Server() as server, Proxy(server.port) as proxy:
+        with impatient("check", f"127.0.0.1:{server.port}", "--long") as run:
+            out, _ = run.communicate(timeout=60)
+        assert (run.returncode, "✓ a line that sends nothing" in out) == (0, True)
+        with impatient("check", f"127.0.0.1:{proxy.port}", "--long") as run:
+            assert run.stdout is not None
+            while not run.stdout.readline().startswith("✓ server processes seen"):
+                pass
+            proxy.cut()
+            out, _ = run.communicate(timeout=60)
+        assert (run.returncode, "raise its time-out" in out) == (1, True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# README: every block that is no Python and no page
+# ---------------------------------------------------------------------------------------------------
+
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where a shell finds this environment's commands
+
+
+def readme_block(language: str, words: str) -> str:
+    """Return README's one block that has these words."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
+    (found,) = [block for block in blocks if words in block]
+    return str(found)
+
+
+def readme_site(tmp_path: Path) -> None:
+    """Write README's first application to app.py."""
+    (tmp_path / "app.py").write_text(re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)[0])
+
+
+def test_every_readme_block_is_run() -> None:
+    """A block that is added to README without a test that runs it is noticed here."""
+    blocks = re.findall(r"^ *```(\w+)\n(.*?)^ *```", README, re.S | re.M)
+    own_tests = ["bin/swiftcms-ws\n", "bin/pytest", "curl", "pip install gunicorn", "[Service]", "proxy_pass"]
+    own_tests += ["edit.stop()", "Y.Doc", "swiftcms-ws listen"]
+    others = [block for language, block in blocks if language not in ("python", "html")]
+    assert [[words in block for words in own_tests].count(True) for block in others] == [1] * len(own_tests)
+    assert README.count("<!-- browser example:") == [language for language, _ in blocks].count("html")
+
+
+def test_readme_from_the_source_distribution_to_the_demo(tmp_path: Path) -> None:
+    """README's first lines, run where only the source distribution is, install from it and serve the demo.
+
+    It takes what it needs from the network, as the test command did.
+    """
+    shutil.copytree(HERE, tmp_path / "checkout", ignore=shutil.ignore_patterns(".git", ".venv", "dist"))
+    build = "import sys; from flit_core import buildapi; print(buildapi.build_sdist(sys.argv[1]))"
+    built = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)],
+        cwd=tmp_path / "checkout",
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    archive = built.stdout.strip()
+    subprocess.run(["tar", "-xzf", archive], cwd=tmp_path, check=True, timeout=PATIENCE)
+    unpacked = tmp_path / archive.removesuffix(".tar.gz")
+    assert unpacked.name == f"swiftcms_ws-{swiftcms_ws.__version__}"
+    port = free_port()
+    line = readme_block("sh", "bin/swiftcms-ws\n").strip()
+    script = f"{line} --port {port}"
+    with Process("bash", "-c", script, cwd=unpacked, port=port, PYTHONPATH="") as demo:
+        assert b"A tiny CMS" in http(f"http://127.0.0.1:{port}/")[2]
+        with demo.client() as client:
+            client.subscribe()
+    files = {path.name for path in (unpacked / ".venv").rglob("swiftcms_ws*") if path.suffix != ".pyc"}
+    assert files == {"swiftcms_ws.py", f"swiftcms_ws-{swiftcms_ws.__version__}.dist-info"}
+
+
+def test_readme_maintainer_listens_and_creates_a_post(tmp_path: Path) -> None:
+    """README's app.py under `flask run`, with its `listen` and its curl line: the post comes as a line of JSON."""
+    readme_site(tmp_path)
+    port = free_port()
+    run = (sys.executable, "-m", "flask", "run", "--port", str(port))
+    with Process(*run, cwd=tmp_path, port=port) as process:
+        assert "swiftcms-ws listen localhost:5000" in README
+        listener = subprocess.Popen(
+            [sys.executable, str(HERE / "swiftcms_ws.py"), "listen", f"localhost:{port}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert listener.stdout is not None and listener.stderr is not None
+            assert "listening" in listener.stderr.readline()
+            curl = readme_block("sh", "curl").replace("5000", str(port))
+            subprocess.run(["bash", "-c", curl], check=True, capture_output=True, timeout=PATIENCE)
+            event = json.loads(listener.stdout.readline())
+            assert (event["type"], event["payload"]) == ("content.created", {"id": 7, "title": "Hi"})
+        finally:
+            listener.kill()
+            listener.communicate(timeout=PATIENCE)
+        assert "Traceback" not in process.output()
+
+
+@pytest.mark.parametrize("block", ["sh", "ini"])
+def test_readme_gunicorn_commands(tmp_path: Path, block: str) -> None:
+    """README's gunicorn line, and the one in its systemd unit, serve WebSockets as they stand."""
+    readme_site(tmp_path)
+    if block == "sh":
+        line = readme_block("sh", "gunicorn app:app").splitlines()[-1]
+    else:
+        unit = configparser.ConfigParser()
+        unit.optionxform = str  # type: ignore[assignment,method-assign]
+        unit.read_string(readme_block("ini", "[Service]"))
+        line = unit["Service"]["ExecStart"].replace(unit["Service"]["WorkingDirectory"] + "/.venv/bin/", "")
+    port = free_port()
+    line = line.replace("8000", str(port))
+    with Process("bash", "-c", f"exec {line}", cwd=tmp_path, port=port, PATH=PATH) as process, process.client() as client:
+        client.subscribe()
+        assert http(f"http://127.0.0.1:{port}/posts", "POST", {"title": "Hi"})[0] == 200
+        assert client.receive()["payload"]["title"] == "Hi"
+
+
+@needs_redis
+def test_readme_command_lines(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """README's command lines do what is said beside them, but for the addresses as they stand."""
+    lines = [shlex.split(line, comments=True)[1:] for line in readme_block("sh", "swiftcms-ws listen").splitlines()]
+    listen, sign, check, demo = lines
+    monkeypatch.setenv("SECRET_KEY", KEY)
+    port = free_port()
+    demo = [{"8081": str(port), "redis://localhost:6379/0": redis.url}.get(word, word) for word in demo]
+    with Process(sys.executable, str(HERE / "swiftcms_ws.py"), *demo, cwd=tmp_path, port=port):
+        words = [f"ws://localhost:{port}/ws" if word.startswith("wss://") else word for word in check]
+        with impatient(*words) as run:
+            out, _ = run.communicate(timeout=60)
+        assert (run.returncode, out.count("✓")) == (0, 6)
+    with Server() as server:
+        assert swiftcms_ws.main(sign) == 0
+        signed = capsys.readouterr().out.strip()
+        places = {"ws://localhost:8080/ws": f"ws://127.0.0.1:{server.port}/ws", "…": signed}
+        words = [places.get(word, word) for word in listen]
+        listener = subprocess.Popen(
+            [sys.executable, str(HERE / "swiftcms_ws.py"), *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        try:
+            until(lambda: server.hub.stats()["subscriptions"] == 1)
+            server.publish(1, to="ana")
+            assert listener.stdout is not None
+            assert json.loads(listener.stdout.readline())["payload"] == {"n": 1}
+        finally:
+            listener.kill()
+            listener.communicate(timeout=PATIENCE)
+
+
+def editing_page(script: str) -> str:
+    return html(f"<script src='/ws/client.js'></script><script>const cms = new SwiftCMS(); {script}</script>")
+
+
+@needs_chromium
+def test_readme_editing(browser: Browser) -> None:
+    """README's lines for two editors: who else is there, what they type, what I type, and leaving."""
+    *lines, send, stop = readme_block("js", "edit.stop()").strip().splitlines()
+    script = "const shown = [], applied = [], show = (...all) => shown.push(all), apply = change => applied.push(change);"
+    page_text = editing_page(script + "\n".join(lines))
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.add_url_rule("/", view_func=lambda: page_text)
+
+    with Server(configure) as server, server.client() as other:
+        entry = {"contentType": "posts", "entryId": "42"}
+        page = browser.page(f"http://localhost:{server.port}/")
+        until(lambda: len(server.hub.editors("posts", "42")) == 1)
+        assert other.ask("editStart", **entry)["payload"]["conflict"]
+        page.wait("JSON.stringify(shown.at(-1)) === '[[null,null],true]'")
+        page.js(send)
+        assert other.receive()["payload"]["change"] == {"title": "Hello"}
+        other.send(action="editChange", **entry, payload={"title": "Hello, you"})
+        page.wait("applied.length === 1 && applied[0].title === 'Hello, you'")
+        page.js(stop)
+        until(lambda: len(server.hub.editors("posts", "42")) == 1)
+        assert page.complaints() == []
+        page.close()
+
+
+# What README needs of Yjs, which is an npm package: a document that only ever gains lines.
+STAND_IN_FOR_YJS = """
+const Y = {
+  Doc: class {
+    lines = new Set();
+    on(type, handler) { this.handler = handler; }
+    write(line) { Y.applyUpdate(this, new TextEncoder().encode(JSON.stringify([line])), "own"); }
+  },
+  applyUpdate(doc, update, origin) {
+    for (const line of JSON.parse(new TextDecoder().decode(update))) doc.lines.add(line);
+    doc.handler?.(update, origin);
+  },
+  encodeStateAsUpdate: doc => new TextEncoder().encode(JSON.stringify([...doc.lines])),
+};
+const edit = cms.edit("posts", "42");
+"""
+
+
+@needs_chromium
+def test_readme_collaborative_text(browser: Browser) -> None:
+    """README's lines for Yjs bring two texts together, whoever comes first, and after a cut line too."""
+    page_text = editing_page(STAND_IN_FOR_YJS + readme_block("js", "Y.Doc"))
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.add_url_rule("/", view_func=lambda: page_text)
+
+    with Server(configure) as server, Proxy(server.port) as proxy:
+        lines = "[...text.lines].sort().join()"
+        first = browser.page(f"http://localhost:{server.port}/")
+        until(lambda: len(server.hub.editors("posts", "42")) == 1)
+        first.js("text.write('one – é')")
+        second = browser.page(f"http://localhost:{proxy.port}/")
+        second.wait(f"{lines} === 'one – é'")  # who comes later has all
+        second.js("cms.onstatus = status => { if (status === 'offline') text.write('three'); }")
+        second.js("text.write('two')")
+        first.wait(f"{lines} === 'one – é,two'")
+        proxy.cut()  # and what is typed then, arrives once the line is back
+        first.wait(f"{lines} === 'one – é,three,two'")
+        assert first.complaints() == []
+        first.close()
+        second.close()
 
 
 # ---------------------------------------------------------------------------------------------------
