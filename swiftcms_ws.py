@@ -1356,36 +1356,45 @@ class Presence:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the index against readers in other threads
+        self._lock = threading.Lock()  # guards both indexes against readers in other threads
         self._editors: dict[Entry, dict[str, Editor]] = {}  # by client id
+        self._entries: dict[str, dict[Entry, None]] = {}  # of each client
 
     def start(self, entry: Entry, editor: Editor) -> bool:
         """Add an editor; return False where it was one."""
         with self._lock:
+            self._entries.setdefault(editor.client_id, {})[entry] = None
             return self._editors.setdefault(entry, {}).setdefault(editor.client_id, editor) is editor
 
     def stop(self, entry: Entry, client_id: str) -> Editor | None:
         """Take an editor away and return it, or None where it was none."""
         with self._lock:
-            editors = self._editors.get(entry, {})
-            editor = editors.pop(client_id, None)
-            if not editors:
+            editor = self._editors.get(entry, {}).pop(client_id, None)
+            self._entries.get(client_id, {}).pop(entry, None)
+            if not self._editors.get(entry):
                 self._editors.pop(entry, None)
+            if not self._entries.get(client_id):
+                self._entries.pop(client_id, None)
             return editor
+
+    def entries_of(self, client_id: str) -> list[Entry]:
+        """Return what a client edits."""
+        with self._lock:
+            return list(self._entries.get(client_id, ()))
 
     def editors(self, entry: Entry) -> list[Editor]:
         """Return an entry's editors, who began first first."""
         with self._lock:
             return sorted(self._editors.get(entry, {}).values(), key=lambda editor: editor.since)
 
-    def everything(self, process: str | None = None, client_id: str | None = None) -> list[tuple[Entry, Editor]]:
-        """Return who edits what, of one process or one client where that is given."""
+    def everything(self, process: str | None = None) -> list[tuple[Entry, Editor]]:
+        """Return who edits what, everywhere or in one process."""
         with self._lock:
             return [
                 (entry, editor)
                 for entry, editors in self._editors.items()
                 for editor in editors.values()
-                if process in (None, editor.process) and client_id in (None, editor.client_id)
+                if process in (None, editor.process)
             ]
 
 
@@ -1569,7 +1578,7 @@ class Engine:
 
     def stop_all_editing(self, client_id: str) -> list[Entry]:
         """Stop what a client edits, and return what it was."""
-        entries = [entry for entry, _ in self.presence.everything(client_id=client_id)]
+        entries = self.presence.entries_of(client_id)
         for entry in entries:
             self.stop_editing(entry, client_id)
         return entries
@@ -1925,7 +1934,8 @@ class Conversation:
     def _start_now(self, entry: Entry, ref: object) -> Editor:
         engine, connection = self._engine, self._connection
         limit = engine.settings.max_subscriptions
-        if len(engine.presence.everything(client_id=connection.id)) >= limit:
+        open_entries = engine.presence.entries_of(connection.id)
+        if entry not in open_entries and len(open_entries) >= limit:
             raise ClientError("too_many_subscriptions", f"{limit} open entries are the most; stop editing one")
         user_id = connection.user.id if connection.user else None
         editor = Editor(timestamp(now_milliseconds()), connection.id, user_id, engine.process)
