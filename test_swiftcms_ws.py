@@ -966,8 +966,9 @@ def test_one_order_for_all_under_load(server: Server) -> None:
         assert [m["payload"]["n"] for m in got[0] if m["payload"]["by"] == index] == list(range(each))
 
 
-def run_all(tasks: list[Callable[[], None]], timeout: float = 60) -> None:
-    """Run each task in a thread, wait for all, and raise what the first of them raised."""
+@contextlib.contextmanager
+def running(tasks: list[Callable[[], None]], timeout: float = 60) -> Iterator[None]:
+    """Run each task in a thread beside the body; then wait for all, and raise what the first of them raised."""
     failures: list[BaseException] = []
 
     def run(task: Callable[[], None]) -> None:
@@ -979,12 +980,18 @@ def run_all(tasks: list[Callable[[], None]], timeout: float = 60) -> None:
     threads = [threading.Thread(target=run, args=(task,), daemon=True) for task in tasks]
     for thread in threads:
         thread.start()
+    yield
     deadline = time.monotonic() + timeout
     for thread in threads:
         thread.join(max(0, deadline - time.monotonic()))
     if failures:
         raise failures[0]
     assert not any(thread.is_alive() for thread in threads), "a thread is stuck"
+
+
+def run_all(tasks: list[Callable[[], None]], timeout: float = 60) -> None:
+    with running(tasks, timeout):
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3969,25 +3976,11 @@ def nothing_is_left(caplog: pytest.LogCaptureFixture, **config: Any) -> Iterator
                     got.append(message["payload"]["n"])
             assert got == list(range(message["payload"]["count"]))
 
-        failures: list[BaseException] = []
-
-        def run(task: Callable[[], None]) -> None:
+        with running([publish, listen], PATIENCE):
             try:
-                task()
-            except BaseException as error:
-                failures.append(error)
-
-        both = [threading.Thread(target=run, args=(task,), daemon=True) for task in (publish, listen)]
-        for thread in both:
-            thread.start()
-        try:
-            yield server
-        finally:
-            stop.set()
-            for thread in both:
-                thread.join(PATIENCE)
-        assert not failures, failures
-        assert not any(thread.is_alive() for thread in both)
+                yield server
+            finally:
+                stop.set()
         until(lambda: stat(server, "connections") == 1, "the end of all others")
         assert (stat(server, "subscriptions"), stat(server, "waiting_bytes")) == (1, 0)
         until(lambda: threading.active_count() <= threads, "the end of their threads")
