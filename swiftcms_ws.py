@@ -40,7 +40,7 @@ Locks (what each guards is said where it is made)
     Hub._starting       while an engine is made and started; the locks below are taken under it
     MemoryBroker._lock  ids, and the queue        Connection._lock  one socket, and what waits for it
     Registry._lock      who subscribes to what    Presence._lock    who edits what
-    Counters._lock      the numbers of stats()    Writer._round     nothing: it wakes who waits in flush()
+    Counters._lock      the numbers of stats()    Writer._round     the writer's bell, and its end
 The last six are leaves: no lock is taken under them, no hook called, nothing logged, and nothing
 waited for but their own condition. What one thread alone touches has no lock, and says so.
 """
@@ -646,7 +646,7 @@ class Connection:
         """Return how many of `size` bytes need not be kept: none, where the kernel has no room for them now."""
         if isinstance(error, _WOULD_BLOCK):
             return 0
-        self._lose()  # the client is gone; the reader will find the same
+        self._lose()  # the client is gone
         return size
 
     def _enqueue(self, data: bytes) -> None:
@@ -662,7 +662,12 @@ class Connection:
         self._write_waiting()
 
     def _lose(self) -> None:
-        """Let go of everything that waits."""
+        """End the line, which wakes the reader, and let go of everything that waits.
+
+        From here on nobody touches the socket: the web server closes it, and its number is soon another's.
+        """
+        if not self._is_lost:
+            self._shut(socket.SHUT_RDWR)
         self._is_lost = self._last_frame_is_in = True
         self._is_quiet = False
         self._waiting.clear()
@@ -703,10 +708,10 @@ class Connection:
     def go_on(self, now: float) -> bool:
         """Write what the kernel takes; cut what should have ended by now. Return whether there is more to do."""
         with self._lock:
-            self._write_waiting()
-            if now >= self.give_up_at and not self._is_lost:
+            if not self._is_lost:
+                self._write_waiting()
+            if now >= self.give_up_at:
                 self._lose()
-                self._shut(socket.SHUT_RDWR)  # wakes the reader
             return not self._is_lost and (bool(self._waiting) or self._last_frame_is_in)
 
     def fileno(self) -> int:
@@ -737,7 +742,6 @@ class Connection:
         finally:
             with self._lock:
                 self._lose()
-                self._shut(socket.SHUT_RDWR)
             self._attend(self)  # for who waits until all is written
 
     def _receive(self) -> bytes:
@@ -780,14 +784,16 @@ class Writer:
     It waits for all these sockets at once, and so for none of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_needed: Callable[[], bool]) -> None:
+        """Make a writer that works until it is closed and `is_needed()` by no connection any more."""
+        self._is_needed = is_needed
         self._bell, self._rope = socket.socketpair()  # to be woken by
         self._bell.setblocking(False)
         self._rope.setblocking(False)
         self._new: deque[Connection] = deque()  # needs no lock: append() and popleft() are whole
         self._attended: set[Connection] = set()  # the writer's alone
         self._is_closed = False  # set once
-        self._round = threading.Condition()  # guards nothing; notified after each round
+        self._round = threading.Condition()  # guards the bell's end; notified after each round
 
     def attend(self, connection: Connection) -> None:
         """See to it that all is written, and that an ending ends. From any thread; never blocks."""
@@ -795,12 +801,12 @@ class Writer:
         self._ring()
 
     def _ring(self) -> None:
-        with suppress(OSError):  # rung so often that it is heard in any case, or the writer has ended
+        with self._round, suppress(OSError):  # rung so often that it is heard anyway, or the writer has ended
             self._rope.send(b"!")
 
     def run(self) -> None:
         """Be the writer, until closed and nothing is left to do."""
-        while self._attended or self._new or not self._is_closed:
+        while self._attended or self._new or not self._is_closed or self._is_needed():
             try:
                 ready = self._wait()
                 while self._new:
@@ -816,19 +822,22 @@ class Writer:
                 logger.exception("the writer failed, and goes on")
             with self._round:
                 self._round.notify_all()
-        self._bell.close()
-        self._rope.close()
+        with self._round:
+            self._bell.close()
+            self._rope.close()
 
     def _wait(self) -> set[Any]:
         """Wait until a socket has room, the bell rings, or time is up for one; return who has room."""
-        # A new one each time: a closed socket's number is soon another's.
-        with selectors.DefaultSelector() as selector:
+        # A new one each time, for a closed socket's number is soon another's; and one that needs no
+        # descriptor of its own, for there may be none left.
+        with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
             selector.register(self._bell, selectors.EVENT_READ)
             for connection in self._attended:
                 if connection.waiting_bytes:
                     with suppress(ValueError, OSError):  # closed meanwhile
                         selector.register(connection, selectors.EVENT_WRITE)
-            until = min((connection.give_up_at for connection in self._attended), default=float("inf"))
+            soon = [time.monotonic() + LOOK_SECONDS] if self._is_closed else []
+            until = min([*soon, *(connection.give_up_at for connection in self._attended)], default=float("inf"))
             timeout = None if until == float("inf") else until - time.monotonic()
             ready = {key.fileobj for key, _ in selector.select(timeout)}
         if self._bell in ready:
@@ -865,7 +874,7 @@ class Registry:
         # a place is given back.
         self._lock = threading.Lock()
         self._released = threading.Condition(self._lock)
-        self._places = 0  # taken by connections, and by handshakes under way
+        self.places = 0  # taken by connections, and by handshakes under way
         # Dicts with no values are sets that keep their order.
         self._connections: dict[Connection, None] = {}
         self._subscribers: dict[Pattern, dict[Connection, None]] = {}
@@ -875,19 +884,19 @@ class Registry:
     def reserve(self, limit: int) -> bool:
         """Take one of `limit` places, until release(); return False where all are taken."""
         with self._lock:
-            if self._places >= limit:
+            if self.places >= limit:
                 return False
-            self._places += 1
+            self.places += 1
             return True
 
     def release(self) -> None:
         with self._released:
-            self._places -= 1
+            self.places -= 1
             self._released.notify_all()
 
     def wait_until_empty(self, deadline: float) -> bool:
         with self._released:
-            return self._released.wait_for(lambda: not self._places, deadline - time.monotonic())
+            return self._released.wait_for(lambda: not self.places, deadline - time.monotonic())
 
     def add(self, connection: Connection) -> None:
         with self._lock:
@@ -1446,7 +1455,7 @@ class Engine:
         self.broker: MemoryBroker = MemoryBroker(settings.history)
         if settings.redis_url is not None:
             self.broker = RedisBroker(settings, self._on_told, self._on_gap, self._tell_presence)
-        self.writer = Writer()
+        self.writer = Writer(lambda: self.registry.places > 0)
         self.closing = threading.Event()
         self.knows_its_server = False
         self.server_is_stopping: Callable[[], bool] = lambda: False
@@ -1502,7 +1511,10 @@ class Engine:
         while (work := self.broker.take()) is not None:
             try:
                 if isinstance(work, list):
-                    self._deliver(work)
+                    try:
+                        self._deliver(work)
+                    finally:
+                        self.broker.remember(work)
                 else:
                     work()
             except Exception:  # one bad batch must not end all delivery
@@ -1525,7 +1537,6 @@ class Engine:
             for connection in connections:
                 connection.send(data)
             self.counters.add("delivered", bits.bit_count() * len(connections))
-        self.broker.remember(events)
 
     # -- the server's own messages ---------------------------------------------------------------------
 
@@ -2345,11 +2356,12 @@ class Hub:
 
     def _take_place(self, engine: Engine) -> None:
         limit = engine.settings.max_connections
-        if engine.closing.is_set():
-            raise HandshakeRefused(503, "going_away", "the server is going away", **{"Retry-After": "2"})
         if not engine.registry.reserve(limit):
             engine.say("refused a WebSocket: all %s of SWIFTCMS_WS_MAX_CONNECTIONS are open", limit)
             raise HandshakeRefused(503, "too_many_connections", "too many connections", **{"Retry-After": "10"})
+        if engine.closing.is_set():  # asked with the place taken: who closes waits for all that are
+            engine.registry.release()
+            raise HandshakeRefused(503, "going_away", "the server is going away", **{"Retry-After": "2"})
 
     def _after_handshake(self, error: BaseException | None) -> None:
         """Give the place back where the library refused what we had let in."""

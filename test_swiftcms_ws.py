@@ -18,6 +18,7 @@ import logging
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -1206,6 +1207,19 @@ def test_disconnect_flush_stats_and_close() -> None:
 # ---------------------------------------------------------------------------------------------------
 
 
+def test_who_comes_while_the_hub_closes_is_cut_too(server: Server) -> None:
+    """A handshake that close() has not waited for to the end gets 1001, and goes even if it does not want to."""
+    gate = threading.Event()
+    server.app.teardown_request(lambda error: (gate.wait(PATIENCE), None)[1])
+    registry = server.hub._running().registry
+    with open_raw(server.port) as lingers:
+        until(lambda: registry.places == 1)
+        assert not server.hub.close(timeout=0.1)
+        gate.set()
+        assert close_code(read_to_the_end(lingers)) == 1001
+        until(lambda: registry.places == 0, "its end, though it never answered")
+
+
 @pytest.mark.parametrize("code", [1000, 1001, 3000, 4999])
 def test_a_client_that_closes_gets_its_close_frame_and_then_the_end(server: Server, code: int) -> None:
     """The close code comes back, then the stream ends: no HTTP response after it (the client checks)."""
@@ -1299,6 +1313,21 @@ def test_bytes_split_by_a_full_socket_arrive_whole_and_in_order() -> None:
         assert flushed == [True]
         assert server.hub.stats()["waiting_bytes"] == 0
         assert slow.ask("heartbeat")["type"] == "system.heartbeat"
+
+
+def test_a_slow_reader_is_served_where_no_descriptor_is_left(server: Server) -> None:
+    """With `ulimit -n` used up, as by a thousand clients, what waits for a slow one is written all the same."""
+    with stuck_reader(server) as client:
+        client.subscribe()
+        for number in range(200):
+            server.publish(number, text="x" * 4000)
+        until(lambda: server.hub.stats()["waiting_bytes"] > 0)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            assert [message["payload"]["n"] for message in client.receive_many(200)] == list(range(200))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_slow_reader_is_still_heard() -> None:
@@ -3203,7 +3232,7 @@ def test_the_limit_of_connections_is_exact(caplog: pytest.LogCaptureFixture) -> 
             until(lambda: stat(server, "connections") == 7)
             for sock in held:
                 vanish(sock)
-            until(lambda: server.hub._running().registry._places == 0, "free places")
+            until(lambda: server.hub._running().registry.places == 0, "free places")
     assert len(log_lines(caplog, "SWIFTCMS_WS_MAX_CONNECTIONS")) == len(log_lines(caplog)) == 1
 
 
@@ -3892,7 +3921,7 @@ def test_a_sites_failing_teardown_leaves_no_thread_and_takes_no_place(
         for _ in range(4):
             with contextlib.suppress(Closed, AssertionError):
                 server.client(path="/ws?break=1").sock.close()
-        until(lambda: server.hub._running().registry._places == 0, "free places", timeout=5)
+        until(lambda: server.hub._running().registry.places == 0, "free places", timeout=5)
         with server.client() as client:
             assert client.subscribe()["recovered"]
     until(lambda: threading.active_count() <= threads, "the end of all threads", timeout=5)
@@ -3913,7 +3942,7 @@ def test_a_signals_receiver_that_fails_leaves_nothing(caplog: pytest.LogCaptureF
                     assert (client.close() if is_let_in else client.closing()).code == (
                         1000 if is_let_in else 1011
                     )
-                until(lambda: server.hub._running().registry._places == 0, "a free place", timeout=5)
+                until(lambda: server.hub._running().registry.places == 0, "a free place", timeout=5)
                 until(lambda: "the receiver failed" in caplog.text, "a line in the log", timeout=5)
             caplog.clear()
         with server.client() as client:
@@ -3985,7 +4014,7 @@ def nothing_is_left(caplog: pytest.LogCaptureFixture, **config: Any) -> Iterator
         assert (stat(server, "subscriptions"), stat(server, "waiting_bytes")) == (1, 0)
         until(lambda: threading.active_count() <= threads, "the end of their threads")
         until(lambda: open_files() <= files, "the end of their files")
-        assert server.hub._running().registry._places == 1
+        assert server.hub._running().registry.places == 1
         assert healthy.ask("presence")["payload"]["entries"] == []
     failures_logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
     assert [line for line in failures_logged if "code 400" not in line and "code 50" not in line] == []
@@ -4293,7 +4322,7 @@ def test_two_thousand_come_and_go() -> None:
         until(lambda: threading.active_count() <= threads, "the end of all threads")
         until(lambda: open_files() <= files, "the end of all files")
         engine = server.hub._running()
-        assert (engine.registry._places, engine.registry._subscribers, engine.registry._by_user) == (
+        assert (engine.registry.places, engine.registry._subscribers, engine.registry._by_user) == (
             0,
             {},
             {},
