@@ -820,6 +820,7 @@ class Writer:
                         self._attended.remove(connection)
             except Exception:  # without a writer slow clients would hear nothing more
                 logger.exception("the writer failed, and goes on")
+                time.sleep(LOOK_SECONDS)  # what made it fail may last
             with self._round:
                 self._round.notify_all()
         with self._round:
@@ -1227,7 +1228,7 @@ class RedisBroker(MemoryBroker):
                     pipe.xadd(self._events, fields, maxlen=self._history_size + FOLLOWER_ROOM)
                 ids = [parse_event_id(event_id) for event_id in pipe.execute()]
         except self._faults as error:
-            raise PublishError(f"Redis did not take the event: {error}") from error
+            raise PublishError(f"Redis did not take the event; publish it again later: {error}") from error
         with self._changed:
             self._last_published = max(self._last_published, ids[-1])
             self.published += len(ids)
@@ -1293,7 +1294,11 @@ class RedisBroker(MemoryBroker):
                 continue
             except (*self._faults, PublishError) as error:
                 if pause == REDIS_PAUSE:
-                    logger.warning("Redis is away, and is tried again until it is back: %s", error)
+                    logger.warning(
+                        "Redis is away: until it is back publish() raises, and clients of this process hear nothing"
+                        " new. Does it run, and is SWIFTCMS_WS_REDIS_URL right? It is tried again and again: %s",
+                        error,
+                    )
             except Exception:  # a follower that ended would leave this process deaf, and nobody told
                 logger.exception("following Redis failed, and is tried again")
             pause = min(pause * 2, REDIS_SECONDS)
@@ -1408,8 +1413,6 @@ class Presence:
 
 
 # == 9. Engine: publish, the dispatcher, the heartbeat ===============================================
-
-
 
 
 class Counters:
@@ -1552,7 +1555,8 @@ class Engine:
         """Tell a client what went wrong, and end the connection where the error says so."""
         self.counters.add("errors")
         if not isinstance(error, ClientError):
-            logger.error("connection %s failed", connection.id, exc_info=error)
+            what = "client %s is sent away with 1011, for serving it failed; a hook of the site, perhaps?"
+            logger.error(what, connection.id, exc_info=error)
             connection.close(CloseCode.SERVER_ERROR, "the server failed; this is logged there")
             return
         self.counters.add(f"error_{error.code}")
@@ -1672,7 +1676,10 @@ class Engine:
         """Send everyone away, to come back with an id that is not known any more, and so hear of it."""
         connections = self.registry.connections()
         if connections:
-            logger.warning("Redis lost events, or was away too long: %s clients must come back", len(connections))
+            logger.warning(
+                "Redis lost events (does it keep them on disk?), or was away too long: %s clients must come back",
+                len(connections),
+            )
         for connection in connections:
             connection.close(CloseCode.GOING_AWAY, "events may be lost; come back with since")
 
