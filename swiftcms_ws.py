@@ -1190,7 +1190,10 @@ class RedisBroker(MemoryBroker):
         self, settings: Settings, on_told: Callable[[dict[str, Any]], None],
         on_gap: Callable[[], None], on_round: Callable[[], None],
     ) -> None:  # fmt: skip
-        import redis  # noqa: PLC0415 - the optional extra; nobody else needs it
+        try:
+            import redis  # noqa: PLC0415 - the optional extra; nobody else needs it
+        except ImportError as error:
+            raise ImportError("SWIFTCMS_WS_REDIS_URL needs the package redis: pip install redis") from error
         from redis.backoff import NoBackoff  # noqa: PLC0415
         from redis.retry import Retry  # noqa: PLC0415
 
@@ -1885,7 +1888,8 @@ class Conversation:
 
     def _check_allowed(self, event_type: str, content_type: str) -> None:
         if not self._is_allowed(self._connection.user, event_type, content_type):
-            raise ClientError("forbidden", f"you may not have {event_type} of content type {content_type}")
+            what = f"you may not have {event_type} of content type {content_type}"
+            raise ClientError("forbidden", f"{what}; ask for less, or sign in as someone who may")
 
     def _answer(
         self, message_type: str, payload: Mapping[str, Any], ref: object = None, content_type: str | None = None
@@ -2963,6 +2967,7 @@ button:hover, [aria-pressed=true] { background: var(--panel); }
     <datalist id="examples">
       <option>{"action": "heartbeat", "ref": 1}
       <option>{"action": "subscribe"}
+      <option>{"action": "unsubscribe"}
       <option>{"action": "presence"}
       <option>{"action": "editStart", "contentType": "posts", "entryId": "1"}
       <option>{"action": "subscrbe"}
@@ -3511,6 +3516,7 @@ def serve_demo(options: argparse.Namespace) -> int:
     shown_host = f"[{host}]" if ":" in host else host
     print(f"SwiftCMS demo: http://{shown_host}:{server.port}/ (Ctrl+C ends it)", flush=True)
     try:
+        hub.last_id()  # starts the hub, so that a Redis that is away is told of now
         server.serve_forever()
     finally:
         hub.close()
@@ -3519,7 +3525,15 @@ def serve_demo(options: argparse.Namespace) -> int:
 
 REPLY_SECONDS = 10.0  # for a server to answer a command line
 LONG_SECONDS = 75.0  # longer than nginx's time-out of 60
-WRONG_ADDRESS = "Is this the address, with its path? A proxy must pass Upgrade, Connection and Host on (see README)."
+CURES = {  # by the HTTP status that a handshake is refused with; 0: it did not come so far
+    0: "Does the site run, and is this the port? A proxy must pass Upgrade and Connection on (see README).",
+    401: "The token in the address is not one of this site's.",
+    403: "Pages of this site may not connect: let the proxy pass the Host header on, or set SWIFTCMS_WS_ORIGINS.",
+    404: "Is this the address, with its path? With a url_prefix it is …/prefix/ws.",
+    426: "A proxy drops the headers Upgrade and Connection (see README).",
+    501: "The web server cannot hold WebSockets: use gunicorn -k gthread --threads 100, or flask run.",
+    503: "All of SWIFTCMS_WS_MAX_CONNECTIONS are taken, or the server is just ending.",
+}
 PROBES = 20  # connections that check() opens to see how many processes there are
 
 
@@ -3541,6 +3555,15 @@ def open_line(url: str, **headers: str) -> tuple[simple_websocket.Client, dict[s
     if greeting is None:
         raise OSError("connected, but nothing was said")
     return line, json.loads(greeting)
+
+
+def status_of(error: Exception) -> int:
+    """Return the HTTP status that a handshake was refused with, or 0."""
+    return int(getattr(error, "status_code", None) or 0)
+
+
+def cure_of(status: int) -> str:
+    return CURES.get(status, CURES[404])
 
 
 def listen(options: argparse.Namespace) -> int:
@@ -3578,8 +3601,8 @@ def listen(options: argparse.Namespace) -> int:
             if getattr(error, "reason", None) in (CloseCode.SIGN_IN_AGAIN, CloseCode.MESSAGE_TOO_BIG):
                 print(why, file=sys.stderr)
                 return 1
-            if 400 <= int(getattr(error, "status_code", None) or 0) < 500:
-                print(f"no handshake with {options.url}: {why}\n{WRONG_ADDRESS}", file=sys.stderr)
+            if status_of(error) not in (0, 502, 503, 504):  # those pass
+                print(f"no handshake with {options.url}: {why}\n{cure_of(status_of(error))}", file=sys.stderr)
                 return 1
         print(f"the line is down ({why}); trying again", file=sys.stderr)
         time.sleep(pause * random.uniform(0.5, 1))
@@ -3605,12 +3628,12 @@ def check(options: argparse.Namespace) -> int:
         is_well = is_well and is_right
         print(f"{'✓' if is_right else '✗'} {what}" + ("" if is_right else f"\n    {cure}"), flush=True)
 
-    def status_of(url: str, **headers: str) -> int:
+    def answer(url: str, **headers: str) -> int:
         """Return 101, or the HTTP status that a handshake is refused with."""
         try:
             open_line(url, **headers)[0].close()
         except simple_websocket.ConnectionError as error:
-            return int(error.status_code or 0)
+            return status_of(error)
         except simple_websocket.ConnectionClosed:
             return 0
         return 101
@@ -3618,15 +3641,18 @@ def check(options: argparse.Namespace) -> int:
     try:
         line, greeting = open_line(options.url)
     except (OSError, simple_websocket.ConnectionError, simple_websocket.ConnectionClosed) as error:
-        say(False, f"no handshake with {options.url}: {error}", WRONG_ADDRESS)
+        say(False, f"no handshake with {options.url}: {error}", cure_of(status_of(error)))
         return 1
     say(greeting.get("type") == "system.connected", "the handshake, and a greeting", "Is it a swiftcms-ws?")
 
+    parts = urlsplit(options.url)  # without the port, which the library leaves out of its Host, too
+    own = f"{parts.scheme.replace('ws', 'http')}://{parts.hostname}"
+    say(answer(options.url, Origin=own) == 101, f"a page of {own} may connect", CURES[403])
     origin_cure = "Pages of any site may connect with your visitors' cookies: set SWIFTCMS_WS_ORIGINS."
-    say(status_of(options.url, Origin="https://elsewhere.example") == 403, "a foreign page is refused", origin_cure)
+    say(answer(options.url, Origin="https://elsewhere.example") == 403, "a foreign page is refused", origin_cure)
     has_query = "&" if "?" in options.url else "?"
     token_cure = "A bad token should be a 401. Does a proxy drop the query?"
-    say(status_of(f"{options.url}{has_query}token=bad") == 401, "a bad token is refused", token_cure)
+    say(answer(f"{options.url}{has_query}token=bad") == 401, "a bad token is refused", token_cure)
 
     newest: dict[str, str] = {}  # process -> the last id that it knows
     with ThreadPoolExecutor(PROBES) as pool:  # all at once, or one process might take each of them
