@@ -43,6 +43,9 @@ Locks (what each guards is said where it is made)
     Counters._lock      the numbers of stats()    Writer._round     the writer's bell, and its end
 The last six are leaves: no lock is taken under them, no hook called, nothing logged, and nothing
 waited for but their own condition. What one thread alone touches has no lock, and says so.
+
+Sections 1 to 11 are the server, in the order in which data flows; who reads for that may stop there.
+12 is the client for browsers and the page of the inspector, 13 a demo and the command line.
 """
 
 from __future__ import annotations
