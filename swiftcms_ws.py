@@ -299,7 +299,7 @@ _NAME_RULE = f"words of letters, digits, _ and - joined by dots, at most {NAME_L
 
 @dataclasses.dataclass(slots=True)
 class Event:
-    """One published event, as the broker ordered it. Nothing of it changes."""
+    """One published event, as the broker ordered it. Nothing of it changes once it is there."""
 
     id: EventId
     type: str
@@ -564,7 +564,7 @@ class Connection:
     ) -> None:  # fmt: skip
         """Take over a socket whose handshake is done; `attend` is the writer's."""
         self.id = client_id
-        self.opened_at = self.last_heard = time.monotonic()  # the reader's alone; a float is read whole
+        self.opened_at = self.last_heard = time.monotonic()  # set by the reader alone; a float is read whole
         # Under the registry's lock:
         self.user = user
         self.user_from: EventId = (0, 0)  # signed in as it since the event after this one
@@ -643,7 +643,7 @@ class Connection:
         """How much the kernel has not taken yet."""
         return self.queued - self.written
 
-    # The next five are called with the lock held.
+    # The next six are called with the lock held.
 
     def _cannot_write(self, error: OSError, size: int) -> int:
         """Return how many of `size` bytes need not be kept: none, where the kernel has no room for them now."""
@@ -878,7 +878,7 @@ class Registry:
         # a place is given back.
         self._lock = threading.Lock()
         self._released = threading.Condition(self._lock)
-        self.places = 0  # taken by connections, and by handshakes under way
+        self.places = 0  # taken by connections, and by handshakes under way; an int is read whole
         # Dicts with no values are sets that keep their order.
         self._connections: dict[Connection, None] = {}
         self._subscribers: dict[Pattern, dict[Connection, None]] = {}
@@ -2291,7 +2291,7 @@ class Hub:
     # -- the handshake ---------------------------------------------------------------------------------
 
     def _before_request(self) -> None:
-        """Make the connection of a handshake, or refuse it as HTTP; let other requests pass."""
+        """Let a handshake in, or refuse it as HTTP; let other requests pass."""
         if (request.endpoint or "").rpartition(".")[2] != "websocket":
             return
         engine, environ = self._running(), request.environ
@@ -2439,6 +2439,8 @@ class Hub:
                 self._greet(engine, conversation, connection, environ)
                 for frame in connection.frames():
                     conversation.take(frame)
+            except Exception as error:  # wsproto's, or ours: this client alone ends, and leaves nothing
+                conversation.fail(error)
             finally:
                 engine.registry.remove(connection)
         finally:
@@ -2488,6 +2490,7 @@ class Hub:
         kept = {key: value for key, value in environ.items() if isinstance(value, (str, bool, tuple))}
         streams = {"wsgi.errors": environ["wsgi.errors"], "wsgi.input": io.BytesIO()}
         return self._app.request_context({**kept, **streams})
+
 
 def _check_headers(environ: Mapping[str, Any]) -> None:
     """Refuse headers that no browser sends: wsproto fails on some, and all are kept with the connection."""
@@ -3534,7 +3537,7 @@ CURES = {  # by the HTTP status that a handshake is refused with; 0: it did not 
     403: "Pages of this site may not connect: let the proxy pass the Host header on, or set SWIFTCMS_WS_ORIGINS.",
     404: "Is this the address, with its path? With a url_prefix it is …/prefix/ws.",
     426: "A proxy drops the headers Upgrade and Connection (see README).",
-    501: "The web server cannot hold WebSockets: use gunicorn -k gthread --threads 100, or flask run.",
+    501: f"The web server cannot hold WebSockets: {SERVERS_THAT_CAN}.",
     503: "All of SWIFTCMS_WS_MAX_CONNECTIONS are taken, or the server is just ending.",
 }
 PROBES = 20  # connections that check() opens to see how many processes there are
@@ -3637,7 +3640,7 @@ def check(options: argparse.Namespace) -> int:
             open_line(url, **headers)[0].close()
         except simple_websocket.ConnectionError as error:
             return status_of(error)
-        except simple_websocket.ConnectionClosed:
+        except (OSError, simple_websocket.ConnectionClosed):
             return 0
         return 101
 

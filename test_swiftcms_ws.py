@@ -3980,6 +3980,27 @@ def test_a_signals_receiver_that_fails_leaves_nothing(caplog: pytest.LogCaptureF
             assert client.subscribe()["recovered"]
 
 
+def test_a_failure_of_the_library_ends_one_client_and_leaves_nothing(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Were wsproto to raise, it is logged, and the client does not go on editing for ever."""
+
+    class Fails(swiftcms_ws.FrameParser):
+        def receive_data(self, data: bytes | None) -> None:
+            if data and len(data) > 1000:
+                raise RuntimeError("the parser failed")
+            super().receive_data(data)
+
+    monkeypatch.setattr(swiftcms_ws, "FrameParser", Fails)
+    with server.client() as client, server.client() as other:
+        client.ask("editStart", **POST)
+        assert server.hub.editors("posts", "42")
+        client.send(action="heartbeat", padding="x" * 2000)
+        until(lambda: not server.hub.editors("posts", "42"), "the end of its editing", timeout=5)
+        assert "the parser failed" in caplog.text
+        assert other.ask("heartbeat")["type"] == "system.heartbeat"
+
+
 def test_a_sites_options_for_its_other_sockets_do_no_harm() -> None:
     """SOCK_SERVER_OPTIONS are for all of flask-sock; with its own pings on, messages are answered at once."""
 
