@@ -78,7 +78,7 @@ import weakref
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError  # its own class before Python 3.11
 from contextlib import suppress
 from enum import IntEnum
@@ -112,7 +112,7 @@ from wsproto.connection import Connection as FrameParser
 from wsproto.connection import ConnectionState, ConnectionType
 from wsproto.events import CloseConnection, Message, Ping, Pong
 from wsproto.frame_protocol import FrameProtocol
-from wsproto.utilities import ProtocolError as HandshakeError
+from wsproto.utilities import ProtocolError
 
 __version__ = "1.0.0"
 __all__ = [
@@ -2107,7 +2107,7 @@ class Hub:
         self.blueprint.before_request(self._before_request)
         self.blueprint.teardown_request(self._after_handshake)
         self.blueprint.register_error_handler(HandshakeRefused, self._refused)
-        self.blueprint.register_error_handler(HandshakeError, self._malformed)
+        self.blueprint.register_error_handler(ProtocolError, self._malformed)
         Sock().route("/ws", bp=self.blueprint, endpoint="websocket")(self._websocket)
         self.blueprint.add_url_rule("/ws", "about", self._about)
         self.blueprint.add_url_rule("/ws/client.js", "client_js", self._client_js)
@@ -2389,7 +2389,7 @@ class Hub:
         response.headers.update(refusal.headers)
         return response
 
-    def _malformed(self, error: HandshakeError) -> Response:
+    def _malformed(self, error: ProtocolError) -> Response:
         return self._refused(HandshakeRefused(400, "bad_handshake", f"not a WebSocket handshake: {error}"))
 
     def _about(self) -> ResponseReturnValue:
@@ -3531,6 +3531,7 @@ def serve_demo(options: argparse.Namespace) -> int:
 
 REPLY_SECONDS = 10.0  # for a server to answer a command line
 LONG_SECONDS = 75.0  # longer than nginx's time-out of 60
+LINE_FAULTS = (OSError, simple_websocket.ConnectionError, simple_websocket.ConnectionClosed, ProtocolError)
 CURES = {  # by the HTTP status that a handshake is refused with; 0: it did not come so far
     0: "Does the site run, and is this the port? A proxy must pass Upgrade and Connection on (see README).",
     401: "The token in the address is not one of this site's.",
@@ -3540,7 +3541,7 @@ CURES = {  # by the HTTP status that a handshake is refused with; 0: it did not 
     501: f"The web server cannot hold WebSockets: {SERVERS_THAT_CAN}.",
     503: "All of SWIFTCMS_WS_MAX_CONNECTIONS are taken, or the server is just ending.",
 }
-PROBES = 20  # connections that check() opens to see how many processes there are
+CROWD = 20  # clients that check() is at once
 
 
 def websocket_url(text: str) -> str:
@@ -3552,24 +3553,30 @@ def websocket_url(text: str) -> str:
 
 
 def open_line(url: str, **headers: str) -> tuple[simple_websocket.Client, dict[str, Any]]:
-    """Connect as a client; return the line and the server's greeting. Raises OSError or the library's errors."""
+    """Connect as a client; return the line, and the payload of its greeting. Raises one of LINE_FAULTS."""
     daemon = functools.partial(threading.Thread, daemon=True)
     line = simple_websocket.Client.connect(url, headers=headers, thread_class=daemon)
     # The library overlooks what came in one piece with the handshake's answer until more comes: a pong.
     line.sock.send(line.ws.send(Ping()))
     greeting = line.receive(REPLY_SECONDS)
-    if greeting is None:
-        raise OSError("connected, but nothing was said")
-    return line, json.loads(greeting)
+    if not isinstance(greeting, str) or '"system.connected"' not in greeting:
+        hang_up(line)
+        raise OSError("it is a WebSocket, but no swiftcms-ws: that one would greet us")
+    return line, json.loads(greeting)["payload"]
 
 
-def status_of(error: Exception) -> int:
+def hang_up(line: simple_websocket.Client) -> None:
+    with suppress(*LINE_FAULTS):  # it is down already
+        line.close()
+
+
+def status_of(error: BaseException) -> int:
     """Return the HTTP status that a handshake was refused with, or 0."""
     return int(getattr(error, "status_code", None) or 0)
 
 
-def cure_of(status: int) -> str:
-    return CURES.get(status, CURES[404])
+def cure_of(error: BaseException) -> str:
+    return CURES.get(status_of(error), CURES[404])
 
 
 def listen(options: argparse.Namespace) -> int:
@@ -3579,10 +3586,10 @@ def listen(options: argparse.Namespace) -> int:
     while True:
         try:
             line, greeting = open_line(options.url)
-            patience = MISSED_HEARTBEATS * greeting["payload"]["heartbeat"] + REPLY_SECONDS
+            patience = MISSED_HEARTBEATS * greeting["heartbeat"] + REPLY_SECONDS
             if options.token is not None:
                 line.send(json.dumps({"action": "authenticate", "token": options.token}))
-            last_id = last_id or greeting["payload"]["lastId"]
+            last_id = last_id or greeting["lastId"]
             wish = {"type": options.type, "contentType": options.content_type, "since": last_id}
             line.send(json.dumps({"action": "subscribe", **wish}))
             while (data := line.receive(patience)) is not None:
@@ -3602,13 +3609,13 @@ def listen(options: argparse.Namespace) -> int:
                     print(data, flush=True)
                     last_id = message["id"]
             why = "nothing was heard for too long"
-        except (OSError, simple_websocket.ConnectionClosed, simple_websocket.ConnectionError) as error:
+        except LINE_FAULTS as error:
             why = str(error)
             if getattr(error, "reason", None) in (CloseCode.SIGN_IN_AGAIN, CloseCode.MESSAGE_TOO_BIG):
                 print(why, file=sys.stderr)
                 return 1
             if status_of(error) not in (0, 502, 503, 504):  # those pass
-                print(f"no handshake with {options.url}: {why}\n{cure_of(status_of(error))}", file=sys.stderr)
+                print(f"no handshake with {options.url}: {why}\n{cure_of(error)}", file=sys.stderr)
                 return 1
         print(f"the line is down ({why}); trying again", file=sys.stderr)
         time.sleep(pause * random.uniform(0.5, 1))
@@ -3628,68 +3635,97 @@ def print_token(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """Print a tick or a cross, with the cure, for each thing that goes wrong with deployments; 1 for a cross."""
     is_well = True
-
-    def say(is_right: bool, what: str, cure: str = "") -> None:
-        nonlocal is_well
+    for is_right, what, cure in examine(options.url, options.long):
+        print(f"✓ {what}" if is_right else f"✗ {what}\n    {cure}", flush=True)
         is_well = is_well and is_right
-        print(f"{'✓' if is_right else '✗'} {what}" + ("" if is_right else f"\n    {cure}"), flush=True)
+    return 0 if is_well else 1
+
+
+Finding = tuple[bool, str, str]  # is it right, what, and the cure if it is not
+
+
+def examine(url: str, is_long: bool) -> Iterator[Finding]:
+    try:
+        line, _ = open_line(url)
+    except LINE_FAULTS as error:
+        yield False, f"no handshake with {url}: {error}", cure_of(error)
+        return
+    yield True, "the handshake, and a greeting", ""
+    yield from _examine_refusals(url)
+    yield from _examine_a_crowd(url)
+    if is_long:
+        cure = "A proxy cuts silent lines: raise its time-out, or lower SWIFTCMS_WS_HEARTBEAT below it."
+        yield _lives_on(line), f"a line that sends nothing lives for {LONG_SECONDS:g} seconds", cure
+    yield _is_closing_answered(line), "closing is answered", "Something on the way swallows close frames."
+
+
+def _examine_refusals(url: str) -> Iterator[Finding]:
+    """Come as a page of the site, as one of another, and with a bad token."""
 
     def answer(url: str, **headers: str) -> int:
-        """Return 101, or the HTTP status that a handshake is refused with."""
+        """Return 101, or the HTTP status that the handshake is refused with."""
         try:
-            open_line(url, **headers)[0].close()
-        except simple_websocket.ConnectionError as error:
+            hang_up(open_line(url, **headers)[0])
+        except LINE_FAULTS as error:
             return status_of(error)
-        except (OSError, simple_websocket.ConnectionClosed):
-            return 0
         return 101
 
-    try:
-        line, greeting = open_line(options.url)
-    except (OSError, simple_websocket.ConnectionError, simple_websocket.ConnectionClosed) as error:
-        say(False, f"no handshake with {options.url}: {error}", cure_of(status_of(error)))
-        return 1
-    say(greeting.get("type") == "system.connected", "the handshake, and a greeting", "Is it a swiftcms-ws?")
-
-    parts = urlsplit(options.url)  # without the port, which the library leaves out of its Host, too
+    parts = urlsplit(url)  # without the port, which the library leaves out of its Host, too
     own = f"{parts.scheme.replace('ws', 'http')}://{parts.hostname}"
-    say(answer(options.url, Origin=own) == 101, f"a page of {own} may connect", CURES[403])
-    origin_cure = "Pages of any site may connect with your visitors' cookies: set SWIFTCMS_WS_ORIGINS."
-    say(answer(options.url, Origin="https://elsewhere.example") == 403, "a foreign page is refused", origin_cure)
-    has_query = "&" if "?" in options.url else "?"
-    token_cure = "A bad token should be a 401. Does a proxy drop the query?"
-    say(answer(f"{options.url}{has_query}token=bad") == 401, "a bad token is refused", token_cure)
+    yield answer(url, Origin=own) == 101, f"a page of {own} may connect", CURES[403]
+    cure = "Pages of any site may connect with your visitors' cookies: set SWIFTCMS_WS_ORIGINS."
+    yield answer(url, Origin="https://elsewhere.example") == 403, "a foreign page is refused", cure
+    has_query = "&" if "?" in url else "?"
+    cure = "A bad token should be a 401. Does a proxy drop the query?"
+    yield answer(f"{url}{has_query}token=bad") == 401, "a bad token is refused", cure
 
-    newest: dict[str, str] = {}  # process -> the last id that it knows
-    with ThreadPoolExecutor(PROBES) as pool:  # all at once, or one process might take each of them
-        for other, hello in pool.map(lambda _: open_line(options.url), range(PROBES)):
-            newest[hello["payload"]["clientId"][:PROCESS_LENGTH]] = hello["payload"]["lastId"]
-            other.close()
-    say(
-        len(newest) == 1 or len(set(newest.values())) == 1,
+
+def _examine_a_crowd(url: str) -> Iterator[Finding]:
+    """Be many clients at once: are all let in, and do all server processes have the same events?"""
+
+    def leave(attempt: Future[tuple[simple_websocket.Client, Any]]) -> None:
+        if not attempt.exception():
+            hang_up(attempt.result()[0])
+
+    with ThreadPoolExecutor(CROWD) as pool:
+        attempts = [pool.submit(open_line, url) for _ in range(CROWD)]
+        answered = wait(attempts, REPLY_SECONDS).done
+        for attempt in attempts:  # also those that are let in only now that others leave
+            attempt.add_done_callback(leave)
+    faults = [fault for attempt in answered if (fault := attempt.exception())]
+    cure = cure_of(faults[0]) if faults else (
+        "Each WebSocket holds a thread of the web server. Give it more (gunicorn: --threads), and set"
+        " SWIFTCMS_WS_MAX_CONNECTIONS below that, or enough visitors stop the whole site."
+    )  # fmt: skip
+    count = len(answered) - len(faults)
+    yield count == CROWD, f"of {CROWD} clients at once {'all' if count == CROWD else count} are let in", cure
+
+    greetings = [attempt.result()[1] for attempt in answered if not attempt.exception()]
+    newest = {hello["clientId"][:PROCESS_LENGTH]: hello["lastId"] for hello in greetings}  # by process
+    yield (
+        len(newest) < 2 or len(set(newest.values())) == 1,
         f"server processes seen: {len(newest)}; an event reaches the clients of all of them",
         "An event reaches the clients of one process only: set SWIFTCMS_WS_REDIS_URL, or run one process.",
     )
 
-    if options.long:
-        deadline = time.monotonic() + LONG_SECONDS
-        try:
-            while (left := deadline - time.monotonic()) > 0 and line.receive(left):
-                pass
-            is_alive = bool(line.connected)
-        except simple_websocket.ConnectionClosed:
-            is_alive = False
-        silence_cure = "A proxy cuts silent lines: raise its time-out, or lower SWIFTCMS_WS_HEARTBEAT below it."
-        say(is_alive, f"a line that sends nothing lives for {LONG_SECONDS:g} seconds", silence_cure)
-    closed_with = None
+
+def _lives_on(line: simple_websocket.Client) -> bool:
+    """Return whether a line that we leave alone is there for longer than proxies wait."""
+    deadline = time.monotonic() + LONG_SECONDS
+    with suppress(simple_websocket.ConnectionClosed):
+        while (left := deadline - time.monotonic()) > 0 and line.receive(left):
+            pass
+    return bool(line.connected)
+
+
+def _is_closing_answered(line: simple_websocket.Client) -> bool:
     try:
         line.sock.send(line.ws.send(CloseConnection(code=1000)))
         while line.receive(REPLY_SECONDS):
             pass
-    except (OSError, simple_websocket.ConnectionClosed) as closed:
-        closed_with = getattr(closed, "reason", None)
-    say(closed_with == 1000, "closing is answered", "Something between us and the server swallows close frames.")
-    return 0 if is_well else 1
+    except LINE_FAULTS as end:
+        return getattr(end, "reason", None) == 1000
+    return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

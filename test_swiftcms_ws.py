@@ -2704,12 +2704,12 @@ def test_check_is_content_with_a_good_site(server: Server) -> None:
     """Every line a tick, and exit code 0."""
     run = command("check", f"ws://127.0.0.1:{server.port}/ws")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("✓") == 6
+    assert run.stdout.count("✓") == 7
     assert "✗" not in run.stdout
 
 
 def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
-    """Open origins, several processes without Redis, and no handshake at all: a cross each, with the cure."""
+    """Open origins, a proxy that changes the Host, several processes without Redis: a cross each, with the cure."""
     with Server(ORIGINS="*") as server:
         run = command("check", f"ws://127.0.0.1:{server.port}/ws")
         assert run.returncode == 1
@@ -2724,8 +2724,45 @@ def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
         assert (run.returncode, "-k gthread" in run.stdout) == (1, True)
     with site(tmp_path, GTHREAD, "--workers", "4") as process:
         until(lambda: "SWIFTCMS_WS_REDIS_URL" in command("check", f"ws://127.0.0.1:{process.port}/ws").stdout)
+
+
+CROWD = "✗ of 20 clients at once 4 are let in"  # beside the one that is there already
+
+
+def test_check_finds_a_server_that_is_too_small(tmp_path: Path) -> None:
+    """Clients that are refused, and clients that no thread is left for, are a cross with the key to set."""
+    with Server(MAX_CONNECTIONS=5) as server:
+        run = command("check", f"ws://127.0.0.1:{server.port}/ws")
+        assert (run.returncode, run.stderr, CROWD in run.stdout) == (1, "", True)
+        assert "SWIFTCMS_WS_MAX_CONNECTIONS are taken" in run.stdout
+    with (
+        site(tmp_path, (*GUNICORN, "--worker-class", "gthread", "--threads", "5")) as process,
+        impatient("check", f"127.0.0.1:{process.port}", name="REPLY_SECONDS", seconds=4) as popen,
+    ):
+        out, _ = popen.communicate(timeout=60)
+        assert (popen.returncode, CROWD in out, "--threads" in out) == (1, True, True)
+
+
+def test_check_finds_that_it_is_something_else() -> None:
+    """Nothing there, another WebSocket, or no HTTP at all: a cross, and no traceback."""
+    with Server(lambda app, hub: Sock(app).route("/other")(lambda ws: ws.receive())) as server:
+        with impatient("check", f"127.0.0.1:{server.port}/other", name="REPLY_SECONDS", seconds=0.3) as popen:
+            out, _ = popen.communicate(timeout=60)
+        assert (popen.returncode, "no swiftcms-ws" in out) == (1, True)
     run = command("check", f"ws://127.0.0.1:{free_port()}/ws")
     assert (run.returncode, run.stderr, "Does the site run" in run.stdout) == (1, "", True)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet() -> None:
+            with listener.accept()[0] as line:
+                line.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+                line.recv(1024)
+
+        answer = threading.Thread(target=greet)
+        answer.start()
+        run = command("check", f"127.0.0.1:{listener.getsockname()[1]}")
+        answer.join(PATIENCE)
+    assert (run.returncode, run.stderr, "is this the port" in run.stdout) == (1, "", True)
 
 
 @needs_redis
@@ -2737,9 +2774,9 @@ def test_check_is_content_with_processes_that_share_redis(redis: Redis, tmp_path
         assert run.returncode == 0, run.stdout + run.stderr
 
 
-def impatient(*arguments: str) -> subprocess.Popen[str]:
-    """Start a command that takes a second for as long as it usually takes 75 for."""
-    code = "import sys, swiftcms_ws; swiftcms_ws.LONG_SECONDS = 1.0; sys.exit(swiftcms_ws.main())"
+def impatient(*arguments: str, name: str = "LONG_SECONDS", seconds: float = 1.0) -> subprocess.Popen[str]:
+    """Start a command that takes a second for as long as it usually takes 75 for, or 10 for an answer."""
+    code = f"import sys, swiftcms_ws; swiftcms_ws.{name} = {seconds}; sys.exit(swiftcms_ws.main())"
     return subprocess.Popen(
         [sys.executable, "-u", "-c", code, *arguments],
         env={**os.environ, "PYTHONPATH": str(HERE)},
@@ -2891,7 +2928,7 @@ def test_readme_command_lines(
         words = [f"ws://localhost:{port}/ws" if word.startswith("wss://") else word for word in check]
         with impatient(*words) as run:
             out, _ = run.communicate(timeout=60)
-        assert (run.returncode, out.count("✓")) == (0, 7)
+        assert (run.returncode, out.count("✓")) == (0, 8)
     with Server() as server:
         assert swiftcms_ws.main(sign) == 0
         signed = capsys.readouterr().out.strip()
