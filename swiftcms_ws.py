@@ -64,7 +64,6 @@ import os
 import random
 import re
 import secrets
-import select
 import selectors
 import signal
 import socket
@@ -87,32 +86,37 @@ from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar, cast
 from urllib.parse import urlsplit
 
-import jwt
-import simple_websocket
-from blinker import NamedSignal, Namespace
-from flask import (
-    Blueprint,
-    Flask,
-    Response,
-    abort,
-    current_app,
-    jsonify,
-    make_response,
-    render_template_string,
-    request,
-    url_for,
-)  # fmt: skip
-from flask.globals import app_ctx, request_ctx
-from flask.typing import ResponseReturnValue
-from flask_sock import Sock
-from werkzeug.debug import DebuggedApplication
-from werkzeug.exceptions import HTTPException
-from werkzeug.serving import make_server
-from wsproto.connection import Connection as FrameParser
-from wsproto.connection import ConnectionState, ConnectionType
-from wsproto.events import CloseConnection, Message, Ping, Pong
-from wsproto.frame_protocol import FrameProtocol
-from wsproto.utilities import ProtocolError
+try:
+    import jwt
+    import simple_websocket
+    from blinker import NamedSignal, Namespace
+    from flask import (
+        Blueprint,
+        Flask,
+        Response,
+        abort,
+        current_app,
+        jsonify,
+        make_response,
+        render_template_string,
+        request,
+        url_for,
+    )  # fmt: skip
+    from flask.globals import app_ctx, request_ctx
+    from flask.typing import ResponseReturnValue
+    from flask_sock import Sock
+    from jwt.algorithms import get_default_algorithms
+    from werkzeug.debug import DebuggedApplication
+    from werkzeug.exceptions import HTTPException
+    from werkzeug.serving import make_server
+    from wsproto.connection import Connection as FrameParser
+    from wsproto.connection import ConnectionState, ConnectionType
+    from wsproto.events import CloseConnection, Message, Ping, Pong
+    from wsproto.frame_protocol import FrameProtocol
+    from wsproto.utilities import ProtocolError
+except ImportError as error:  # "No module named 'jwt'" has people install a package that is not the one
+    packages = "pip install flask flask-sock simple-websocket pyjwt"
+    raise ImportError(f"swiftcms_ws needs packages that are not all here: {packages} ({error})") from error
 
 __version__ = "1.0.0"
 __all__ = [
@@ -187,7 +191,7 @@ def _are_texts(value: object) -> bool:
 
 def _are_algorithms(value: Any) -> bool:
     # Of one family: a list that mixes HS256 with RS256 lets anyone sign with the public key.
-    known = jwt.algorithms.get_default_algorithms().keys() - {"none"}
+    known = get_default_algorithms().keys() - {"none"}
     return _are_texts(value) and set(value) <= known and len({name[:2] for name in value}) == 1
 
 
@@ -537,6 +541,8 @@ def check_token(settings: Settings, token: str) -> User:
 
 Frame: TypeAlias = "Message[Any] | Ping | Pong"  # as wsproto parses it; a long one comes in parts
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+# Needs no descriptor of its own, and goes past the 1024th; Windows has no poll().
+Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 class Connection:
@@ -553,9 +559,9 @@ class Connection:
 
     # A thousand of them are gone through for every event: slots keep each small and near.
     __slots__ = (
-        "_attend", "_is_lost", "_is_quiet", "_last_frame_is_in", "_lock", "_max_queue", "_replay_room",
-        "_sock", "_waiting", "close_code", "give_up_at", "id", "last_heard", "opened_at", "queued",
-        "subscriptions", "user", "user_from", "written",
+        "_attend", "_is_lost", "_is_quiet", "_lock", "_max_queue", "_replay_room", "_sock", "_waiting", "close_code",
+        "give_up_at", "id", "is_ending", "last_heard", "opened_at", "queued", "subscriptions", "user", "user_from",
+        "written",
     )  # fmt: skip
 
     def __init__(
@@ -583,7 +589,7 @@ class Connection:
         self._waiting: list[bytes | memoryview] = []  # the first may be half sent; small while empty
         self.queued = self.written = 0  # bytes that ever had to wait, and those of them gone since
         self._replay_room = 0  # bytes that may wait beyond max_queue: see send()
-        self._last_frame_is_in = False  # a close frame is sent or waiting: nothing may follow it
+        self.is_ending = False  # a close frame is sent or waiting: nothing may follow it
         self._is_quiet = True  # none of that: nothing waits and nothing ends
         self._is_lost = False  # there is no line any more
         self.give_up_at = float("inf")  # when a connection that is ending is cut
@@ -606,7 +612,7 @@ class Connection:
                 if sent == len(data):
                     return
                 data = data[sent:]
-            elif self._last_frame_is_in:
+            elif self.is_ending:
                 return
             is_attended = bool(self._waiting)
             self._enqueue(data)
@@ -621,7 +627,7 @@ class Connection:
     def close(self, code: CloseCode, reason: str) -> bool:
         """Send a close frame and end, from any thread; return False where that was done before."""
         with self._lock:
-            if self._last_frame_is_in:
+            if self.is_ending:
                 return False
             if code is CloseCode.TOO_SLOW:
                 # The first chunk may be half sent, and a close frame inside a frame is garbage. The
@@ -632,11 +638,6 @@ class Connection:
             self._finish(close_frame(code, reason))
         self._attend(self)
         return True
-
-    @property
-    def is_ending(self) -> bool:
-        """Whether a close frame is sent or waiting."""
-        return self._last_frame_is_in
 
     @property
     def waiting_bytes(self) -> int:
@@ -659,7 +660,7 @@ class Connection:
 
     def _finish(self, frame: bytes) -> None:
         """Send or queue the last frame there will be."""
-        self._last_frame_is_in = True
+        self.is_ending = True
         self.give_up_at = time.monotonic() + CLOSE_SECONDS
         self._enqueue(frame)
         self._write_waiting()
@@ -671,7 +672,7 @@ class Connection:
         """
         if not self._is_lost:
             self._shut(socket.SHUT_RDWR)
-        self._is_lost = self._last_frame_is_in = True
+        self._is_lost = self.is_ending = True
         self._is_quiet = False
         self._waiting.clear()
         self.written = self.queued
@@ -696,7 +697,7 @@ class Connection:
                 return
             self._waiting.pop(0)
         self._replay_room = 0
-        if self._last_frame_is_in:
+        if self.is_ending:
             self._shut(socket.SHUT_WR)
         else:
             self._is_quiet = True
@@ -715,7 +716,7 @@ class Connection:
                 self._write_waiting()
             if now >= self.give_up_at:
                 self._lose()
-            return not self._is_lost and (bool(self._waiting) or self._last_frame_is_in)
+            return not self._is_lost and (bool(self._waiting) or self.is_ending)
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -738,7 +739,7 @@ class Connection:
                         self._answer_close(bytes(library.send(frame.response())))
                     elif isinstance(frame, Ping):
                         self.send(bytes(library.send(frame.response())))
-                    if not self._last_frame_is_in:
+                    if not self.is_ending:
                         yield cast("Frame", frame)
                 if library.state is ConnectionState.CLOSED and not self._waiting:
                     return  # both sides have said so
@@ -758,27 +759,19 @@ class Connection:
                 except OSError:
                     return b""
             if data is None:
-                _wait_for_input(self._sock)
-            elif not data or not self._last_frame_is_in:
+                with suppress(ValueError, OSError), Selector() as selector:  # closed: recv() will say so
+                    selector.register(self._sock, selectors.EVENT_READ)
+                    selector.select()
+            elif not data or not self.is_ending:
                 self.last_heard = time.monotonic()
                 return data
 
     def _answer_close(self, frame: bytes) -> None:
         with self._lock:
-            if self._last_frame_is_in:
+            if self.is_ending:
                 return
             self._finish(frame)
         self._attend(self)
-
-
-def _wait_for_input(sock: socket.socket) -> None:
-    with suppress(ValueError, OSError):  # closed: recv() will say so
-        if hasattr(select, "poll"):  # no descriptor for each client, as with epoll, and no limit of 1024
-            poller = select.poll()
-            poller.register(sock, select.POLLIN)
-            poller.poll()
-        else:  # Windows
-            select.select([sock], [], [])
 
 
 class Writer:
@@ -832,9 +825,7 @@ class Writer:
 
     def _wait(self) -> set[Any]:
         """Wait until a socket has room, the bell rings, or time is up for one; return who has room."""
-        # A new one each time, for a closed socket's number is soon another's; and one that needs no
-        # descriptor of its own, for there may be none left.
-        with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        with Selector() as selector:  # a new one each time, for a closed socket's number is soon another's
             selector.register(self._bell, selectors.EVENT_READ)
             for connection in self._attended:
                 if connection.waiting_bytes:

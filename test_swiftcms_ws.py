@@ -2481,6 +2481,20 @@ def demo(tmp_path: Path) -> Iterator[Process]:
         yield process
 
 
+@pytest.mark.parametrize("jwt", ["none", "another"])
+def test_the_lone_file_says_what_to_install(tmp_path: Path, jwt: str) -> None:
+    """Where its packages are missing, or there is the wrong one of PyPI's two called jwt: all four, by name."""
+    shutil.copy(HERE / "swiftcms_ws.py", tmp_path)
+    options = []
+    if jwt == "none":
+        options = ["-S"]  # without the site's packages
+    else:
+        (tmp_path / "jwt.py").write_text("")
+    command = [sys.executable, *options, "swiftcms_ws.py"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, "pip install flask flask-sock simple-websocket pyjwt" in run.stderr) == (1, True)
+
+
 def demo_api(demo: Process, method: str, path: str, data: Any = None) -> tuple[int, Any]:
     status, _, body = http(f"http://localhost:{demo.port}/api/{path}", method, data)
     return status, json.loads(body)
