@@ -77,7 +77,7 @@ import weakref
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError  # its own class before Python 3.11
 from contextlib import suppress
 from enum import IntEnum
@@ -3543,10 +3543,18 @@ def websocket_url(text: str) -> str:
     return f"ws{secure}://{host}/{path if slash and path else 'ws'}"
 
 
-def open_line(url: str, **headers: str) -> tuple[simple_websocket.Client, dict[str, Any]]:
+class Line(simple_websocket.Client):  # type: ignore[misc]
+    """A client's line, whose handshake does not wait for ever."""
+
+    def handshake(self) -> None:
+        self.sock.settimeout(REPLY_SECONDS)
+        super().handshake()
+        self.sock.settimeout(None)  # the library takes a time-out for the end
+
+
+def open_line(url: str, **headers: str) -> tuple[Line, dict[str, Any]]:
     """Connect as a client; return the line, and the payload of its greeting. Raises one of LINE_FAULTS."""
-    daemon = functools.partial(threading.Thread, daemon=True)
-    line = simple_websocket.Client.connect(url, headers=headers, thread_class=daemon)
+    line = Line(url, headers=headers, thread_class=functools.partial(threading.Thread, daemon=True))
     # The library overlooks what came in one piece with the handshake's answer until more comes: a pong.
     line.sock.send(line.ws.send(Ping()))
     greeting = line.receive(REPLY_SECONDS)
@@ -3556,7 +3564,7 @@ def open_line(url: str, **headers: str) -> tuple[simple_websocket.Client, dict[s
     return line, json.loads(greeting)["payload"]
 
 
-def hang_up(line: simple_websocket.Client) -> None:
+def hang_up(line: Line) -> None:
     with suppress(*LINE_FAULTS):  # it is down already
         line.close()
 
@@ -3567,6 +3575,11 @@ def status_of(error: BaseException) -> int:
 
 
 def cure_of(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return (
+            "Each WebSocket holds a thread of the web server: are all taken? Give it more (gunicorn: --threads),"
+            " and set SWIFTCMS_WS_MAX_CONNECTIONS below that, or enough visitors stop the whole site."
+        )
     return CURES.get(status_of(error), CURES[404])
 
 
@@ -3673,26 +3686,15 @@ def _examine_refusals(url: str) -> Iterator[Finding]:
 
 def _examine_a_crowd(url: str) -> Iterator[Finding]:
     """Be many clients at once: are all let in, and do all server processes have the same events?"""
-
-    def leave(attempt: Future[tuple[simple_websocket.Client, Any]]) -> None:
-        if not attempt.exception():
-            hang_up(attempt.result()[0])
-
     with ThreadPoolExecutor(CROWD) as pool:
         attempts = [pool.submit(open_line, url) for _ in range(CROWD)]
-        answered = wait(attempts, REPLY_SECONDS).done
-        for attempt in attempts:  # also those that are let in only now that others leave
-            attempt.add_done_callback(leave)
-    faults = [fault for attempt in answered if (fault := attempt.exception())]
-    cure = cure_of(faults[0]) if faults else (
-        "Each WebSocket holds a thread of the web server. Give it more (gunicorn: --threads), and set"
-        " SWIFTCMS_WS_MAX_CONNECTIONS below that, or enough visitors stop the whole site."
-    )  # fmt: skip
-    count = len(answered) - len(faults)
-    yield count == CROWD, f"of {CROWD} clients at once {'all' if count == CROWD else count} are let in", cure
-
-    greetings = [attempt.result()[1] for attempt in answered if not attempt.exception()]
-    newest = {hello["clientId"][:PROCESS_LENGTH]: hello["lastId"] for hello in greetings}  # by process
+    faults = [fault for attempt in attempts if (fault := attempt.exception())]
+    crowd = [attempt.result() for attempt in attempts if not attempt.exception()]
+    for line, _ in crowd:
+        hang_up(line)
+    count = "all" if not faults else len(crowd)
+    yield not faults, f"of {CROWD} clients at once {count} are let in", cure_of(faults[0]) if faults else ""
+    newest = {hello["clientId"][:PROCESS_LENGTH]: hello["lastId"] for _, hello in crowd}  # by process
     yield (
         len(newest) < 2 or len(set(newest.values())) == 1,
         f"server processes seen: {len(newest)}; an event reaches the clients of all of them",
@@ -3700,7 +3702,7 @@ def _examine_a_crowd(url: str) -> Iterator[Finding]:
     )
 
 
-def _lives_on(line: simple_websocket.Client) -> bool:
+def _lives_on(line: Line) -> bool:
     """Return whether a line that we leave alone is there for longer than proxies wait."""
     deadline = time.monotonic() + LONG_SECONDS
     with suppress(simple_websocket.ConnectionClosed):
@@ -3709,7 +3711,7 @@ def _lives_on(line: simple_websocket.Client) -> bool:
     return bool(line.connected)
 
 
-def _is_closing_answered(line: simple_websocket.Client) -> bool:
+def _is_closing_answered(line: Line) -> bool:
     try:
         line.sock.send(line.ws.send(CloseConnection(code=1000)))
         while line.receive(REPLY_SECONDS):

@@ -2758,7 +2758,7 @@ def test_check_finds_a_server_that_is_too_small(tmp_path: Path) -> None:
 
 
 def test_check_finds_that_it_is_something_else() -> None:
-    """Nothing there, another WebSocket, or no HTTP at all: a cross, and no traceback."""
+    """Nothing there, another WebSocket, no HTTP at all, or no word: a cross, and no traceback."""
     with Server(lambda app, hub: Sock(app).route("/other")(lambda ws: ws.receive())) as server:
         with impatient("check", f"127.0.0.1:{server.port}/other", name="REPLY_SECONDS", seconds=0.3) as popen:
             out, _ = popen.communicate(timeout=60)
@@ -2766,6 +2766,11 @@ def test_check_finds_that_it_is_something_else() -> None:
     run = command("check", f"ws://127.0.0.1:{free_port()}/ws")
     assert (run.returncode, run.stderr, "Does the site run" in run.stdout) == (1, "", True)
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with impatient("check", address, name="REPLY_SECONDS", seconds=0.3) as popen:
+            out, _ = popen.communicate(timeout=60)
+        assert (popen.returncode, "are all taken?" in out) == (1, True)
+        listener.accept()[0].close()
 
         def greet() -> None:
             with listener.accept()[0] as line:
@@ -2774,7 +2779,7 @@ def test_check_finds_that_it_is_something_else() -> None:
 
         answer = threading.Thread(target=greet)
         answer.start()
-        run = command("check", f"127.0.0.1:{listener.getsockname()[1]}")
+        run = command("check", address)
         answer.join(PATIENCE)
     assert (run.returncode, run.stderr, "is this the port" in run.stdout) == (1, "", True)
 
