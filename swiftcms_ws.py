@@ -96,7 +96,6 @@ try:
         Response,
         abort,
         current_app,
-        jsonify,
         make_response,
         render_template_string,
         request,
@@ -176,7 +175,7 @@ def _setting(default: Any, wants: str, accepts: Callable[[Any], bool]) -> Any:
 
 def _number(default: float, wants: str, least: float, kinds: Any = (int, float)) -> Any:
     def accepts(value: Any) -> bool:
-        return isinstance(value, kinds) and not isinstance(value, bool) and bool(value >= least)
+        return isinstance(value, kinds) and not isinstance(value, bool) and bool(least <= value < float("inf"))
 
     return _setting(default, wants, accepts)
 
@@ -342,13 +341,8 @@ def check_name(value: object, argument: str) -> None:
     """Raise, for the programmer to see, where a type or content type cannot be published."""
     if not isinstance(value, str):
         raise TypeError(f"{argument} must be a str, not {type(value).__name__}")
-    if len(value) > NAME_LENGTH or not _is_name(value):
+    if not _fits(value, _NAME):
         raise ValueError(f"{argument} must be {_NAME_RULE}, not {value[:NAME_LENGTH]!r}")
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_name(text: str) -> bool:
-    return bool(_NAME.fullmatch(text))
 
 
 def parse_pattern(message: Mapping[str, Any]) -> Pattern:
@@ -392,12 +386,7 @@ def now_milliseconds() -> int:
 def timestamp(milliseconds: int) -> str:
     """Return a time as the protocol writes it: UTC, ISO 8601, milliseconds."""
     seconds, rest = divmod(milliseconds, 1000)
-    return f"{_to_the_second(seconds)}.{rest:03}Z"
-
-
-@functools.lru_cache(maxsize=16)
-def _to_the_second(seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:03}Z"
 
 
 def framer() -> FrameProtocol:
@@ -559,7 +548,7 @@ class Connection:
 
     # A thousand of them are gone through for every event: slots keep each small and near.
     __slots__ = (
-        "_attend", "_is_lost", "_is_quiet", "_lock", "_max_queue", "_replay_room", "_sock", "_waiting", "close_code",
+        "_attend", "_is_lost", "_lock", "_max_queue", "_replay_room", "_sock", "_waiting", "close_code",
         "give_up_at", "id", "is_ending", "last_heard", "opened_at", "queued", "subscriptions", "user", "user_from",
         "written",
     )  # fmt: skip
@@ -590,7 +579,6 @@ class Connection:
         self.queued = self.written = 0  # bytes that ever had to wait, and those of them gone since
         self._replay_room = 0  # bytes that may wait beyond max_queue: see send()
         self.is_ending = False  # a close frame is sent or waiting: nothing may follow it
-        self._is_quiet = True  # none of that: nothing waits and nothing ends
         self._is_lost = False  # there is no line any more
         self.give_up_at = float("inf")  # when a connection that is ending is cut
         self.close_code: CloseCode | None = None  # where it was we who ended it
@@ -604,16 +592,13 @@ class Connection:
         has been empty again, or a client could never come back to a long history.
         """
         with self._lock:
-            if self._is_quiet:
-                try:
-                    sent = self._sock.send(data)
-                except OSError as error:
-                    sent = self._cannot_write(error, len(data))
+            if self.is_ending:
+                return
+            if not self._waiting:
+                sent = self._write(data)
                 if sent == len(data):
                     return
                 data = data[sent:]
-            elif self.is_ending:
-                return
             is_attended = bool(self._waiting)
             self._enqueue(data)
             if is_replay:
@@ -646,15 +631,17 @@ class Connection:
 
     # The next six are called with the lock held.
 
-    def _cannot_write(self, error: OSError, size: int) -> int:
-        """Return how many of `size` bytes need not be kept: none, where the kernel has no room for them now."""
-        if isinstance(error, _WOULD_BLOCK):
+    def _write(self, data: bytes | memoryview) -> int:
+        """Return how many bytes need not be kept: what the kernel takes now, or all where the client is gone."""
+        try:
+            return self._sock.send(data)
+        except _WOULD_BLOCK:
             return 0
-        self._lose()  # the client is gone
-        return size
+        except OSError:
+            self._lose()
+            return len(data)
 
     def _enqueue(self, data: bytes) -> None:
-        self._is_quiet = False
         self._waiting.append(data)
         self.queued += len(data)
 
@@ -673,7 +660,6 @@ class Connection:
         if not self._is_lost:
             self._shut(socket.SHUT_RDWR)
         self._is_lost = self.is_ending = True
-        self._is_quiet = False
         self._waiting.clear()
         self.written = self.queued
 
@@ -685,10 +671,7 @@ class Connection:
         """
         while self._waiting:
             data = self._waiting[0]
-            try:
-                sent = self._sock.send(data)
-            except OSError as error:
-                sent = self._cannot_write(error, len(data))
+            sent = self._write(data)
             if self._is_lost:
                 return
             self.written += sent
@@ -699,8 +682,6 @@ class Connection:
         self._replay_room = 0
         if self.is_ending:
             self._shut(socket.SHUT_WR)
-        else:
-            self._is_quiet = True
 
     def _shut(self, how: int) -> None:
         with suppress(OSError):  # the other side was faster
@@ -910,10 +891,9 @@ class Registry:
     def sign_in(self, connection: Connection, user: User, after: EventId) -> None:
         """Let events `to=` this user reach the connection: those after `after`."""
         with self._lock:
-            if connection in self._connections:
-                connection.user_from = connection.user_from if connection.user else after
-                connection.user = user
-                self._by_user.setdefault(user.id, {})[connection] = None
+            connection.user_from = connection.user_from if connection.user else after
+            connection.user = user
+            self._by_user.setdefault(user.id, {})[connection] = None
 
     def subscribe(self, connection: Connection, pattern: Pattern, after: EventId, limit: int) -> None:
         """Add a subscription to what comes after `after`. Twice the same is one, from the earlier.
@@ -921,8 +901,6 @@ class Registry:
         Raises ClientError where the connection has `limit` others.
         """
         with self._lock:
-            if connection not in self._connections:  # it ended while this was on its way
-                return
             already = connection.subscriptions.get(pattern)
             if already is None and len(connection.subscriptions) >= limit:
                 sentence = f"{limit} subscriptions are the most; use a prefix such as content.*, or unsubscribe"
@@ -947,9 +925,10 @@ class Registry:
     @staticmethod
     def _take_out(index: dict[Any, dict[Connection, None]], key: object, connection: Connection) -> None:
         """Take a connection out of an index, and the key with its last one: an index must not grow."""
-        index[key].pop(connection, None)
-        if not index[key]:
-            del index[key]
+        connections = index.get(key, {})
+        connections.pop(connection, None)
+        if not connections:
+            index.pop(key, None)
 
     def matching(self, event_type: str, content_type: str, to: frozenset[str] | None) -> Collection[Connection]:
         """Return the connections, each once, that want such an event."""
@@ -992,10 +971,6 @@ class Registry:
 
         return [event for event in events if is_missed(event)]
 
-    def __contains__(self, connection: Connection) -> bool:
-        with self._lock:
-            return connection in self._connections
-
     def connections(self, user_id: str | None = None) -> list[Connection]:
         """Return all connections, or those of one user."""
         with self._lock:
@@ -1035,7 +1010,7 @@ class MemoryBroker:
         self._held: list[Job | None] = []  # taken from the queue, and next
         self._history: deque[Event] = deque()  # of what is delivered
         self._history_size = history_size
-        self._forgotten = self._delivered = self.last_id  # the newest not in the history; the newest delivered
+        self.delivered = self._forgotten = self.last_id  # the newest delivered; the newest not in the history
 
     def start(self) -> None:
         """There is nothing to connect to."""
@@ -1081,12 +1056,16 @@ class MemoryBroker:
             except Exception as error:
                 future.set_exception(error)
 
-        with self._lock:
-            if self._is_closed:
-                future.cancel()
-            else:
-                self._queue.put(run)
+        if not self.run_in_order(run):
+            future.cancel()
         return future
+
+    def run_in_order(self, job: Job) -> bool:
+        """Do so where nobody waits, so that what `job` raises is logged; False where the broker is closed."""
+        with self._lock:
+            if not self._is_closed:
+                self._queue.put(job)
+            return not self._is_closed
 
     def take(self) -> list[Event] | Job | None:
         """Wait for what is next: a job, or as many events as make one batch; None once closed."""
@@ -1106,7 +1085,7 @@ class MemoryBroker:
     def remember(self, events: list[Event]) -> None:
         """Take note that `events` are delivered. For the dispatcher."""
         self._history.extend(events)
-        self._delivered = events[-1].id
+        self.delivered = events[-1].id
         while len(self._history) > self._history_size:
             self._forgotten = self._history.popleft().id
         with self._changed:
@@ -1114,11 +1093,6 @@ class MemoryBroker:
             self._queued_bytes -= sum(len(event.payload) + EVENT_OVERHEAD for event in events)
             if was_full:
                 self._changed.notify_all()
-
-    @property
-    def delivered(self) -> EventId:
-        """The id of the newest event that is delivered. For jobs."""
-        return self._delivered
 
     def fetch_after(self, since: EventId) -> list[Event] | None:
         """Return events after `since` from where they are kept beside the history here. Not for jobs.
@@ -1134,7 +1108,7 @@ class MemoryBroker:
         two of its ids there may have been others, of a process before this one.
         """
         if fetched and fetched[-1].id >= self._forgotten:  # the history goes on where that ends
-            older = [event for event in fetched if event.id <= self._delivered]
+            older = [event for event in fetched if event.id <= self.delivered]
             return older + [event for event in self._history if event.id > fetched[-1].id]
         found: list[Event] = []
         for event in reversed(self._history):
@@ -1311,9 +1285,9 @@ class RedisBroker(MemoryBroker):
 
         def begin_history() -> None:
             self._history.clear()
-            self._forgotten = self._delivered = here
+            self._forgotten = self.delivered = here
 
-        self.in_order(begin_history)
+        self.run_in_order(begin_history)
         with self._changed:
             self.last_id, self._has_begun = here, True
             self._changed.notify_all()
@@ -1338,7 +1312,7 @@ class RedisBroker(MemoryBroker):
                 self._changed.notify_all()
         for told_id, fields in found.get(self._told, []):
             self._told_id = told_id
-            self.in_order(functools.partial(self._on_told, json.loads(fields["message"])))
+            self.run_in_order(functools.partial(self._on_told, json.loads(fields["message"])))
 
 
 # == 8. Presence: who edits what =====================================================================
@@ -1374,8 +1348,12 @@ class Presence:
     def start(self, entry: Entry, editor: Editor) -> bool:
         """Add an editor; return False where it was one."""
         with self._lock:
-            self._entries.setdefault(editor.client_id, {})[entry] = None
-            return self._editors.setdefault(entry, {}).setdefault(editor.client_id, editor) is editor
+            editors = self._editors.setdefault(entry, {})
+            is_new = editor.client_id not in editors
+            if is_new:
+                editors[editor.client_id] = editor
+                self._entries.setdefault(editor.client_id, {})[entry] = None
+            return is_new
 
     def stop(self, entry: Entry, client_id: str) -> Editor | None:
         """Take an editor away and return it, or None where it was none."""
@@ -1462,8 +1440,7 @@ class Engine:
         self._last_said: dict[str, float] = {}  # without a lock: at the worst a line is logged twice
         self.process = secrets.token_hex(PROCESS_LENGTH // 2)  # what other processes know this one by
         self._heard_of: dict[str, float] = {}  # other processes, and when; changed by jobs alone
-        self._presence_is_due = threading.Event()
-        self._presence_told_at = 0.0  # the follower's alone
+        self._presence_due_at = 0.0  # when to tell it; a float is set and read whole
         self._threads = [
             threading.Thread(target=target, name=f"swiftcms-ws {name}", daemon=True)
             for name, target in [
@@ -1627,9 +1604,8 @@ class Engine:
         The follower calls it after each round; it is due once a heartbeat, and when someone is new.
         """
         now = time.monotonic()
-        if now - self._presence_told_at >= self.settings.heartbeat or self._presence_is_due.is_set():
-            self._presence_told_at = now
-            self._presence_is_due.clear()
+        if now >= self._presence_due_at:
+            self._presence_due_at = now + self.settings.heartbeat
             own = self.presence.everything(process=self.process)
             self.tell_others("presence", editors=[[*entry, dataclasses.asdict(editor)] for entry, editor in own])
 
@@ -1643,14 +1619,14 @@ class Engine:
         entry = tuple(message.get("entry", ()))
         match message["do"]:
             case "hello":
-                self._presence_is_due.set()
+                self._presence_due_at = 0.0
             case "presence":
-                told = {(t, i, editor["client_id"]): Editor(**editor) for t, i, editor in message["editors"]}
-                for (content_type, entry_id), editor in self.presence.everything(process=process):
-                    if (content_type, entry_id, editor.client_id) not in told:
-                        self.stop_editing((content_type, entry_id), editor.client_id)
-                for (content_type, entry_id, _), editor in told.items():
-                    self.start_editing((content_type, entry_id), editor)
+                told = {((kind, entry_id), Editor(**editor)) for kind, entry_id, editor in message["editors"]}
+                known = set(self.presence.everything(process=process))
+                for entry, editor in known - told:
+                    self.stop_editing(entry, editor.client_id)
+                for entry, editor in told - known:
+                    self.start_editing(entry, editor)
             case "start":
                 self.start_editing(entry, Editor(**message["editor"]))
             case "stop":
@@ -1694,7 +1670,7 @@ class Engine:
                     return
                 self._end_what_is_over(now, time.time())
                 if self._heard_of:
-                    self.broker.in_order(self._forget_silent_processes)
+                    self.broker.run_in_order(self._forget_silent_processes)
                 if now >= next_beat:
                     next_beat = max(next_beat + interval, now)
                     self._beat()
@@ -1954,9 +1930,9 @@ class Conversation:
         if entry not in open_entries and len(open_entries) >= limit:
             raise ClientError("too_many_subscriptions", f"{limit} open entries are the most; stop editing one")
         user_id = connection.user.id if connection.user else None
-        editor = Editor(timestamp(now_milliseconds()), connection.id, user_id, engine.process)
-        if connection in engine.registry:  # or it has ended while this was on its way
-            engine.start_editing(entry, editor)
+        new = Editor(timestamp(now_milliseconds()), connection.id, user_id, engine.process)
+        editor = self._own_editor(entry) or new
+        engine.start_editing(entry, editor)
         self._answer("system.editing", engine.editing(entry), ref, entry[0])
         return editor
 
@@ -1979,11 +1955,15 @@ class Conversation:
         self._engine.tell_others("change", entry=entry, editor=dataclasses.asdict(editor), change=change)
 
     def _relay_now(self, entry: Entry, change: object) -> Editor:
-        for editor in self._engine.presence.editors(entry):
-            if editor.client_id == self._connection.id:
-                self._engine.relay_change(entry, editor, change)
-                return editor
-        raise ClientError("not_editing", f"send editStart for entry {describe(entry[1])} first")
+        editor = self._own_editor(entry)
+        if editor is None:
+            raise ClientError("not_editing", f"send editStart for entry {describe(entry[1])} first")
+        self._engine.relay_change(entry, editor, change)
+        return editor
+
+    def _own_editor(self, entry: Entry) -> Editor | None:
+        editors = self._engine.presence.editors(entry)
+        return next((editor for editor in editors if editor.client_id == self._connection.id), None)
 
     def presence(self, message: Mapping[str, Any], ref: object) -> None:
         content_type = parse_pattern({**message, "type": "*"})[1]
@@ -2076,14 +2056,6 @@ class Handshake:
         """The library's thread ends."""
 
 
-class HandshakeRefused(Exception):
-    """No WebSocket: answered as HTTP with a JSON body (PROTOCOL.md, before the handshake)."""
-
-    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.headers = status, code, headers
-
-
 class Hub:
     """What a site talks to: publish(), the hooks, and a blueprint with the /ws route.
 
@@ -2097,7 +2069,6 @@ class Hub:
         self.blueprint.record(lambda state: self._registered(cast(Flask, state.app)))
         self.blueprint.before_request(self._before_request)
         self.blueprint.teardown_request(self._after_handshake)
-        self.blueprint.register_error_handler(HandshakeRefused, self._refused)
         self.blueprint.register_error_handler(ProtocolError, self._malformed)
         Sock().route("/ws", bp=self.blueprint, endpoint="websocket")(self._websocket)
         self.blueprint.add_url_rule("/ws", "about", self._about)
@@ -2150,9 +2121,9 @@ class Hub:
         events = list(events)
         event_ids = engine.publish([engine.draft(*event) for event in events])
         if event_published.receivers:
-            names = ("type", "content_type", "payload", "to")
             for event_id, event in zip(event_ids, events, strict=True):
-                details = dict.fromkeys(names) | dict(zip(names, event, strict=False))
+                event_type, content_type, payload, to = (*event, None)[:4]
+                details = {"type": event_type, "content_type": content_type, "payload": payload, "to": to}
                 event_published.send(self._app or self, hub=self, id=event_id, **details)
         return event_ids
 
@@ -2239,9 +2210,7 @@ class Hub:
             self._app, self._engine = app, None
         _exit_on_sigterm()
         for name in ("werkzeug", "gunicorn.access", "gunicorn.error"):
-            access_log = logging.getLogger(name)
-            if _hide_token not in access_log.filters:
-                access_log.addFilter(_hide_token)
+            logging.getLogger(name).addFilter(_hide_token)
 
     def _current_settings(self) -> Settings:
         """Return the settings as they are at first use, when configuration is over. Raises ValueError."""
@@ -2287,7 +2256,7 @@ class Hub:
             return
         engine, environ = self._running(), request.environ
         socket_key = self._check_server(engine)
-        _check_headers(environ)
+        self._check_headers(environ)
         self._check_origin(engine)
         user = self._find_user(engine.settings)
         self._take_place(engine)
@@ -2303,7 +2272,7 @@ class Hub:
             server = environ.get("SERVER_SOFTWARE", "this server")
             lacks = "gives no access to the socket" if socket_key is None else "has one thread, which it would hold"
             engine.say("refused a WebSocket: %s %s; %s", server, lacks, SERVERS_THAT_CAN)
-            raise HandshakeRefused(501, "not_supported", f"{server} {lacks}; {SERVERS_THAT_CAN}")
+            abort(self._refusal(501, "not_supported", f"{server} {lacks}; {SERVERS_THAT_CAN}"))
         if socket_key == "gunicorn.socket" and not engine.knows_its_server:
             engine.knows_its_server = True
             worker = _gunicorn_worker()
@@ -2324,6 +2293,16 @@ class Hub:
             )
         return socket_key
 
+    def _check_headers(self, environ: Mapping[str, Any]) -> None:
+        """Refuse headers that no browser sends: wsproto fails on some, and all are kept with the connection."""
+        headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
+        if sum(map(len, headers.values())) + len(environ.get("QUERY_STRING", "")) > HEADERS_LENGTH:
+            abort(self._refusal(431, "bad_handshake", f"the headers are over {HEADERS_LENGTH} characters"))
+        for key, value in headers.items():
+            if not value.isascii() and (key in ("HTTP_HOST", "HTTP_CONNECTION") or "_WEBSOCKET_" in key):
+                name = key[5:].replace("_", "-").title()
+                abort(self._refusal(400, "bad_handshake", f"{name} must be ASCII"))
+
     def _check_origin(self, engine: Engine) -> None:
         """Refuse pages of other sites: they come with the user's cookies (RFC 6455 section 10.2)."""
         origin, settings = request.headers.get("Origin"), engine.settings
@@ -2341,7 +2320,7 @@ class Hub:
                 " name it in SWIFTCMS_WS_ORIGINS; if it is this site, let its proxy pass the Host header on",
                 origin[:200], request.host,
             )  # fmt: skip
-            raise HandshakeRefused(403, "forbidden", "pages of this origin may not connect to this site")
+            abort(self._refusal(403, "forbidden", "pages of this origin may not connect to this site"))
 
     def _find_user(self, settings: Settings) -> User | None:
         """Return the user by the token in the handshake, or as the identify hook knows her."""
@@ -2352,7 +2331,7 @@ class Hub:
             try:
                 return check_token(settings, token)
             except ClientError as error:
-                raise HandshakeRefused(401, error.code, str(error), **{"WWW-Authenticate": "Bearer"}) from None
+                abort(self._refusal(401, error.code, str(error), **{"WWW-Authenticate": "Bearer"}))
         if self._identify is None:
             return None
         with self._hook_context(request.environ):
@@ -2363,25 +2342,23 @@ class Hub:
         limit = engine.settings.max_connections
         if not engine.registry.reserve(limit):
             engine.say("refused a WebSocket: all %s of SWIFTCMS_WS_MAX_CONNECTIONS are open", limit)
-            raise HandshakeRefused(503, "too_many_connections", "too many connections", **{"Retry-After": "10"})
+            abort(self._refusal(503, "too_many_connections", "too many connections", **{"Retry-After": "10"}))
         if engine.closing.is_set():  # asked with the place taken: who closes waits for all that are
             engine.registry.release()
-            raise HandshakeRefused(503, "going_away", "the server is going away", **{"Retry-After": "2"})
+            abort(self._refusal(503, "going_away", "the server is going away", **{"Retry-After": "2"}))
 
     def _after_handshake(self, error: BaseException | None) -> None:
         """Give the place back where the library refused what we had let in."""
         if request.environ.pop(HANDSHAKE_KEY, None) is not None:
             self._running().registry.release()
 
-    def _refused(self, refusal: HandshakeRefused) -> Response:
-        self._running().counters.add(f"refused_{refusal.status}")
-        response = jsonify(code=refusal.code, message=str(refusal))
-        response.status_code = refusal.status
-        response.headers.update(refusal.headers)
-        return response
+    def _refusal(self, status: int, code: str, message: str, **headers: str) -> Response:
+        """Return the answer to what is no WebSocket (PROTOCOL.md, before the handshake)."""
+        self._running().counters.add(f"refused_{status}")
+        return make_response({"code": code, "message": message}, status, headers)
 
     def _malformed(self, error: ProtocolError) -> Response:
-        return self._refused(HandshakeRefused(400, "bad_handshake", f"not a WebSocket handshake: {error}"))
+        return self._refusal(400, "bad_handshake", f"not a WebSocket handshake: {error}")
 
     def _about(self) -> ResponseReturnValue:
         """Answer a plain GET: with the inspector, where it is on."""
@@ -2389,7 +2366,7 @@ class Hub:
             return render_page(demo=False)
         message = "this is a WebSocket address; connect to it with ws:// or wss://"
         headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
-        return self._refused(HandshakeRefused(426, "upgrade_required", message, **headers))
+        return self._refusal(426, "upgrade_required", message, **headers)
 
     def _client_js(self) -> Response:
         """Serve the browser client: asked for each time, sent again only once it has changed."""
@@ -2481,16 +2458,6 @@ class Hub:
         kept = {key: value for key, value in environ.items() if isinstance(value, (str, bool, tuple))}
         streams = {"wsgi.errors": environ["wsgi.errors"], "wsgi.input": io.BytesIO()}
         return self._app.request_context({**kept, **streams})
-
-
-def _check_headers(environ: Mapping[str, Any]) -> None:
-    """Refuse headers that no browser sends: wsproto fails on some, and all are kept with the connection."""
-    headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
-    if sum(map(len, headers.values())) + len(environ.get("QUERY_STRING", "")) > HEADERS_LENGTH:
-        raise HandshakeRefused(431, "bad_handshake", f"the headers are over {HEADERS_LENGTH} characters")
-    for key, value in headers.items():
-        if not value.isascii() and (key in ("HTTP_HOST", "HTTP_CONNECTION") or "_WEBSOCKET_" in key):
-            raise HandshakeRefused(400, "bad_handshake", f"{key[5:].replace('_', '-').title()} must be ASCII")
 
 
 def _host_and_port(origin: str) -> tuple[str, int | None] | None:
@@ -3003,17 +2970,10 @@ const showState = (id, state) => Object.assign($(id), { textContent: state, clas
 
 const MOST_FRAMES = 500;
 const WAYS = { in: "← in", out: "→ out", note: "•" };
-const CLOSE_CODES = {
+const CLOSE_CODES = { // that come without a reason
   1000: "closed as asked",
-  1001: "the server is going away: come back after a moment",
   1005: "closed without a code",
   1006: "no close frame came: the line broke, or never stood",
-  1009: "a message was too big: do not send it again",
-  1011: "the server failed, and has logged why: come back, but not at once",
-  1013: "this page read too slowly: come back with since",
-  4401: "sign in with a fresh token",
-  4408: "no sign of life for two heartbeats: come back with since",
-  4429: "too many messages: come back after a minute",
 };
 const address = new URL({{ ws_url | tojson }}, location);
 address.protocol = address.protocol.replace("http", "ws");
@@ -3052,8 +3012,7 @@ function connect() {
   socket.onopen = showLine;
   socket.onmessage = ({ data }) => log("in", data);
   socket.onclose = ({ code, reason }) => {
-    log("note", `closed with ${code}: ${CLOSE_CODES[code] ?? "see RFC 6455 section 7.4"}`);
-    if (reason) log("note", `the server says: ${reason}`);
+    log("note", `closed with ${code}: ${reason || CLOSE_CODES[code] || "see RFC 6455 section 7.4"}`);
     showLine();
   };
   showLine();
@@ -3529,6 +3488,7 @@ CURES = {  # by the HTTP status that a handshake is refused with; 0: it did not 
     403: "Pages of this site may not connect: let the proxy pass the Host header on, or set SWIFTCMS_WS_ORIGINS.",
     404: "Is this the address, with its path? With a url_prefix it is …/prefix/ws.",
     426: "A proxy drops the headers Upgrade and Connection (see README).",
+    500: "The site failed, or the proxy does not reach it: their logs say why.",
     501: f"The web server cannot hold WebSockets: {SERVERS_THAT_CAN}.",
     503: "All of SWIFTCMS_WS_MAX_CONNECTIONS are taken, or the server is just ending.",
 }
@@ -3580,7 +3540,8 @@ def cure_of(error: BaseException) -> str:
             "Each WebSocket holds a thread of the web server: are all taken? Give it more (gunicorn: --threads),"
             " and set SWIFTCMS_WS_MAX_CONNECTIONS below that, or enough visitors stop the whole site."
         )
-    return CURES.get(status_of(error), CURES[404])
+    status = status_of(error)
+    return CURES.get(status, CURES[404 if status < 500 else 500])
 
 
 def listen(options: argparse.Namespace) -> int:
@@ -3630,7 +3591,7 @@ def print_token(options: argparse.Namespace) -> int:
     key = os.environ.get(f"{CONFIG_PREFIX}JWT_KEY") or os.environ.get("SECRET_KEY")
     if not key or len(key.encode()) < 32:
         print("set SWIFTCMS_WS_JWT_KEY or SECRET_KEY, in the environment, to the site's key", file=sys.stderr)
-        print(f"(of 32 bytes or more: it has {len(key)})" if key else "(there is none)", file=sys.stderr)
+        print(f"(of 32 bytes or more: it has {len(key.encode())})" if key else "(there is none)", file=sys.stderr)
         return 1
     print(sign_token(Settings(jwt_key=key), options.user, time.time(), options.expires_in, {}))
     return 0
