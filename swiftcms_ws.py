@@ -73,6 +73,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import weakref
 import zlib
 from collections import Counter, defaultdict, deque
@@ -125,6 +126,16 @@ __all__ = [
 
 logger = logging.getLogger("swiftcms_ws")
 
+
+def log(level: int, text: str, *values: object, exc_info: Any = None) -> None:
+    """Log. A handler or a filter of the site that fails must not end the thread, or nobody hears anything more."""
+    try:
+        logger.log(level, text, *values, exc_info=exc_info, stacklevel=2)
+    except Exception:
+        traceback.print_exc()
+
+
+
 # == 1. Vocabulary: close codes, limits, settings, signals ===========================================
 
 
@@ -149,11 +160,14 @@ RATE_BURST = 2  # seconds' worth of messages that may come at once; as many too 
 QUIET_SECONDS = 60.0  # between two log lines of one kind, where clients decide how many there are
 BATCH_EVENTS = 64  # that go to a client in one system call, where so many are waiting,
 BATCH_BYTES = 64 * 1024  # and how large that call may grow
+ROUND_BYTES = 256 * 1024  # that one client gets while its lock is held, for which the dispatcher may be waiting
+TLS_RECORD = 16 * 1024  # bytes that TLS sends whole: of a longer piece it does not tell how much is gone
 BACKLOG_BYTES = 8 * 1024 * 1024  # published and not yet dispatched; beyond it publish() waits
 EVENT_OVERHEAD = 1024  # bytes that an event weighs in the backlog beside its payload
 PROCESS_LENGTH = 8  # characters that all client ids of one process begin with
 MESSAGE_DEPTH = 100  # objects and arrays within each other in a client's message
 RATE_BYTES = 8 * 1024  # of a message: each so many count as one more, or big ones would fill others' queues
+REPLAY_COST = 20  # messages that a replay of the whole history counts as: it is the dispatcher's work
 RECEIVE_BYTES = 16 * 1024  # that are taken from a socket at once
 SMALL_FRAGMENT = 256  # bytes; a smaller one counts as a message, or one message could have 64 Ki of them
 HEADERS_LENGTH = 32 * 1024  # characters in a handshake's headers: they are kept with the connection
@@ -404,6 +418,20 @@ class _Dispatchers(threading.local):
 _dispatchers = _Dispatchers()
 
 
+def batches(frames: Iterable[bytes | memoryview]) -> Iterator[list[bytes | memoryview]]:
+    """Part frames into lists of about BATCH_BYTES, for one system call each."""
+    batch: list[bytes | memoryview] = []
+    size = 0
+    for frame in frames:
+        if batch and size + len(frame) > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(frame)
+        size += len(frame)
+    if batch:
+        yield batch
+
+
 def text_frame(text: str) -> bytes:
     return bytes(framer().send_data(text))
 
@@ -548,7 +576,7 @@ class Connection:
 
     # A thousand of them are gone through for every event: slots keep each small and near.
     __slots__ = (
-        "_attend", "_is_lost", "_lock", "_max_queue", "_replay_room", "_sock", "_waiting", "close_code",
+        "_attend", "_is_lost", "_lock", "_max_queue", "_most", "_replay_room", "_sock", "_waiting", "close_code",
         "give_up_at", "id", "is_ending", "last_heard", "opened_at", "queued", "subscriptions", "user", "user_from",
         "written",
     )  # fmt: skip
@@ -566,6 +594,7 @@ class Connection:
         self.subscriptions: dict[Pattern, EventId] = {}  # each with all that matched after this event
 
         self._sock = sock
+        self._most = TLS_RECORD if isinstance(sock, ssl.SSLSocket) else None  # bytes in a call
         self._max_queue = max_queue
         self._attend = attend
         sock.setblocking(False)
@@ -634,7 +663,7 @@ class Connection:
     def _write(self, data: bytes | memoryview) -> int:
         """Return how many bytes need not be kept: what the kernel takes now, or all where the client is gone."""
         try:
-            return self._sock.send(data)
+            return self._sock.send(data[: self._most])
         except _WOULD_BLOCK:
             return 0
         except OSError:
@@ -664,21 +693,25 @@ class Connection:
         self.written = self.queued
 
     def _write_waiting(self) -> None:
-        """Write what waits, as far as the kernel takes it; after a close frame, shut our side.
+        """Write what waits, as far as the kernel takes it, but not for long; after a close frame, shut our side.
 
         That keeps the response which the web server takes to be due, when its view returns, from
         reaching a browser as garbage.
         """
+        until = self.written + ROUND_BYTES
         while self._waiting:
-            data = self._waiting[0]
+            if self.written >= until:
+                return  # the writer comes back
+            batch = next(batches(self._waiting))
+            data = b"".join(batch) if len(batch) > 1 else batch[0]
             sent = self._write(data)
             if self._is_lost:
                 return
             self.written += sent
-            if sent < len(data):
-                self._waiting[0] = memoryview(data)[sent:]
+            # What TLS could not send must come first again, and no shorter.
+            self._waiting[: len(batch)] = [memoryview(data)[sent:]] if sent < len(data) else []
+            if not sent:
                 return
-            self._waiting.pop(0)
         self._replay_room = 0
         if self.is_ending:
             self._shut(socket.SHUT_WR)
@@ -796,7 +829,7 @@ class Writer:
                     if is_due and not connection.go_on(now):
                         self._attended.remove(connection)
             except Exception:  # without a writer slow clients would hear nothing more
-                logger.exception("the writer failed, and goes on")
+                log(logging.ERROR, "the writer failed, and goes on", exc_info=True)
                 time.sleep(LOOK_SECONDS)  # what made it fail may last
             with self._round:
                 self._round.notify_all()
@@ -1169,6 +1202,7 @@ class RedisBroker(MemoryBroker):
         self._redis: Any = redis.Redis.from_url(
             cast(str, settings.redis_url),
             decode_responses=True,
+            encoding_errors="replace",  # of others who write there: one entry must not stop us for ever
             socket_timeout=REDIS_SECONDS,
             socket_connect_timeout=REDIS_SECONDS,
             retry=Retry(NoBackoff(), 0),  # a page waits for publish(): let it fail, but soon
@@ -1247,7 +1281,7 @@ class RedisBroker(MemoryBroker):
             to = frozenset(json.loads(fields["to"])) if "to" in fields else None
             return Event(parse_event_id(event_id), fields["type"], fields["contentType"], fields["payload"], to)
         except (KeyError, ValueError, TypeError):
-            logger.error("ignored entry %s of the Redis stream, which no swiftcms_ws wrote", event_id)
+            log(logging.ERROR, "ignored entry %s of the Redis stream, which no swiftcms_ws wrote", event_id)
             return Event(parse_event_id(event_id), *_MARKER)
 
     def _follow(self) -> None:
@@ -1260,18 +1294,19 @@ class RedisBroker(MemoryBroker):
                 self._read_on()
                 self._on_round()
                 if pause != REDIS_PAUSE:
-                    logger.warning("Redis is back")
+                    log(logging.WARNING, "Redis is back")
                     pause = REDIS_PAUSE
                 continue
             except (*self._faults, PublishError) as error:
                 if pause == REDIS_PAUSE:
-                    logger.warning(
+                    log(
+                        logging.WARNING,
                         "Redis is away: until it is back publish() raises, and clients of this process hear nothing"
                         " new. Does it run, and is SWIFTCMS_WS_REDIS_URL right? It is tried again and again: %s",
                         error,
                     )
             except Exception:  # a follower that ended would leave this process deaf, and nobody told
-                logger.exception("following Redis failed, and is tried again")
+                log(logging.ERROR, "following Redis failed, and is tried again", exc_info=True)
             pause = min(pause * 2, REDIS_SECONDS)
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closed, pause * random.uniform(0.5, 1))
@@ -1290,6 +1325,7 @@ class RedisBroker(MemoryBroker):
         self.run_in_order(begin_history)
         with self._changed:
             self.last_id, self._has_begun = here, True
+            self._last_published = min(self._last_published, here)  # what came after it is gone
             self._changed.notify_all()
         self.tell_others({"do": "hello", "process": ""})
 
@@ -1342,6 +1378,7 @@ class Presence:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards both indexes against readers in other threads
+        self.changes = 0  # so far; set by the dispatcher, an int is read whole
         self._editors: dict[Entry, dict[str, Editor]] = {}  # by client id
         self._entries: dict[str, dict[Entry, None]] = {}  # of each client
 
@@ -1353,11 +1390,13 @@ class Presence:
             if is_new:
                 editors[editor.client_id] = editor
                 self._entries.setdefault(editor.client_id, {})[entry] = None
+                self.changes += 1
             return is_new
 
     def stop(self, entry: Entry, client_id: str) -> Editor | None:
         """Take an editor away and return it, or None where it was none."""
         with self._lock:
+            self.changes += 1
             editor = self._editors.get(entry, {}).pop(client_id, None)
             self._entries.get(client_id, {}).pop(entry, None)
             if not self._editors.get(entry):
@@ -1439,17 +1478,18 @@ class Engine:
         self.server_is_stopping: Callable[[], bool] = lambda: False
         self._last_said: dict[str, float] = {}  # without a lock: at the worst a line is logged twice
         self.process = secrets.token_hex(PROCESS_LENGTH // 2)  # what other processes know this one by
-        self._heard_of: dict[str, float] = {}  # other processes, and when; changed by jobs alone
+        # Other processes: when they were heard, and the most changes they had told of; for jobs alone.
+        self._heard_of: dict[str, tuple[float, int]] = {}
         self._presence_due_at = 0.0  # when to tell it; a float is set and read whole
-        self._threads = [
+        self._dispatcher, self._heartbeat, self._writing = (
             threading.Thread(target=target, name=f"swiftcms-ws {name}", daemon=True)
-            for name, target in [
-                ("dispatcher", self._dispatch), ("heartbeat", self._keep_beating), ("writer", self.writer.run)
-            ]
-        ]
+            for target, name in (
+                (self._dispatch, "dispatcher"), (self._keep_beating, "heartbeat"), (self.writer.run, "writer")
+            )
+        )  # fmt: skip
 
     def start(self) -> None:
-        for thread in self._threads:
+        for thread in (self._writing, self._dispatcher, self._heartbeat):
             thread.start()
         self.broker.start()
 
@@ -1471,12 +1511,12 @@ class Engine:
             to = frozenset(check_user_id(user, "to") for user in ([to] if isinstance(to, (str, int)) else to))
         try:
             text = self.to_json(payload)
-            text.encode()
+            size = len(text.encode())
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(f"payload cannot be sent as JSON: {error}") from error
-        if len(text) > self.settings.max_queue:  # each client that does not take it at once would be cut for it
+        if size > self.settings.max_queue:  # each client that does not take it at once would be cut for it
             right = f"at most SWIFTCMS_WS_MAX_QUEUE, {self.settings.max_queue}; publish an id, to fetch the rest by"
-            raise ValueError(f"payload has {len(text)} characters as JSON, and may have {right}")
+            raise ValueError(f"payload has {size} bytes as JSON, and may have {right}")
         return event_type, content_type, text, to
 
     def publish(self, drafts: list[Draft]) -> list[str]:
@@ -1495,7 +1535,7 @@ class Engine:
                 else:
                     work()
             except Exception:  # one bad batch must not end all delivery
-                logger.exception("the dispatcher failed, and goes on with what is next")
+                log(logging.ERROR, "the dispatcher failed, and goes on with what is next", exc_info=True)
 
     def _deliver(self, events: list[Event]) -> None:
         """Send each client those of `events` that it wants, in one call.
@@ -1525,12 +1565,12 @@ class Engine:
         message |= {"timestamp": timestamp(now_milliseconds()), "ref": ref}
         return text_frame(json.dumps({name: value for name, value in message.items() if value is not None}))
 
-    def fail(self, connection: Connection, error: Exception, action: object = None, ref: object = None) -> None:
+    def fail(self, connection: Connection, error: BaseException, action: object = None, ref: object = None) -> None:
         """Tell a client what went wrong, and end the connection where the error says so."""
         self.counters.add("errors")
         if not isinstance(error, ClientError):
             what = "client %s is sent away with 1011, for serving it failed; a hook of the site, perhaps?"
-            logger.error(what, connection.id, exc_info=error)
+            log(logging.ERROR, what, connection.id, exc_info=error)
             connection.close(CloseCode.SERVER_ERROR, "the server failed; this is logged there")
             return
         self.counters.add(f"error_{error.code}")
@@ -1547,7 +1587,7 @@ class Engine:
         now, said = time.monotonic(), self._last_said.get(text)
         if said is None or (not once and now >= said + QUIET_SECONDS):
             self._last_said[text] = now
-            logger.warning(text, *values)
+            log(logging.WARNING, text, *values)
 
     # -- presence: jobs for the dispatcher; nothing of it is kept --------------------------------------
 
@@ -1596,7 +1636,8 @@ class Engine:
 
     def tell_others(self, do: str, **details: Any) -> None:
         """Tell the engines of other processes. May wait for Redis, and so is not for jobs."""
-        self.broker.tell_others({"do": do, "process": self.process, **details})
+        message = {"do": do, "process": self.process, "changes": self.presence.changes}
+        self.broker.tell_others({**message, **details})
 
     def _tell_presence(self) -> None:
         """Tell who edits what in this process: what others have missed, this repairs.
@@ -1606,21 +1647,24 @@ class Engine:
         now = time.monotonic()
         if now >= self._presence_due_at:
             self._presence_due_at = now + self.settings.heartbeat
-            own = self.presence.everything(process=self.process)
-            self.tell_others("presence", editors=[[*entry, dataclasses.asdict(editor)] for entry, editor in own])
+            changes = self.presence.changes  # before it is looked at: what changes meanwhile is told on its own
+            own = [(*entry, dataclasses.asdict(e)) for entry, e in self.presence.everything(process=self.process)]
+            self.tell_others("presence", changes=changes, editors=own)
 
     def _on_told(self, message: dict[str, Any]) -> None:
         """Do what the engine of another process tells; a job."""
         process = message["process"]
         if process == self.process:
             return
+        changes = 0
         if process:
-            self._heard_of[process] = time.monotonic()
+            changes = max(message["changes"], self._heard_of.get(process, (0.0, 0))[1])
+            self._heard_of[process] = time.monotonic(), changes
         entry = tuple(message.get("entry", ()))
         match message["do"]:
             case "hello":
                 self._presence_due_at = 0.0
-            case "presence":
+            case "presence" if message["changes"] == changes:  # else it was overtaken, and the next one will do
                 told = {((kind, entry_id), Editor(**editor)) for kind, entry_id, editor in message["editors"]}
                 known = set(self.presence.everything(process=process))
                 for entry, editor in known - told:
@@ -1639,7 +1683,7 @@ class Engine:
     def _forget_silent_processes(self) -> None:
         """Let the editors of processes that died, or that Redis does not reach, stop; a job."""
         silence = self.settings.heartbeat * SILENT_HEARTBEATS
-        for process, heard in list(self._heard_of.items()):
+        for process, (heard, _) in list(self._heard_of.items()):
             if time.monotonic() - heard > silence:
                 del self._heard_of[process]
                 for entry, editor in self.presence.everything(process=process):
@@ -1649,7 +1693,8 @@ class Engine:
         """Send everyone away, to come back with an id that is not known any more, and so hear of it."""
         connections = self.registry.connections()
         if connections:
-            logger.warning(
+            log(
+                logging.WARNING,
                 "Redis lost events (does it keep them on disk?), or was away too long: %s clients must come back",
                 len(connections),
             )
@@ -1675,7 +1720,7 @@ class Engine:
                     next_beat = max(next_beat + interval, now)
                     self._beat()
             except Exception:  # without heartbeats nobody dead would ever be ended
-                logger.exception("the heartbeat failed, and goes on with the next")
+                log(logging.ERROR, "the heartbeat failed, and goes on with the next", exc_info=True)
 
     def _beat(self) -> None:
         """Send both kinds of heartbeat: one for scripts, one that every WebSocket library answers."""
@@ -1711,7 +1756,10 @@ class Engine:
         try:
             everyone = self.broker.in_order(self.registry.connections)
             connections = everyone.result(max(0, deadline - time.monotonic()))
-        except CancelledError:  # closed, and so all is dispatched
+        except CancelledError:  # closed: nothing comes any more
+            self._dispatcher.join(max(0, deadline - time.monotonic()))
+            if self._dispatcher.is_alive():
+                return False
             connections = self.registry.connections()
         except FutureTimeoutError:
             return False
@@ -1722,7 +1770,7 @@ class Engine:
         deadline = time.monotonic() + timeout
         self.closing.set()
         self.broker.close()
-        for thread in self._threads[:-1]:  # the writer still has to write
+        for thread in (self._dispatcher, self._heartbeat):  # the writer still has to write
             if thread is not threading.current_thread() and thread.is_alive():
                 thread.join(timeout / 4)
         for connection in self.registry.connections():
@@ -1778,7 +1826,7 @@ class Conversation:
             if data is not None:
                 self._handle(data)
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         self._engine.fail(self._connection, error)
 
     def _whole_message(self, frame: Frame) -> str | bytes | None:
@@ -1821,9 +1869,9 @@ class Conversation:
         except CancelledError:  # the server is going away, and this connection with it
             pass
         except BrokerAway as error:
-            logger.info("sent client %s away: %s", self._connection.id, error)
+            log(logging.INFO, "sent client %s away: %s", self._connection.id, error)
             self._connection.close(CloseCode.GOING_AWAY, "the history cannot be read now; come back with since")
-        except Exception as error:  # the client's, or a hook's: then it is logged, and this connection ends
+        except BaseException as error:  # the client's, or a hook's: then it is logged, and this connection ends
             self._engine.fail(self._connection, error, action, ref)
 
     def _spend(self, count: int) -> ClientError | None:
@@ -1875,11 +1923,12 @@ class Conversation:
         broker = self._engine.broker
         fetched = None if since is None else broker.fetch_after(since)
         # Between two events, so that what is replayed ends exactly where what is live begins.
-        broker.in_order(lambda: self._subscribe_now(pattern, since, fetched, ref)).result()
+        replayed = broker.in_order(lambda: self._subscribe_now(pattern, since, fetched, ref)).result()
+        self._spend(REPLAY_COST * replayed // max(1, self._engine.settings.history))
 
     def _subscribe_now(
         self, pattern: Pattern, since: EventId | None, fetched: list[Event] | None, ref: object
-    ) -> None:
+    ) -> int:
         engine, connection = self._engine, self._connection
         newer = [] if since is None else engine.broker.events_after(since, fetched)
         missed = engine.registry.missed(connection, pattern, newer or [])
@@ -1889,9 +1938,10 @@ class Conversation:
         self._answer("system.subscribed", {"type": pattern[0], "contentType": pattern[1], **recovery}, ref)
         # As much as there is history may be let in, once: not again and again, before it is read.
         self._replayed = len(missed) + (self._replayed if connection.waiting_bytes else 0)
-        for event in missed:
-            connection.send(event.frame, is_replay=self._replayed <= engine.settings.history)
+        for batch in batches(event.frame for event in missed):
+            connection.send(b"".join(batch), is_replay=self._replayed <= engine.settings.history)
         engine.counters.add("replayed", len(missed))
+        return len(missed)
 
     def unsubscribe(self, message: Mapping[str, Any], ref: object) -> None:
         pattern = parse_pattern(message)
@@ -2235,11 +2285,16 @@ class Hub:
                     engine = Engine(self._current_settings(), lambda value: app.json.dumps(value, allow_nan=False))
                     _warn_of_a_short_key(engine.settings)
                     if self._app is None and engine.settings.redis_url is None:
-                        logger.warning(
+                        log(
+                            logging.WARNING,
                             "this hub is registered with no app, and so reaches nobody: a site with a Hub of its"
                             " own calls that one's publish(); a script gives Hub(redis_url=…)"
                         )
-                    engine.start()
+                    try:
+                        engine.start()
+                    except BaseException:
+                        engine.close(0)  # those of its threads that did start
+                        raise
                     self._engine = engine
         return self._engine
 
@@ -2389,7 +2444,7 @@ class Hub:
         try:
             context.pop()
         except Exception:  # it is popped all the same
-            logger.exception("a teardown function of the site failed; its client is served")
+            log(logging.ERROR, "a teardown function of the site failed; its client is served", exc_info=True)
         try:
             self._serve(engine, handshake, environ)
         finally:
@@ -2418,7 +2473,7 @@ class Hub:
         try:
             self._tell(client_disconnected, environ, connection)
         except Exception:  # the site's; the client has gone, and cannot be told
-            logger.exception("a receiver of client_disconnected failed")
+            log(logging.ERROR, "a receiver of client_disconnected failed", exc_info=True)
 
     def _greet(
         self, engine: Engine, conversation: Conversation, connection: Connection, environ: dict[str, Any]
@@ -2429,7 +2484,7 @@ class Hub:
             if engine.closing.is_set():  # since the handshake
                 connection.close(CloseCode.GOING_AWAY, "the server is going away; come back with since")
             self._tell(client_connected, environ, connection)
-        except Exception as error:  # of a signal's receiver
+        except BaseException as error:  # of a signal's receiver
             conversation.fail(error)
 
     def _note_end(self, engine: Engine, connection: Connection, address: str) -> None:
@@ -2489,7 +2544,8 @@ def _warn_of_a_short_key(settings: Settings) -> None:
     key = settings.jwt_key or b""
     length = len(key.encode() if isinstance(key, str) else key)
     if 0 < length < 32 and settings.jwt_algorithms[0].startswith("HS"):
-        logger.warning(
+        log(
+            logging.WARNING,
             "the key that tokens are signed with has %s bytes and could be guessed; 32 are the least (RFC 7518"
             " section 3.2). Set SWIFTCMS_WS_JWT_KEY or SECRET_KEY to what this prints:"
             " python -c 'import secrets; print(secrets.token_hex())'",

@@ -1179,6 +1179,58 @@ def test_signals() -> None:
     assert told == [("connected", client_id), ("published", event), ("disconnected", client_id)]
 
 
+@pytest.mark.parametrize("action", ["subscribe", "editStart"])
+def test_a_hook_that_exits_ends_that_client_alone(caplog: pytest.LogCaptureFixture, action: str) -> None:
+    """SystemExit out of a hook is a failure as any other: logged, 1011, and no editor is left behind."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @hub.authorize
+        def authorize(user: Any, event_type: str, content_type: str) -> bool:
+            return sys.exit("no") if content_type == "secrets" else True
+
+    with Server(configure) as server, server.client() as client:
+        client.ask("editStart", **POST)
+        client.send(action=action, contentType="secrets", entryId="1")
+        assert client.closing().code == 1011
+        until(lambda: server.hub.stats()["connections"] == 0)
+        until(lambda: not server.hub.editors("posts", "42"))
+    assert "SystemExit" in caplog.text
+
+
+def test_flush_waits_for_what_is_dispatched_while_the_hub_closes(server: Server) -> None:
+    """flush() does not take a hub that is closing for one that has delivered all."""
+    gate = threading.Event()
+    engine = server.hub._running()
+    engine.broker.in_order(gate.wait)  # the dispatcher is busy
+    server.publish(1)
+    closing = threading.Thread(target=server.hub.close)
+    closing.start()
+    assert engine.closing.wait(PATIENCE)
+    until(lambda: engine.broker.in_order(bool).cancelled())
+    assert server.hub.flush(0.1) is False
+    gate.set()
+    assert server.hub.flush(PATIENCE) is True
+    closing.join(PATIENCE)
+
+
+def test_a_start_that_fails_leaves_no_threads(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine has no thread left for us, publish() says so, and leaves those alone that it got."""
+    before, start = threading.active_count(), threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if "heartbeat" in thread.name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="new thread"):
+            server.publish(1)
+    until(lambda: threading.active_count() == before)
+    monkeypatch.undo()
+    server.publish(2)
+
+
 def test_disconnect_flush_stats_and_close() -> None:
     """What a site calls: a user's connections end with 4401, all others with 1001 in the end."""
     with Server() as server, server.client() as ana, server.client() as bob:
@@ -1332,6 +1384,39 @@ def test_a_slow_reader_is_served_where_no_descriptor_is_left(server: Server) -> 
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def test_a_reader_that_wakes_up_holds_nobody_up() -> None:
+    """Thousands of small events that wait for one client go to it in few calls, and not all at one blow.
+
+    Whoever publishes to it meanwhile waits for its lock, and with the dispatcher all other clients.
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        calls: list[int] = []
+
+        class Counting:
+            def send(self, data: bytes) -> int:
+                calls.append(len(data))
+                return len(data) if is_awake else ours.send(data)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(ours, name)
+
+        is_awake = False
+        attended: list[Any] = []
+        connection = swiftcms_ws.Connection("c", Counting(), 50_000_000, attended.append)  # type: ignore[arg-type]
+        until(lambda: connection.send(b"x" * 500) or attended)
+        for _ in range(10_000):
+            connection.send(b"x" * 500)
+        is_awake = True
+        calls.clear()
+        rounds = 1
+        while connection.go_on(time.monotonic()):
+            rounds += 1
+        assert connection.waiting_bytes == 0
+        assert len(calls) < 10_000 * 500 / swiftcms_ws.BATCH_BYTES * 1.2
+        assert rounds > 10_000 * 500 / swiftcms_ws.ROUND_BYTES / 2
+
+
 def test_a_slow_reader_is_still_heard() -> None:
     """While its queue is full of events, a client's own messages are carried out."""
     with Server(MAX_QUEUE=50_000_000) as server, stuck_reader(server) as slow:
@@ -1396,7 +1481,14 @@ def test_tls_in_the_process(tmp_path: Path) -> None:
                 server.publish(number, padding="x" * 20_000)
             until(lambda: server.hub.stats()["waiting_bytes"] > 0)
             assert [message["payload"]["n"] for message in client.receive_many(300)] == list(range(300))
-            assert client.close().code == 1000
+            client.subscribe()
+            server.publish(padding="x" * 9_000_000)
+            until(lambda: server.hub.stats()["waiting_bytes"] > 6_000_000)
+            left = server.hub.stats()["waiting_bytes"]
+            for _ in range(100):
+                client._read(PATIENCE)
+            what = "that what a client has read of a large event counts as waiting no more"
+            until(lambda: server.hub.stats()["waiting_bytes"] < left - 100_000, what)
         until(lambda: server.hub.stats()["connections"] == 0)
 
 
@@ -1479,6 +1571,20 @@ def test_overlapping_subscriptions_resumed_together_deliver_once() -> None:
             server.publish(5)
             assert client.receive()["payload"]["n"] == 5
             client.nothing_more()
+
+
+def test_who_replays_again_and_again_is_limited(server: Server) -> None:
+    """A replay is work for the dispatcher, for which all others wait: the whole history counts as 20 messages."""
+    with server.client() as client:
+        since = client.hello["payload"]["lastId"]
+        for number in range(1000):
+            server.publish(number)
+        codes = []
+        for _ in range(20):
+            client.ask("unsubscribe")
+            codes.append(client.ask("subscribe", since=since)["payload"].get("code"))
+        assert codes[:3] == [None] * 3
+        assert "rate_limited" in codes
 
 
 def test_a_long_replay_is_not_taken_for_a_slow_client() -> None:
@@ -2079,6 +2185,90 @@ def test_redis_refuses_writes_and_is_away_at_the_start(redis: Redis) -> None:
             client.subscribe()
             server.publish(4)
             assert client.receive()["payload"] == {"n": 4}
+
+
+@needs_redis
+def test_redis_an_entry_that_is_no_text_harms_nobody(redis: Redis) -> None:
+    """What a stranger writes into the stream, bytes that are no UTF-8 too, is skipped; what follows is delivered."""
+    with Server(REDIS_URL=redis.url) as server, server.client() as client:
+        client.subscribe()
+        with socket.create_connection(("127.0.0.1", redis.port), PATIENCE) as sock:
+            sock.sendall(b"*5\r\n$4\r\nXADD\r\n$18\r\nswiftcms_ws:events\r\n$1\r\n*\r\n$2\r\n\xff\xfe\r\n$2\r\n\xff\xfe\r\n")
+            assert sock.recv(1000).startswith(b"$")
+        server.publish(1)
+        assert client.receive()["payload"] == {"n": 1}
+
+
+@needs_redis
+def test_redis_log_handlers_that_fail_stop_nothing(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A site's log filter that raises where there is no request must not end the threads that log without one."""
+
+    def fail(record: logging.LogRecord) -> bool:
+        return bool(request.path)
+
+    handler = logging.StreamHandler()
+    handler.addFilter(fail)
+    monkeypatch.setattr(logging.getLogger("swiftcms_ws"), "handlers", [handler])
+    with Server(REDIS_URL=redis.url) as server, server.client() as client:
+        client.subscribe()
+        redis.kill()
+        with pytest.raises(swiftcms_ws.PublishError):
+            server.publish(1)
+        until(lambda: "Working outside of request context" in capsys.readouterr().err)
+        redis.start()
+        server.publish(2)
+        assert client.receive()["payload"] == {"n": 2}
+
+
+@needs_redis
+def test_redis_nonsense_between_processes_is_logged(redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
+    """What another engine tells, and this one cannot carry out, is logged with its traceback; the rest goes on."""
+    with Server(REDIS_URL=redis.url) as server, server.client() as client:
+        client.subscribe()
+        server.hub._running().broker.tell_others({"do": "start", "process": "another", "changes": 1, "editor": {}})
+        until(lambda: any(record.exc_info for record in caplog.records), "a traceback in the log")
+        server.publish(1)
+        assert client.receive()["payload"] == {"n": 1}
+
+
+@needs_redis
+def test_redis_an_editor_who_left_does_not_come_back(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of all editors that was made before one of them left, and sent after, is not believed."""
+    config = {"REDIS_URL": redis.url, "HEARTBEAT": 25}
+    with Server(**config) as first, Server(**config) as second, first.client() as ana, second.client() as bob:
+        bob.subscribe("user.*")
+        ana.ask("editStart", **POST)
+        until(lambda: second.hub.editors("posts", "42"))
+        engine = first.hub._running()
+        everything, looked, go_on = engine.presence.everything, threading.Event(), threading.Event()
+        tell, told_of = engine.broker.tell_others, []
+
+        def slowly(process: str | None = None) -> Any:
+            found = everything(process)
+            if process == engine.process:
+                looked.set()
+                assert go_on.wait(PATIENCE)
+            return found
+
+        def tell_and_note(message: dict[str, Any]) -> None:
+            tell(message)
+            told_of.append(message["do"])
+
+        monkeypatch.setattr(engine.presence, "everything", slowly)
+        monkeypatch.setattr(engine.broker, "tell_others", tell_and_note)
+        with Server(**config) as third:  # whose hello has it sent
+            third.hub.last_id()
+            assert looked.wait(PATIENCE)
+            ana.ask("editStop", **POST)
+            until(lambda: not second.hub.editors("posts", "42"))
+            go_on.set()
+            until(lambda: "presence" in told_of)
+            ana.ask("editStart", contentType="posts", entryId="7")
+            until(lambda: second.hub.editors("posts", "7"))
+        told = [(message["type"], message["payload"]["entryId"]) for message in bob.rest()]
+        assert told == [("user.editing", "42"), ("user.stoppedEditing", "42"), ("user.editing", "7")]
 
 
 @needs_redis
