@@ -115,8 +115,11 @@ try:
     from wsproto.frame_protocol import FrameProtocol
     from wsproto.utilities import ProtocolError
 except ImportError as error:  # "No module named 'jwt'" has people install a package that is not the one
-    packages = "pip install flask flask-sock simple-websocket pyjwt"
-    raise ImportError(f"swiftcms_ws needs packages that are not all here: {packages} ({error})") from error
+    packages = "python -m pip install flask flask-sock simple-websocket pyjwt"
+    sentence = f"swiftcms_ws needs packages that are not all here: {packages} ({error})"
+    if __name__ == "__main__":
+        sys.exit(sentence)
+    raise ImportError(sentence) from error
 
 __version__ = "1.0.0"
 __all__ = [
@@ -224,7 +227,7 @@ class Settings:
     origins: Sequence[str] | str | None = _setting(
         None,
         'a list such as ["https://example.org"], or "*"',
-        lambda value: value == "*" or (_are_texts(value) and all("://" in origin for origin in value)),
+        lambda value: value == "*" or (_are_texts(value) and all(map(re.compile(r"[^/]+://[^/]+/?").fullmatch, value))),
     )
     heartbeat: float = _number(25, "seconds, more than 0", 0.01)
     history: int = _number(1000, "a whole number of events, 0 or more", 0, int)
@@ -249,7 +252,9 @@ class Settings:
             if not key.startswith(CONFIG_PREFIX) or (key in fields and value is None):
                 continue
             if key not in fields:
-                raise ValueError(f"there is no config key {key}{did_you_mean(key, fields)}")
+                names = [name.removeprefix(CONFIG_PREFIX) for name in fields]
+                hint = did_you_mean(key.removeprefix(CONFIG_PREFIX), names, CONFIG_PREFIX)
+                raise ValueError(f"there is no config key {key}{hint}; there are {', '.join(fields)}")
             field = fields[key]
             if not field.metadata["accepts"](value):
                 shown = "what it is" if field.name == "jwt_key" else repr(value)  # a key is not to be logged
@@ -258,12 +263,12 @@ class Settings:
         return cls(**values)
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
+def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
     """Return the end of a sentence that suggests the nearest of `choices`, or nothing."""
     # Either may be a client's, and a long word or thousands of fields would cost 100 ms and more.
     few = [choice for choice in itertools.islice(choices, SUGGESTED_FROM) if len(choice) <= NAME_LENGTH]
     near = difflib.get_close_matches(word[:NAME_LENGTH], few, 1)
-    return f" (did you mean `{near[0]}`?)" if near else ""
+    return f" (did you mean `{prefix}{near[0]}`?)" if near else ""
 
 
 _signals = Namespace()
@@ -1176,6 +1181,14 @@ class MemoryBroker:
 _MARKER: Draft = ("system.marker", "system", "{}", frozenset())  # an event to nobody
 
 
+def import_redis() -> Any:
+    try:
+        import redis  # noqa: PLC0415 - the optional extra; nobody else needs it
+    except ImportError as error:
+        raise ImportError("SWIFTCMS_WS_REDIS_URL needs the package redis: pip install redis") from error
+    return redis
+
+
 class RedisBroker(MemoryBroker):
     """The same for several processes and machines: a Redis stream gives the ids and the one order.
 
@@ -1191,10 +1204,7 @@ class RedisBroker(MemoryBroker):
         self, settings: Settings, on_told: Callable[[dict[str, Any]], None],
         on_gap: Callable[[], None], on_round: Callable[[], None],
     ) -> None:  # fmt: skip
-        try:
-            import redis  # noqa: PLC0415 - the optional extra; nobody else needs it
-        except ImportError as error:
-            raise ImportError("SWIFTCMS_WS_REDIS_URL needs the package redis: pip install redis") from error
+        redis = import_redis()
         from redis.backoff import NoBackoff  # noqa: PLC0415
         from redis.retry import Retry  # noqa: PLC0415
 
@@ -1513,7 +1523,8 @@ class Engine:
             text = self.to_json(payload)
             size = len(text.encode())
         except (TypeError, ValueError, RecursionError) as error:
-            raise TypeError(f"payload cannot be sent as JSON: {error}") from error
+            right = 'publish a dict such as {"id": post.id}, or teach app.json the type'
+            raise TypeError(f"payload cannot be sent as JSON: {error}; {right}") from error
         if size > self.settings.max_queue:  # each client that does not take it at once would be cut for it
             right = f"at most SWIFTCMS_WS_MAX_QUEUE, {self.settings.max_queue}; publish an id, to fetch the rest by"
             raise ValueError(f"payload has {size} bytes as JSON, and may have {right}")
@@ -2255,6 +2266,8 @@ class Hub:
 
     def _registered(self, app: Flask) -> None:
         self._settings = Settings.from_config(app.config)
+        if self._settings.redis_url is not None:
+            import_redis()
         if self._app is not app:
             self.close()
             self._app, self._engine = app, None
@@ -2396,7 +2409,8 @@ class Hub:
     def _take_place(self, engine: Engine) -> None:
         limit = engine.settings.max_connections
         if not engine.registry.reserve(limit):
-            engine.say("refused a WebSocket: all %s of SWIFTCMS_WS_MAX_CONNECTIONS are open", limit)
+            cure = "raise it, and the web server's threads above it, if more are to be let in"
+            engine.say(f"refused a WebSocket: all %s of SWIFTCMS_WS_MAX_CONNECTIONS are open; {cure}", limit)
             abort(self._refusal(503, "too_many_connections", "too many connections", **{"Retry-After": "10"}))
         if engine.closing.is_set():  # asked with the place taken: who closes waits for all that are
             engine.registry.release()
@@ -2644,7 +2658,9 @@ CLIENT_JS = r"""// SwiftCMS in the browser: live events, across broken lines too
     #refs = 0;
 
     // since: the id of the newest event that the page shows already; left out: the newest there is
-    constructor({ url, token, since } = {}) {
+    constructor({ url, token, since, ...others } = {}) {
+      const [unknown] = Object.keys(others);
+      if (unknown !== undefined) throw new TypeError(`SwiftCMS has no option ${unknown}, but url, token and since`);
       this.#url = url === undefined ? new URL("../ws", HERE) : new URL(url, location);
       this.#url.protocol = this.#url.protocol.replace("http", "ws");
       this.#token = token;
@@ -2656,6 +2672,8 @@ CLIENT_JS = r"""// SwiftCMS in the browser: live events, across broken lines too
 
     // Has handler(event) called for each event from now on; returns a function that ends this.
     subscribe(type, contentType, handler) {
+      if (typeof handler !== "function")
+        throw new TypeError("subscribe(type, contentType, handler): handler must be a function");
       const own = { type, contentType, handler };
       this.#subscriptions.add(own);
       this.#send({ action: "subscribe", type, contentType }); // the same twice is one to the server
@@ -2669,7 +2687,7 @@ CLIENT_JS = r"""// SwiftCMS in the browser: live events, across broken lines too
     // Makes this page an editor of an entry, until edit.stop().
     edit(contentType, entryId) {
       const entry = { contentType, entryId: String(entryId) };
-      const stops = ["user.editing", "user.stoppedEditing"].map(type => this.subscribe(type, contentType));
+      const stops = ["user.editing", "user.stoppedEditing"].map(type => this.subscribe(type, contentType, () => {}));
       const edit = {
         editors: [], // {clientId, userId, since}, this page among them
         oneditors: null, // (editors, conflict) => …
@@ -2803,7 +2821,8 @@ CLIENT_JS = r"""// SwiftCMS in the browser: live events, across broken lines too
       this.clientId = clientId;
       this.#silence = 2_500 * heartbeat; // two, and half a one for being late
       this.#later("silence", this.#silence, this.#lose);
-      const signedIn = await this.#signIn().then(() => true, reportError);
+      const signedIn = await this.#signIn().then(() => true, error =>
+        console.error("SwiftCMS: no token came, and it will be asked for again:", error));
       if (socket !== this.#socket) return; // lost meanwhile
       if (!signedIn) return this.#lose();
       this.#isReady = true;
@@ -3025,6 +3044,7 @@ const showState = (id, state) => Object.assign($(id), { textContent: state, clas
 // -- The inspector: a plain WebSocket, and all that goes over it ------------------------------------
 
 const MOST_FRAMES = 500;
+const LONGEST_FRAME = 1_000; // characters that are shown without a click
 const WAYS = { in: "← in", out: "→ out", note: "•" };
 const CLOSE_CODES = { // that come without a reason
   1000: "closed as asked",
@@ -3034,25 +3054,33 @@ const CLOSE_CODES = { // that come without a reason
 const address = new URL({{ ws_url | tojson }}, location);
 address.protocol = address.protocol.replace("http", "ws");
 let socket = null;
-let waiting = null; // frames that have come while paused
+let fresh = []; // frames to show when the browser draws next: one by one, a burst of them would jam it
+let isPaused = false;
+
+const embolden = text => text.split(/("(?:action|type)": ?"[^"]*")/)
+  .map((part, index) => index % 2 ? make("b", {}, part) : part);
 
 function log(way, text, whose = "") {
   const now = new Date();
   const time = `${now.toTimeString().slice(0, 8)}.${String(now.getMilliseconds()).padStart(3, "0")}`;
-  const parts = text.split(/("(?:action|type)": ?"[^"]*")/);
-  const frame = make("li", { className: way },
-    make("time", {}, `${WAYS[way]} ${time} ${whose}`),
-    make("code", {}, ...parts.map((part, index) => index % 2 ? make("b", {}, part) : part)));
+  const code = make("code", {}, ...embolden(text.slice(0, LONGEST_FRAME)));
+  const frame = make("li", { className: way }, make("time", {}, `${WAYS[way]} ${time} ${whose}`), code);
   frame.classList.toggle("heartbeat", /"(system\.heartbeat|pong)"/.test(text));
-  if (!waiting) return show(frame);
-  waiting.push(frame);
-  if (waiting.length > MOST_FRAMES) waiting.shift();
+  if (text.length > LONGEST_FRAME) {
+    const showAll = () => code.replaceChildren(...embolden(text));
+    code.append(make("button", { onclick: showAll }, `… ${text.length - LONGEST_FRAME} characters more`));
+  }
+  fresh.push(frame);
+  if (fresh.length > MOST_FRAMES) fresh.shift();
+  requestAnimationFrame(showFresh);
 }
 
-function show(...frames) {
+function showFresh() {
+  if (isPaused || !fresh.length) return;
   const list = $("log");
   const isAtEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 50;
-  list.append(...frames);
+  list.append(...fresh);
+  fresh = [];
   while (list.children.length > MOST_FRAMES) list.firstChild.remove();
   if (isAtEnd) list.scrollTop = list.scrollHeight;
 }
@@ -3091,9 +3119,9 @@ on("toggle", "click", () => socket.readyState < WebSocket.CLOSING ? socket.close
 on("calm", "change", ({ target }) => $("log").classList.toggle("calm", target.checked));
 on("clear", "click", () => $("log").replaceChildren());
 on("pause", "click", ({ target }) => {
-  if (waiting) show(...waiting);
-  waiting = waiting ? null : [];
-  target.ariaPressed = waiting !== null;
+  isPaused = !isPaused;
+  target.ariaPressed = isPaused;
+  showFresh();
 });
 connect();
 log("note", "to see events, subscribe");
@@ -3286,7 +3314,10 @@ onSubmit("tell", attempt(async ({ to, text }, { target }) => {
   target.elements.text.value = "";
   say(`Told ${to}, in every window where ${to} is signed in.`);
 }));
-on("cut", "click", attempt(() => api("POST", "cut", { line: lineName })));
+on("cut", "click", attempt(async () => {
+  const { seconds } = await api("POST", "cut", { line: lineName });
+  say(`The line is cut for ${seconds} seconds. What happens now will be here once it is back.`);
+}));
 on("get-token", "click", attempt(async () => {
   $("sign").elements.token.value = await getToken($("whose").value);
 }));
@@ -3546,7 +3577,7 @@ CURES = {  # by the HTTP status that a handshake is refused with; 0: it did not 
     426: "A proxy drops the headers Upgrade and Connection (see README).",
     500: "The site failed, or the proxy does not reach it: their logs say why.",
     501: f"The web server cannot hold WebSockets: {SERVERS_THAT_CAN}.",
-    503: "All of SWIFTCMS_WS_MAX_CONNECTIONS are taken, or the server is just ending.",
+    503: "All of SWIFTCMS_WS_MAX_CONNECTIONS are taken: raise it, and the web server's threads above it.",
 }
 CROWD = 20  # clients that check() is at once
 
@@ -3638,7 +3669,7 @@ def listen(options: argparse.Namespace) -> int:
             if status_of(error) not in (0, 502, 503, 504):  # those pass
                 print(f"no handshake with {options.url}: {why}\n{cure_of(error)}", file=sys.stderr)
                 return 1
-        print(f"the line is down ({why}); trying again", file=sys.stderr)
+        print(f"no line to {options.url} ({why}); trying again", file=sys.stderr)
         time.sleep(pause * random.uniform(0.5, 1))
         pause = min(pause * 2, 30.0)
 
@@ -3648,6 +3679,9 @@ def print_token(options: argparse.Namespace) -> int:
     if not key or len(key.encode()) < 32:
         print("set SWIFTCMS_WS_JWT_KEY or SECRET_KEY, in the environment, to the site's key", file=sys.stderr)
         print(f"(of 32 bytes or more: it has {len(key.encode())})" if key else "(there is none)", file=sys.stderr)
+        return 1
+    if not options.user or options.expires_in <= 0:
+        print("the user's id must not be empty, and --expires-in be more than 0 seconds", file=sys.stderr)
         return 1
     print(sign_token(Settings(jwt_key=key), options.user, time.time(), options.expires_in, {}))
     return 0
@@ -3695,7 +3729,7 @@ def _examine_refusals(url: str) -> Iterator[Finding]:
     own = f"{parts.scheme.replace('ws', 'http')}://{parts.hostname}"
     yield answer(url, Origin=own) == 101, f"a page of {own} may connect", CURES[403]
     cure = "Pages of any site may connect with your visitors' cookies: set SWIFTCMS_WS_ORIGINS."
-    yield answer(url, Origin="https://elsewhere.example") == 403, "a foreign page is refused", cure
+    yield answer(url, Origin="https://swiftcms-ws-check.example") == 403, "a foreign page is refused", cure
     has_query = "&" if "?" in url else "?"
     cure = "A bad token should be a 401. Does a proxy drop the query?"
     yield answer(f"{url}{has_query}token=bad") == 401, "a bad token is refused", cure
@@ -3707,16 +3741,37 @@ def _examine_a_crowd(url: str) -> Iterator[Finding]:
         attempts = [pool.submit(open_line, url) for _ in range(CROWD)]
     faults = [fault for attempt in attempts if (fault := attempt.exception())]
     crowd = [attempt.result() for attempt in attempts if not attempt.exception()]
+    count = "all" if not faults else f"{len(crowd)}, beside this one,"
+    yield not faults, f"of {CROWD} clients at once {count} are let in", cure_of(faults[0]) if faults else ""
+
+    one_each = {hello["clientId"][:PROCESS_LENGTH]: (line, hello["lastId"]) for line, hello in crowd}  # by process
+    lines, newest = zip(*one_each.values(), strict=True) if crowd else ((), ())
+    known = [_is_known(line, last_id) for line, last_id in zip(lines, newest[1:] + newest[:1], strict=True)]
+    seen = f"server processes seen: {len(known)}"
+    if None in known:
+        cure = "Does Redis run, and is SWIFTCMS_WS_REDIS_URL right? The site's log has more."
+        yield False, f"{seen}; without their Redis, and so an event reaches nobody", cure
+    elif all(known):
+        yield True, f"{seen}; an event reaches the clients of all of them", ""
+    else:
+        cure = "Set SWIFTCMS_WS_REDIS_URL, or run one process with threads."
+        yield False, f"{seen}; an event reaches the clients of only one of them", cure
     for line, _ in crowd:
         hang_up(line)
-    count = "all" if not faults else len(crowd)
-    yield not faults, f"of {CROWD} clients at once {count} are let in", cure_of(faults[0]) if faults else ""
-    newest = {hello["clientId"][:PROCESS_LENGTH]: hello["lastId"] for _, hello in crowd}  # by process
-    yield (
-        len(newest) < 2 or len(set(newest.values())) == 1,
-        f"server processes seen: {len(newest)}; an event reaches the clients of all of them",
-        "An event reaches the clients of one process only: set SWIFTCMS_WS_REDIS_URL, or run one process.",
-    )
+
+
+def _is_known(line: Line, event_id: str) -> bool | None:
+    """Ask the process at the other end to resume from an event; None where it cannot, for its Redis is away."""
+    try:
+        wish = {"action": "subscribe", "type": "swiftcms_ws.check", "contentType": "none", "since": event_id}
+        line.send(json.dumps({**wish, "ref": "check"}))
+        while (data := line.receive(REPLY_SECONDS)) is not None:
+            message = json.loads(data)
+            if message.get("ref") == "check":
+                return bool(message["payload"].get("recovered", True))  # an error: it does not let us ask
+    except LINE_FAULTS:
+        pass
+    return None
 
 
 def _lives_on(line: Line) -> bool:

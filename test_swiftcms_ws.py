@@ -1048,6 +1048,9 @@ def test_a_factory_called_twice_starts_anew() -> None:
         ("AUTH", "yes", '"required"'),
         ("ORIGINS", "https://a.example", "list"),
         ("ORIGINS", ["*"], "list"),
+        ("ORIGINS", ["https://a.example/path"], "list"),
+        ("HEARTBEAT", float("inf"), "seconds"),
+        ("PORT", 8080, "there is no config key SWIFTCMS_WS_PORT; there are SWIFTCMS_WS_JWT_KEY"),
         ("JWT_ALGORITHMS", ["none"], "one family"),
         ("JWT_ALGORITHMS", ["HS256", "RS256"], "one family"),
         ("JWT_ALGORITHMS", [], "one family"),
@@ -2507,7 +2510,7 @@ def test_readme_browser_examples(browser: Browser, name: str, place: str) -> Non
         page.close()
 
 
-def test_readme_python_blocks() -> None:
+def test_readme_python_blocks(caplog: pytest.LogCaptureFixture) -> None:
     """README's Python runs, one block after the other, and its test of a site passes."""
     blocks = re.findall(r"^( *)```python\n(.*?)^ *```", README, re.S | re.M)
     assert len(blocks) >= 8
@@ -2524,6 +2527,15 @@ def test_readme_python_blocks() -> None:
     assert client.put("/posts/42", json=stale).status_code == 409
     assert client.put("/posts/42", json={**stale, "version": 3}).json["version"] == 4
     assert client.get("/posts").json["lastId"]
+    found["tell"]("content.created", "posts", {})
+    assert found["hub"].stats()["published"] == 3
+
+    def refuse(*event: Any) -> str:
+        raise swiftcms_ws.PublishError("Redis is away")
+
+    found["publish"] = refuse
+    found["tell"]("content.created", "posts", {})
+    assert "saved, but nobody was told" in caplog.text
     found["hub"].close()
 
 
@@ -2760,6 +2772,36 @@ def test_inspector(browser: Browser, demo: Process, path: str) -> None:
     page.close()
 
 
+@needs_chromium
+def test_the_inspector_keeps_up_with_a_burst(browser: Browser, demo: Process) -> None:
+    """Hundreds of long frames are on the screen at once: a page that jams would be cut for its silence."""
+    page = browser.page(f"http://localhost:{demo.port}/")
+    page.wait("document.querySelector('#state').textContent === 'online'")
+    page.js("document.querySelector('#subscriptions').requestSubmit(document.querySelector('[value=subscribe]'))")
+    page.wait("document.querySelector('#log').innerText.includes('system.subscribed')")
+    for number in range(400):
+        demo_api(demo, "POST", "posts", {"title": f"long {number}", "body": "x" * 10_000})
+    page.wait("document.querySelectorAll('#log li.in').length >= 402")
+    page.js("document.querySelector('#log li:last-child button').click()")
+    page.wait("document.querySelector('#log li:last-child').innerText.includes('x'.repeat(10_000))")
+    assert page.complaints() == []
+    page.close()
+
+
+@needs_chromium
+def test_client_js_names_the_mistakes_of_a_page(browser: Browser, demo: Process) -> None:
+    """A misspelt option, a forgotten handler, a token that cannot be fetched: said at once, in words."""
+    page = browser.page(f"http://localhost:{demo.port}/")
+    page.wait("document.querySelector('#line').textContent === 'online'")
+    attempt = "(() => {{ try {{ {} }} catch (error) {{ return error.message; }} }})()"
+    assert "no option tokn" in page.js(attempt.format("new SwiftCMS({tokn: 1})"))
+    assert "handler must be a function" in page.js(attempt.format("cms.subscribe('content.*', 'posts')"))
+    page.js("other = new SwiftCMS({token: () => Promise.reject(new Error('nobody is signed in'))}); 0")
+    until(lambda: page.js("1") and any("no token came" in line for line in page.console))
+    page.js("other.close()")
+    page.close()
+
+
 def sign_in(page: Page, name: str) -> None:
     page.js(f"document.querySelector('#sign-in').elements.user.value = '{name}'")
     page.js("document.querySelector('#sign-in').requestSubmit()")
@@ -2903,6 +2945,9 @@ def test_token_is_one_that_the_server_takes(server: Server) -> None:
     run = command("token", "ana", "--expires-in", "60", SECRET_KEY=KEY, SWIFTCMS_WS_JWT_KEY="")
     with server.client() as client:
         assert client.authenticate(run.stdout.strip())["payload"]["userId"] == "ana"
+    for wrong in (["", "--expires-in", "60"], ["ana", "--expires-in", "-1"]):
+        run = command("token", *wrong, SECRET_KEY=KEY)
+        assert (run.returncode, run.stdout) == (1, "")
     run = command("token", "ana", SECRET_KEY="", SWIFTCMS_WS_JWT_KEY="")
     assert (run.returncode, "SWIFTCMS_WS_JWT_KEY" in run.stderr) == (1, True)
 
@@ -2933,7 +2978,7 @@ def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
         until(lambda: "SWIFTCMS_WS_REDIS_URL" in command("check", f"ws://127.0.0.1:{process.port}/ws").stdout)
 
 
-CROWD = "✗ of 20 clients at once 4 are let in"  # beside the one that is there already
+CROWD = "✗ of 20 clients at once 4, beside this one, are let in"
 
 
 def test_check_finds_a_server_that_is_too_small(tmp_path: Path) -> None:
@@ -2979,11 +3024,14 @@ def test_check_finds_that_it_is_something_else() -> None:
 
 @needs_redis
 def test_check_is_content_with_processes_that_share_redis(redis: Redis, tmp_path: Path) -> None:
-    """Several processes are no cross where they have their events in common."""
+    """Several processes are no cross where they have their events in common; one where their Redis is dead."""
     environ = {"SWIFTCMS_WS_REDIS_URL": redis.url}
     with site(tmp_path, (*GTHREAD, "--workers", "3"), **environ) as process:
         run = command("check", f"ws://127.0.0.1:{process.port}/ws")
         assert run.returncode == 0, run.stdout + run.stderr
+        redis.kill()
+        run = command("check", f"ws://127.0.0.1:{process.port}/ws")
+        assert (run.returncode, "Does Redis run" in run.stdout) == (1, True), run.stdout
 
 
 def impatient(*arguments: str, name: str = "LONG_SECONDS", seconds: float = 1.0) -> subprocess.Popen[str]:
