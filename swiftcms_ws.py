@@ -19,8 +19,9 @@ Glossary
     connection    one client on one WebSocket
     frame         bytes as they go over the wire (RFC 6455 section 5): a message, a ping, a close
     broker        gives events their ids and their one order, and remembers the latest: the history
+    job           what the dispatcher is to do between two events
     presence      who has which entry open for editing
-    engine        registry, broker, presence and the threads that serve all connections
+    engine        registry, broker, presence and the threads that serve all connections of a process
     hub           an engine with its Flask blueprint: what a site talks to
 
 An event's way
@@ -37,7 +38,7 @@ Threads
     reader        one per connection, the web server's own: carries out the client's messages
 
 Locks (what each guards is said where it is made)
-    Hub._starting       while an engine is made and started; the locks below are taken under it
+    Hub._starting       while an engine is made and started; the locks below may be taken under it
     MemoryBroker._lock  ids, and the queue        Connection._lock  one socket, and what waits for it
     Registry._lock      who subscribes to what    Presence._lock    who edits what
     Counters._lock      the numbers of stats()    Writer._round     the writer's bell, and its end
@@ -45,7 +46,7 @@ The last six are leaves: no lock is taken under them, no hook called, nothing lo
 waited for but their own condition. What one thread alone touches has no lock, and says so.
 
 Sections 1 to 11 are the server, in the order in which data flows; who reads for that may stop there.
-12 is the client for browsers and the page of the inspector, 13 a demo and the command line.
+12, which 11 serves, is the client for browsers and the page of the inspector; 13 a demo and the command line.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ ROUTES_KEPT = 64  # answers of the registry, each as long as there are subscribe
 NAME_LENGTH = 128  # characters of a type, a content type or an entry's id: those are kept
 REDIS_SECONDS = 1.0  # for a step of Redis, to connect or to answer; publish() takes two at most
 REDIS_BLOCK = 500  # milliseconds that the follower waits for what is new before it asks again
-REDIS_PAUSE = 0.05  # seconds before the follower tries again; doubled each time, up to REDIS_SECONDS
+REDIS_PAUSE = 0.05  # seconds; doubled before each time that the follower tries again, up to REDIS_SECONDS
 FOLLOWER_BATCH = 256  # entries that the follower reads at once
 FOLLOWER_ROOM = 10_000  # entries that it may lag behind, beyond the history
 
@@ -321,7 +322,7 @@ _NAME_RULE = f"words of letters, digits, _ and - joined by dots, at most {NAME_L
 
 @dataclasses.dataclass(slots=True)
 class Event:
-    """One published event, as the broker ordered it. Nothing of it changes once it is there."""
+    """One published event, as the broker ordered it. Nothing of it changes, but that its frame is made."""
 
     id: EventId
     type: str
@@ -510,6 +511,15 @@ def check_user_id(value: object, source: str) -> str:
     return str(value)
 
 
+def check_key(settings: Settings) -> None:
+    """Raise ValueError where the key is none that the algorithms can use: every token would be a bad one."""
+    for name in settings.jwt_algorithms if settings.jwt_key is not None else ():
+        try:
+            get_default_algorithms()[name].prepare_key(settings.jwt_key)
+        except Exception as error:  # each algorithm has its own
+            raise ValueError(f"config key {CONFIG_PREFIX}JWT_KEY must be a key for {name}: {error}") from error
+
+
 def sign_token(
     settings: Settings, user_id: str, now: float, expires_in: float, claims: Mapping[str, Any]
 ) -> str:
@@ -561,7 +571,7 @@ def check_token(settings: Settings, token: str) -> User:
 
 # == 5. Connection: one client's socket, and the only place that touches it ==========================
 
-Frame: TypeAlias = "Message[Any] | Ping | Pong"  # as wsproto parses it; a long one comes in parts
+Received: TypeAlias = "Message[Any] | Ping | Pong"  # a frame as wsproto parses it; a long one comes in parts
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 # Needs no descriptor of its own, and goes past the 1024th; Windows has no poll().
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
@@ -593,7 +603,7 @@ class Connection:
         """Take over a socket whose handshake is done; `attend` is the writer's."""
         self.id = client_id
         self.opened_at = self.last_heard = time.monotonic()  # set by the reader alone; a float is read whole
-        # Under the registry's lock:
+        # Changed under the registry's lock; read without it, each for itself, they are whole.
         self.user = user
         self.user_from: EventId = (0, 0)  # signed in as it since the event after this one
         self.subscriptions: dict[Pattern, EventId] = {}  # each with all that matched after this event
@@ -742,7 +752,7 @@ class Connection:
 
     # -- reading: the web server's thread --------------------------------------------------------------
 
-    def frames(self) -> Iterator[Frame]:
+    def frames(self) -> Iterator[Received]:
         """Be the connection's reader, until it has ended: yield each frame, or part of one, that comes.
 
         Pings are answered here, and so are a close frame and bytes that are no frame: those end it.
@@ -759,7 +769,7 @@ class Connection:
                     elif isinstance(frame, Ping):
                         self.send(bytes(library.send(frame.response())))
                     if not self.is_ending:
-                        yield cast("Frame", frame)
+                        yield cast("Received", frame)
                 if library.state is ConnectionState.CLOSED and not self._waiting:
                     return  # both sides have said so
         finally:
@@ -769,6 +779,7 @@ class Connection:
 
     def _receive(self) -> bytes:
         """Wait for bytes from the client; return none at the end. What comes after the end is dropped."""
+        self.last_heard = time.monotonic()
         while True:
             with self._lock:  # for TLS, where two threads may not be in one socket
                 try:
@@ -782,7 +793,7 @@ class Connection:
                     selector.register(self._sock, selectors.EVENT_READ)
                     selector.select()
             elif not data or not self.is_ending:
-                self.last_heard = time.monotonic()
+                self.last_heard = float("inf")  # until that is carried out: whoever we keep waiting is not dead
                 return data
 
     def _answer_close(self, frame: bytes) -> None:
@@ -1222,7 +1233,7 @@ class RedisBroker(MemoryBroker):
         self._on_told, self._on_gap, self._on_round = on_told, on_gap, on_round
         self._follower = threading.Thread(target=self._follow, name="swiftcms-ws follower", daemon=True)
         self._told_id = ""  # the follower's alone
-        # Under `_changed`:
+        # Written by the follower alone, but for the last; who waits for them does so under `_changed`.
         self._has_begun = False  # the follower knows where it is
         self.last_id, self._forgotten = (0, 0), (-1, 0)  # until it does
         self._last_published: EventId = (0, 0)
@@ -1291,7 +1302,8 @@ class RedisBroker(MemoryBroker):
             to = frozenset(json.loads(fields["to"])) if "to" in fields else None
             return Event(parse_event_id(event_id), fields["type"], fields["contentType"], fields["payload"], to)
         except (KeyError, ValueError, TypeError):
-            log(logging.ERROR, "ignored entry %s of the Redis stream, which no swiftcms_ws wrote", event_id)
+            what = "ignored entry %s of the stream, which no swiftcms_ws wrote; SWIFTCMS_WS_REDIS_PREFIX changes it"
+            log(logging.ERROR, what, event_id)
             return Event(parse_event_id(event_id), *_MARKER)
 
     def _follow(self) -> None:
@@ -1827,7 +1839,7 @@ class Conversation:
         }
         self._answer("system.connected", payload)
 
-    def take(self, frame: Frame) -> None:
+    def take(self, frame: Received) -> None:
         """Take a frame; once a message is whole, carry it out."""
         try:
             data = self._whole_message(frame)
@@ -1840,8 +1852,8 @@ class Conversation:
     def fail(self, error: BaseException) -> None:
         self._engine.fail(self._connection, error)
 
-    def _whole_message(self, frame: Frame) -> str | bytes | None:
-        """Return the message that a frame completes, or None. Raises ClientError where it grows too big."""
+    def _whole_message(self, frame: Received) -> str | bytes | None:
+        """Return the message that a frame completes, or None; raise ClientError where these are too big or too many."""
         if isinstance(frame, Message):
             self._parts.append(frame.data)
             self._size += len(frame.data.encode() if isinstance(frame.data, str) else frame.data)
@@ -2121,8 +2133,8 @@ class Hub:
     """What a site talks to: publish(), the hooks, and a blueprint with the /ws route.
 
     One hub serves one app at a time; registered with another app it ends its connections and
-    starts anew there. Without an app, in a script or a task queue, `redis_url` (or the environment
-    variable SWIFTCMS_WS_REDIS_URL) says through which Redis its events reach the site's clients.
+    starts anew there. `redis_url` or the environment variable SWIFTCMS_WS_REDIS_URL stand in for the
+    config key: a script or a task queue has no app, and reaches the site's clients all the same.
     """
 
     def __init__(self, redis_url: str | None = None) -> None:
@@ -2169,7 +2181,8 @@ class Hub:
         to:            a user id, or several, to whom alone it goes; None: to all
 
         Raises TypeError or ValueError, naming the argument, with nothing sent; and PublishError,
-        within two seconds, where Redis does not take it.
+        within two seconds, where Redis does not take it. What a receiver of `event_published` raises
+        comes out of here too, once the event is sent.
         """
         return self.publish_many([(event_type, content_type, payload, to)])[0]
 
@@ -2210,9 +2223,10 @@ class Hub:
     def issue_token(self, user_id: str | int, expires_in: float = 3600, **claims: Any) -> str:
         """Return a JWT that `authenticate` takes, for `expires_in` seconds.
 
+        `claims` are for the authorize hook: issue_token(7, role="editor") is its user.claims["role"].
         Raises ValueError where there is no key to sign with, or only one to check with.
         """
-        settings = self._current_settings()
+        settings = self._engine.settings if self._engine else self._current_settings()
         algorithm = settings.jwt_algorithms[0]
         if settings.jwt_key is None:
             raise ValueError("there is no key to sign with: set SECRET_KEY or SWIFTCMS_WS_JWT_KEY")
@@ -2266,6 +2280,7 @@ class Hub:
 
     def _registered(self, app: Flask) -> None:
         self._settings = Settings.from_config(app.config)
+        check_key(self._settings)
         if self._settings.redis_url is not None:
             import_redis()
         if self._app is not app:
@@ -2293,23 +2308,27 @@ class Hub:
         if self._engine is None:
             with self._starting:
                 if self._engine is None:
-                    app = self._app or Flask(__name__)
-                    # NaN is no JSON: the browser of everyone who gets it would throw.
-                    engine = Engine(self._current_settings(), lambda value: app.json.dumps(value, allow_nan=False))
-                    _warn_of_a_short_key(engine.settings)
-                    if self._app is None and engine.settings.redis_url is None:
-                        log(
-                            logging.WARNING,
-                            "this hub is registered with no app, and so reaches nobody: a site with a Hub of its"
-                            " own calls that one's publish(); a script gives Hub(redis_url=…)"
-                        )
-                    try:
-                        engine.start()
-                    except BaseException:
-                        engine.close(0)  # those of its threads that did start
-                        raise
-                    self._engine = engine
+                    self._engine = self._start_engine()
         return self._engine
+
+    def _start_engine(self) -> Engine:
+        app, settings = self._app or Flask(__name__), self._current_settings()
+        check_key(settings)
+        _warn_of_a_short_key(settings)
+        if self._app is None and settings.redis_url is None:
+            sentence = (
+                "this hub is registered with no app, and so reaches nobody: a site with a Hub of its"
+                " own calls that one's publish(); a script gives Hub(redis_url=…)"
+            )
+            log(logging.WARNING, sentence)
+        # NaN is no JSON: the browser of everyone who gets it would throw.
+        engine = Engine(settings, lambda value: app.json.dumps(value, allow_nan=False))
+        try:
+            engine.start()
+        except BaseException:
+            engine.close(0)  # those of its threads that did start
+            raise
+        return engine
 
     def forget_engine(self) -> None:
         """Start anew in a forked child, where the threads do not exist and locks may be held for ever."""

@@ -1068,6 +1068,26 @@ def test_a_wrong_config_key_raises_at_registration(key: str, value: object, hint
     assert f"SWIFTCMS_WS_{key}" in str(caught.value)
 
 
+def test_a_key_that_does_not_fit_its_algorithm_raises() -> None:
+    """With a text for RS256 every good token would be refused as a bad one; so it raises, at once or at first use."""
+    app = Flask("site")
+    app.config.update(SWIFTCMS_WS_JWT_ALGORITHMS=["RS256"], SWIFTCMS_WS_JWT_KEY=KEY)
+    with pytest.raises(ValueError, match="SWIFTCMS_WS_JWT_KEY must be a key for RS256"):
+        Hub().init_app(app)
+    other, hub = Flask("other"), Hub()
+    other.config.update(SWIFTCMS_WS_JWT_ALGORITHMS=["RS256"], SECRET_KEY=KEY)
+    hub.init_app(other)
+    with pytest.raises(ValueError, match="SWIFTCMS_WS_JWT_KEY must be a key for RS256"):
+        hub.publish("content.created", "posts", {})
+
+
+def test_a_token_is_signed_with_the_key_that_checks_it(server: Server) -> None:
+    """A SECRET_KEY that is changed while the site runs does not part what signs from what checks."""
+    with server.client() as client:
+        server.app.secret_key = KEY[::-1]
+        assert client.authenticate(server.hub.issue_token("ana"))["type"] == "system.authenticated"
+
+
 def test_a_config_key_set_too_late_raises_at_first_use() -> None:
     """What is set after registration would be ignored, so it raises; SECRET_KEY may come late."""
     hub, app = Hub(), Flask("site")
@@ -1135,6 +1155,23 @@ def test_authorize_sees_the_pattern_and_a_context() -> None:
             (None, None, "user.editing", "*", "/ws"),
             ("ana", "editor", "content.*", "*", "/ws"),
         ]
+
+
+def test_who_waits_for_a_slow_hook_is_not_taken_for_dead() -> None:
+    """While its own message is carried out nothing can be heard from a client: that is not its silence."""
+    gate = threading.Event()
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @hub.authorize
+        def authorize(user: object, event_type: str, content_type: str) -> bool:
+            return gate.wait(PATIENCE)
+
+    with Server(configure, HEARTBEAT=0.3) as server, server.client() as busy, server.client() as silent:
+        silent._ws.send = lambda event: b""  # type: ignore[assignment,method-assign]  # it answers no ping
+        busy.send(action="subscribe", ref=1)
+        assert silent.closing().code == 4408
+        gate.set()
+        assert busy.receive()["type"] == "system.subscribed"
 
 
 def test_a_hook_that_fails_is_logged_and_closes_with_1011(caplog: pytest.LogCaptureFixture) -> None:
