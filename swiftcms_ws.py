@@ -176,6 +176,7 @@ RECEIVE_BYTES = 16 * 1024  # that are taken from a socket at once
 SMALL_FRAGMENT = 256  # bytes; a smaller one counts as a message, or one message could have 64 Ki of them
 HEADERS_LENGTH = 32 * 1024  # characters in a handshake's headers: they are kept with the connection
 SUGGESTED_FROM = 50  # names, at most, that a misspelt one is compared with
+SIGN_OUTS_KEPT = 1000  # for handshakes that were under way meanwhile
 ROUTES_KEPT = 64  # answers of the registry, each as long as there are subscribers
 NAME_LENGTH = 128  # characters of a type, a content type or an entry's id: those are kept
 REDIS_SECONDS = 1.0  # for a step of Redis, to connect or to answer; publish() takes two at most
@@ -602,7 +603,9 @@ class Connection:
     ) -> None:  # fmt: skip
         """Take over a socket whose handshake is done; `attend` is the writer's."""
         self.id = client_id
-        self.opened_at = self.last_heard = time.monotonic()  # set by the reader alone; a float is read whole
+        self.opened_at = time.monotonic()
+        # Since when the reader waits for the client; while it is busy with it, never. Set by it alone, and read whole.
+        self.last_heard = float("inf")
         # Changed under the registry's lock; read without it, each for itself, they are whole.
         self.user = user
         self.user_from: EventId = (0, 0)  # signed in as it since the event after this one
@@ -793,7 +796,7 @@ class Connection:
                     selector.register(self._sock, selectors.EVENT_READ)
                     selector.select()
             elif not data or not self.is_ending:
-                self.last_heard = float("inf")  # until that is carried out: whoever we keep waiting is not dead
+                self.last_heard = float("inf")  # until that is carried out: whom we keep waiting is not dead
                 return data
 
     def _answer_close(self, frame: bytes) -> None:
@@ -1193,6 +1196,7 @@ _MARKER: Draft = ("system.marker", "system", "{}", frozenset())  # an event to n
 
 
 def import_redis() -> Any:
+    """Return the package, or raise ImportError that says how to get it."""
     try:
         import redis  # noqa: PLC0415 - the optional extra; nobody else needs it
     except ImportError as error:
@@ -1498,6 +1502,7 @@ class Engine:
         self.closing = threading.Event()
         self.knows_its_server = False
         self.server_is_stopping: Callable[[], bool] = lambda: False
+        self._signed_out: deque[tuple[float, str]] = deque(maxlen=SIGN_OUTS_KEPT)  # no lock: appended to and read whole
         self._last_said: dict[str, float] = {}  # without a lock: at the worst a line is logged twice
         self.process = secrets.token_hex(PROCESS_LENGTH // 2)  # what other processes know this one by
         # Other processes: when they were heard, and the most changes they had told of; for jobs alone.
@@ -1651,9 +1656,17 @@ class Engine:
 
     def end_user(self, user_id: str) -> int:
         """Sign a user out of this process; return of how many connections."""
-        reason = "the site signed you out; sign in again"
-        connections = self.registry.connections(user_id)
-        return sum(connection.close(CloseCode.SIGN_IN_AGAIN, reason) for connection in connections)
+        self._signed_out.append((time.monotonic(), user_id))
+        return sum(self._end_signed_out(connection) for connection in self.registry.connections(user_id))
+
+    def end_if_signed_out(self, connection: Connection, since: float) -> None:
+        """End a connection that is new in the registry, if its user was signed out since its handshake began."""
+        user_id = connection.user.id if connection.user else None
+        if any(at >= since and who == user_id for at, who in list(self._signed_out)):
+            self._end_signed_out(connection)
+
+    def _end_signed_out(self, connection: Connection) -> bool:
+        return connection.close(CloseCode.SIGN_IN_AGAIN, "the site signed you out; sign in again")
 
     # -- other processes: through Redis, or there are none ---------------------------------------------
 
@@ -2114,9 +2127,10 @@ class Handshake:
     has ended, and ends: one thread, the web server's own, is enough to read with, and takes half the memory.
     """
 
-    def __init__(self, sock: socket.socket, user: User | None) -> None:
+    def __init__(self, sock: socket.socket, user: User | None, began: float) -> None:
         self.sock = sock
         self.user = user
+        self.began = began  # before it was asked who that is
 
     def send(self, data: bytes) -> int:
         self.sock.sendall(data)
@@ -2259,7 +2273,10 @@ class Hub:
         return [editor.as_json() for editor in editors]
 
     def disconnect(self, user_id: str | int) -> int:
-        """End a user's connections, for a logout or a ban; return how many there were in this process."""
+        """End a user's connections, for a logout or a ban; return how many there were in this process.
+
+        End the login first: who comes afterwards, and is known to the identify hook, comes in.
+        """
         user, engine = check_user_id(user_id, "user_id"), self._running()
         engine.tell_others("disconnect", user_id=user)
         return engine.end_user(user)
@@ -2345,9 +2362,10 @@ class Hub:
         socket_key = self._check_server(engine)
         self._check_headers(environ)
         self._check_origin(engine)
+        began = time.monotonic()
         user = self._find_user(engine.settings)
         self._take_place(engine)
-        environ[socket_key] = environ[HANDSHAKE_KEY] = Handshake(environ[socket_key], user)
+        environ[socket_key] = environ[HANDSHAKE_KEY] = Handshake(environ[socket_key], user, began)
         # No compression (PROTOCOL.md): one frame goes to all clients as it is.
         environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
 
@@ -2362,16 +2380,7 @@ class Hub:
             abort(self._refusal(501, "not_supported", f"{server} {lacks}; {SERVERS_THAT_CAN}"))
         if socket_key == "gunicorn.socket" and not engine.knows_its_server:
             engine.knows_its_server = True
-            worker = _gunicorn_worker()
-            if worker is not None:
-                engine.server_is_stopping = lambda: not worker.alive
-                threads, limit = worker.cfg.threads, engine.settings.max_connections
-                if threads <= limit:
-                    engine.say(
-                        "gunicorn has %s threads and each WebSocket holds one, so %s clients would stop the"
-                        " whole site: set SWIFTCMS_WS_MAX_CONNECTIONS (now %s) below --threads",
-                        threads, threads, limit, once=True,
-                    )  # fmt: skip
+            _learn_of_gunicorn(engine)
         if environ.get("wsgi.multiprocess") and engine.settings.redis_url is None:
             engine.say(
                 "there are several server processes, and an event reaches only the clients of the one that"
@@ -2492,7 +2501,7 @@ class Hub:
             )
             conversation = Conversation(engine, connection, functools.partial(self._is_allowed, environ))
             try:
-                self._greet(engine, conversation, connection, environ)
+                self._greet(engine, conversation, connection, environ, handshake.began)
                 for frame in connection.frames():
                     conversation.take(frame)
             except Exception as error:  # wsproto's, or ours: this client alone ends, and leaves nothing
@@ -2509,11 +2518,12 @@ class Hub:
             log(logging.ERROR, "a receiver of client_disconnected failed", exc_info=True)
 
     def _greet(
-        self, engine: Engine, conversation: Conversation, connection: Connection, environ: dict[str, Any]
+        self, engine: Engine, conversation: Conversation, connection: Connection, environ: dict[str, Any], began: float
     ) -> None:
         try:
             conversation.greet()
             engine.registry.add(connection)
+            engine.end_if_signed_out(connection, began)
             if engine.closing.is_set():  # since the handshake
                 connection.close(CloseCode.GOING_AWAY, "the server is going away; come back with since")
             self._tell(client_connected, environ, connection)
@@ -2557,6 +2567,21 @@ def _host_and_port(origin: str) -> tuple[str, int | None] | None:
         return parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
         return None
+
+
+def _learn_of_gunicorn(engine: Engine) -> None:
+    """Have the end of the worker noticed, and say so where it has too few threads."""
+    worker = _gunicorn_worker()
+    if worker is None:
+        return
+    engine.server_is_stopping = lambda: not worker.alive
+    threads, limit = worker.cfg.threads, engine.settings.max_connections
+    if threads <= limit:
+        engine.say(
+            "gunicorn has %s threads and each WebSocket holds one, so %s clients would stop the"
+            " whole site: set SWIFTCMS_WS_MAX_CONNECTIONS (now %s) below --threads",
+            threads, threads, limit, once=True,
+        )  # fmt: skip
 
 
 def _gunicorn_worker() -> Any:
@@ -3760,23 +3785,22 @@ def _examine_a_crowd(url: str) -> Iterator[Finding]:
         attempts = [pool.submit(open_line, url) for _ in range(CROWD)]
     faults = [fault for attempt in attempts if (fault := attempt.exception())]
     crowd = [attempt.result() for attempt in attempts if not attempt.exception()]
+    one_each = list({hello["clientId"][:PROCESS_LENGTH]: (line, hello["lastId"]) for line, hello in crowd}.values())
+    neighbours = zip(one_each, one_each[1:] + one_each[:1], strict=True)  # each process, and the next
+    known = [_is_known(line, last_id) for (line, _), (_, last_id) in neighbours]
+    for line, _ in crowd:
+        hang_up(line)
     count = "all" if not faults else f"{len(crowd)}, beside this one,"
     yield not faults, f"of {CROWD} clients at once {count} are let in", cure_of(faults[0]) if faults else ""
 
-    one_each = {hello["clientId"][:PROCESS_LENGTH]: (line, hello["lastId"]) for line, hello in crowd}  # by process
-    lines, newest = zip(*one_each.values(), strict=True) if crowd else ((), ())
-    known = [_is_known(line, last_id) for line, last_id in zip(lines, newest[1:] + newest[:1], strict=True)]
     seen = f"server processes seen: {len(known)}"
     if None in known:
         cure = "Does Redis run, and is SWIFTCMS_WS_REDIS_URL right? The site's log has more."
         yield False, f"{seen}; without their Redis, and so an event reaches nobody", cure
-    elif all(known):
-        yield True, f"{seen}; an event reaches the clients of all of them", ""
-    else:
+    elif known:
         cure = "Set SWIFTCMS_WS_REDIS_URL, or run one process with threads."
-        yield False, f"{seen}; an event reaches the clients of only one of them", cure
-    for line, _ in crowd:
-        hang_up(line)
+        reached = "the clients of all of them" if all(known) else "only the clients of one"
+        yield all(known), f"{seen}; an event reaches {reached}", cure
 
 
 def _is_known(line: Line, event_id: str) -> bool | None:

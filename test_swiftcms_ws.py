@@ -1271,6 +1271,32 @@ def test_a_start_that_fails_leaves_no_threads(server: Server, monkeypatch: pytes
     server.publish(2)
 
 
+def test_disconnect_reaches_who_is_just_coming() -> None:
+    """A user who was asked for before a ban, and is connected after it, is ended as all others of hers."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @hub.identify
+        def identify() -> str:
+            user = "ana"  # who was not banned when this was looked up
+            asked.set()
+            assert go_on.wait(PATIENCE)
+            return user
+
+    with Server(configure) as server:
+
+        def come() -> None:
+            with server.client() as ana:
+                assert ana.closing().code == 4401
+
+        with running([come]):
+            assert asked.wait(PATIENCE)
+            assert server.hub.disconnect("ana") == 0
+            go_on.set()
+        with server.client() as later:
+            assert later.ask("heartbeat")["type"] == "system.heartbeat"
+
+
 def test_disconnect_flush_stats_and_close() -> None:
     """What a site calls: a user's connections end with 4401, all others with 1001 in the end."""
     with Server() as server, server.client() as ana, server.client() as bob:
