@@ -131,10 +131,10 @@ __all__ = [
 logger = logging.getLogger("swiftcms_ws")
 
 
-def log(level: int, text: str, *values: object, exc_info: Any = None) -> None:
+def log(level: int, text: str, *values: object, exc_info: Any = None, stack_info: bool = False) -> None:
     """Log. A handler or a filter of the site that fails must not end the thread, or nobody hears anything more."""
     try:
-        logger.log(level, text, *values, exc_info=exc_info, stacklevel=2)
+        logger.log(level, text, *values, exc_info=exc_info, stack_info=stack_info, stacklevel=2)
     except Exception:
         traceback.print_exc()
 
@@ -665,8 +665,11 @@ class Connection:
             self._enqueue(data)
             if is_replay:
                 self._replay_room += len(data)
+            if self._most is not None and not is_attended:
+                self._write_waiting()  # TLS, which goes piece by piece
             is_too_slow = self.waiting_bytes > self._max_queue + self._replay_room
-        if not is_attended:
+            is_new = bool(self._waiting) and not is_attended
+        if is_new:
             self._attend(self)
         if is_too_slow:
             self.close(CloseCode.TOO_SLOW, "read too slowly; come back with since")
@@ -2356,7 +2359,7 @@ class Hub:
                 "this hub is registered with no app, and so reaches nobody: a site with a Hub of its"
                 " own calls that one's publish(); a script gives Hub(redis_url=…)"
             )
-            log(logging.WARNING, sentence)
+            log(logging.WARNING, sentence, stack_info=True)  # which place calls the wrong one
         # NaN is no JSON: the browser of everyone who gets it would throw.
         engine = Engine(settings, lambda value: app.json.dumps(value, allow_nan=False))
         try:
@@ -3007,7 +3010,7 @@ button:hover, [aria-pressed=true] { background: var(--panel); }
     <button id="cut">Cut the line</button>
   </header>
   <form id="sign-in" class="row" autocomplete="off">
-    <label>You are <input name="user" required maxlength="40" pattern=".*\S.*"></label>
+    <label>You are (in this half) <input name="user" required maxlength="40" pattern=".*\S.*"></label>
     <button>Sign in</button>
   </form>
   <p id="news" class="notice" role="status"></p>

@@ -1527,8 +1527,8 @@ def self_signed(directory: Path) -> tuple[str, str]:
     return str(cert), str(key)
 
 
-def test_tls_in_the_process(tmp_path: Path) -> None:
-    """`flask run --cert` works: every byte goes through the same place, and a slow reader loses nothing."""
+def tls(tmp_path: Path) -> tuple[Callable[[Flask, Hub], None], ssl.SSLContext]:
+    """Return what has a Server speak TLS, and a context for its clients."""
     trusting = ssl.create_default_context()
     trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
     certificate = self_signed(tmp_path)
@@ -1536,6 +1536,26 @@ def test_tls_in_the_process(tmp_path: Path) -> None:
     def configure(app: Flask, hub: Hub) -> None:
         app.config["TEST_SSL"] = certificate
 
+    return configure, trusting
+
+
+def test_tls_a_burst_is_not_taken_for_a_slow_client(tmp_path: Path) -> None:
+    """What a kernel has room for does not wait with TLS either: twice the queue at once ends nobody."""
+    configure, trusting = tls(tmp_path)
+    with (
+        Server(configure) as server,
+        socket.create_connection(("127.0.0.1", server.port), PATIENCE) as plain,
+        Client(server.port, sock=trusting.wrap_socket(plain)) as client,
+    ):
+        client.subscribe()
+        for number in range(2000):
+            server.publish(number, padding="x" * 1000)
+        assert [message["payload"]["n"] for message in client.receive_many(2000)] == list(range(2000))
+
+
+def test_tls_in_the_process(tmp_path: Path) -> None:
+    """`flask run --cert` works: every byte goes through the same place, and a slow reader loses nothing."""
+    configure, trusting = tls(tmp_path)
     with Server(configure, MAX_QUEUE=50_000_000) as server:
         plain = socket.socket()
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
