@@ -85,7 +85,7 @@ from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 from urllib.parse import urlsplit
 
 try:
@@ -135,9 +135,8 @@ def log(level: int, text: str, *values: object, exc_info: Any = None, stack_info
     """Log. A handler or a filter of the site that fails must not end the thread, or nobody hears anything more."""
     try:
         logger.log(level, text, *values, exc_info=exc_info, stack_info=stack_info, stacklevel=2)
-    except Exception:
+    except Exception:  # of any kind, and the log is no place to tell of it: standard error is what is left
         traceback.print_exc()
-
 
 
 # == 1. Vocabulary: close codes, limits, settings, signals ===========================================
@@ -637,7 +636,8 @@ class Connection:
         self._replay_room = 0  # bytes that may wait beyond max_queue: see send()
         self.is_ending = False  # a close frame is sent or waiting: nothing may follow it
         self._is_lost = False  # there is no line any more
-        # None of that, nor TLS: what is sent goes straight to the kernel. One look, for all clients of an event.
+        # None of that, nor TLS: what is sent goes straight to the kernel. One look, for it is asked of each
+        # client for each event.
         self._is_direct = self._most is None
         self.give_up_at = float("inf")  # when a connection that is ending is cut
         self.close_code: CloseCode | None = None  # where it was we who ended it
@@ -1116,30 +1116,32 @@ class MemoryBroker:
             self._queue.put(event)
             self._queued_bytes += len(event.payload) + EVENT_OVERHEAD
 
-    def in_order(self, job: Callable[[], Result]) -> Future[Result]:
+    def run_in_order(self, job: Job) -> bool:
         """Have the dispatcher run `job` between the events queued before this call and those after.
 
-        A job may not block. What it returns or raises is in the Future, which is cancelled where
-        the broker is closed.
+        A job may not block. What it raises is logged. Returns False where the broker is closed.
+        """
+        with self._lock:
+            if not self._is_closed:
+                self._queue.put(job)
+            return not self._is_closed
+
+    def in_order(self, job: Callable[[], Result]) -> Future[Result]:
+        """Do so for someone who waits: what `job` returns or raises is in the Future.
+
+        It is cancelled where the broker is closed.
         """
         future: Future[Result] = Future()
 
         def run() -> None:
             try:
                 future.set_result(job())
-            except Exception as error:
+            except Exception as error:  # whatever it is, who waits gets it
                 future.set_exception(error)
 
         if not self.run_in_order(run):
             future.cancel()
         return future
-
-    def run_in_order(self, job: Job) -> bool:
-        """Do so where nobody waits, so that what `job` raises is logged; False where the broker is closed."""
-        with self._lock:
-            if not self._is_closed:
-                self._queue.put(job)
-            return not self._is_closed
 
     def take(self) -> list[Event] | Job | None:
         """Wait for what is next: a job, or as many events as make one batch; None once closed."""
@@ -1444,13 +1446,14 @@ class Presence:
     def stop(self, entry: Entry, client_id: str) -> Editor | None:
         """Take an editor away and return it, or None where it was none."""
         with self._lock:
-            self.changes += 1
             editor = self._editors.get(entry, {}).pop(client_id, None)
             self._entries.get(client_id, {}).pop(entry, None)
             if not self._editors.get(entry):
                 self._editors.pop(entry, None)
             if not self._entries.get(client_id):
                 self._entries.pop(client_id, None)
+            if editor is not None:
+                self.changes += 1
             return editor
 
     def entries_of(self, client_id: str) -> list[Entry]:
@@ -1538,9 +1541,15 @@ class Engine:
         )  # fmt: skip
 
     def start(self) -> None:
-        for thread in (self._writing, self._dispatcher, self._heartbeat):
-            thread.start()
-        self.broker.start()
+        try:
+            for thread in (self._writing, self._dispatcher, self._heartbeat):
+                thread.start()
+            self.broker.start()
+        except BaseException:  # for the caller; but those that did start must end
+            self.closing.set()
+            self.broker.close()
+            self.writer.close()
+            raise
 
     def new_client_id(self) -> str:
         """Return an id that tells, to who has several, whether they are of one process."""
@@ -1929,7 +1938,7 @@ class Conversation:
         except BrokerAway as error:
             log(logging.INFO, "sent client %s away: %s", self._connection.id, error)
             self._connection.close(CloseCode.GOING_AWAY, "the history cannot be read now; come back with since")
-        except BaseException as error:  # the client's, or a hook's: then it is logged, and this connection ends
+        except BaseException as error:  # the client's, or a hook's, its SystemExit too: logged, and the end
             self._engine.fail(self._connection, error, action, ref)
 
     def _spend(self, count: int) -> ClientError | None:
@@ -2165,6 +2174,10 @@ class Handshake:
         """The library's thread ends."""
 
 
+class HandshakeRefused(HTTPException):
+    """No WebSocket: has the answer. A class of its own, for a site may have Flask trap all others."""
+
+
 class Hub:
     """What a site talks to: publish(), the hooks, and a blueprint with the /ws route.
 
@@ -2178,6 +2191,7 @@ class Hub:
         self.blueprint.record(lambda state: self._registered(cast(Flask, state.app)))
         self.blueprint.before_request(self._before_request)
         self.blueprint.teardown_request(self._after_handshake)
+        self.blueprint.register_error_handler(HandshakeRefused, HandshakeRefused.get_response)
         self.blueprint.register_error_handler(ProtocolError, self._malformed)
         Sock().route("/ws", bp=self.blueprint, endpoint="websocket")(self._websocket)
         self.blueprint.add_url_rule("/ws", "about", self._about)
@@ -2232,7 +2246,7 @@ class Hub:
         event_ids = engine.publish([engine.draft(*event) for event in events])
         if event_published.receivers:
             for event_id, event in zip(event_ids, events, strict=True):
-                event_type, content_type, payload, to = (*event, None)[:4]
+                event_type, content_type, payload, to = (*event, None)[:4]  # `to` may be left out
                 details = {"type": event_type, "content_type": content_type, "payload": payload, "to": to}
                 event_published.send(self._app or self, hub=self, id=event_id, **details)
         return event_ids
@@ -2344,15 +2358,26 @@ class Hub:
 
     def _running(self) -> Engine:
         """Return the engine, which starts with the first use of the hub in this process."""
-        if self._engine is None:
+        engine = self._engine
+        if engine is None:
             with self._starting:
+                is_new = self._engine is None
                 if self._engine is None:
                     self._engine = self._start_engine()
-        return self._engine
+                engine = self._engine
+            if is_new:  # without the lock: a site's log handler may publish what is logged
+                self._warn_of_what_is_odd(engine.settings)
+        return engine
 
     def _start_engine(self) -> Engine:
         app, settings = self._app or Flask(__name__), self._current_settings()
         check_key(settings)
+        # NaN is no JSON: the browser of everyone who gets it would throw.
+        engine = Engine(settings, lambda value: app.json.dumps(value, allow_nan=False))
+        engine.start()
+        return engine
+
+    def _warn_of_what_is_odd(self, settings: Settings) -> None:
         _warn_of_a_short_key(settings)
         if self._app is None and settings.redis_url is None:
             sentence = (
@@ -2360,14 +2385,6 @@ class Hub:
                 " own calls that one's publish(); a script gives Hub(redis_url=…)"
             )
             log(logging.WARNING, sentence, stack_info=True)  # which place calls the wrong one
-        # NaN is no JSON: the browser of everyone who gets it would throw.
-        engine = Engine(settings, lambda value: app.json.dumps(value, allow_nan=False))
-        try:
-            engine.start()
-        except BaseException:
-            engine.close(0)  # those of its threads that did start
-            raise
-        return engine
 
     def forget_engine(self) -> None:
         """Start anew in a forked child, where the threads do not exist and locks may be held for ever."""
@@ -2399,7 +2416,7 @@ class Hub:
             server = environ.get("SERVER_SOFTWARE", "this server")
             lacks = "gives no access to the socket" if socket_key is None else "has one thread, which it would hold"
             engine.say("refused a WebSocket: %s %s; %s", server, lacks, SERVERS_THAT_CAN)
-            abort(self._refusal(501, "not_supported", f"{server} {lacks}; {SERVERS_THAT_CAN}"))
+            self._refuse(501, "not_supported", f"{server} {lacks}; {SERVERS_THAT_CAN}")
         if socket_key == "gunicorn.socket" and not engine.knows_its_server:
             engine.knows_its_server = True
             _learn_of_gunicorn(engine)
@@ -2415,11 +2432,11 @@ class Hub:
         """Refuse headers that no browser sends: wsproto fails on some, and all are kept with the connection."""
         headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
         if sum(map(len, headers.values())) + len(environ.get("QUERY_STRING", "")) > HEADERS_LENGTH:
-            abort(self._refusal(431, "bad_handshake", f"the headers are over {HEADERS_LENGTH} characters"))
+            self._refuse(431, "bad_handshake", f"the headers are over {HEADERS_LENGTH} characters")
         for key, value in headers.items():
             if not value.isascii() and (key in ("HTTP_HOST", "HTTP_CONNECTION") or "_WEBSOCKET_" in key):
                 name = key[5:].replace("_", "-").title()
-                abort(self._refusal(400, "bad_handshake", f"{name} must be ASCII"))
+                self._refuse(400, "bad_handshake", f"{name} must be ASCII")
 
     def _check_origin(self, engine: Engine) -> None:
         """Refuse pages of other sites: they come with the user's cookies (RFC 6455 section 10.2)."""
@@ -2438,7 +2455,7 @@ class Hub:
                 " name it in SWIFTCMS_WS_ORIGINS; if it is this site, let its proxy pass the Host header on",
                 origin[:200], request.host,
             )  # fmt: skip
-            abort(self._refusal(403, "forbidden", "pages of this origin may not connect to this site"))
+            self._refuse(403, "forbidden", "pages of this origin may not connect to this site")
 
     def _find_user(self, settings: Settings) -> User | None:
         """Return the user by the token in the handshake, or as the identify hook knows her."""
@@ -2449,7 +2466,7 @@ class Hub:
             try:
                 return check_token(settings, token)
             except ClientError as error:
-                abort(self._refusal(401, error.code, str(error), **{"WWW-Authenticate": "Bearer"}))
+                self._refuse(401, error.code, str(error), **{"WWW-Authenticate": "Bearer"})
         if self._identify is None:
             return None
         with self._hook_context(request.environ):
@@ -2461,15 +2478,18 @@ class Hub:
         if not engine.registry.reserve(limit):
             cure = "raise it, and the web server's threads above it, if more are to be let in"
             engine.say(f"refused a WebSocket: all %s of SWIFTCMS_WS_MAX_CONNECTIONS are open; {cure}", limit)
-            abort(self._refusal(503, "too_many_connections", "too many connections", **{"Retry-After": "10"}))
+            self._refuse(503, "too_many_connections", "too many connections", **{"Retry-After": "10"})
         if engine.closing.is_set():  # asked with the place taken: who closes waits for all that are
             engine.registry.release()
-            abort(self._refusal(503, "going_away", "the server is going away", **{"Retry-After": "2"}))
+            self._refuse(503, "going_away", "the server is going away", **{"Retry-After": "2"})
 
     def _after_handshake(self, error: BaseException | None) -> None:
         """Give the place back where the library refused what we had let in."""
         if request.environ.pop(HANDSHAKE_KEY, None) is not None:
             self._running().registry.release()
+
+    def _refuse(self, status: int, code: str, message: str, **headers: str) -> NoReturn:
+        raise HandshakeRefused(response=self._refusal(status, code, message, **headers))
 
     def _refusal(self, status: int, code: str, message: str, **headers: str) -> Response:
         """Return the answer to what is no WebSocket (PROTOCOL.md, before the handshake)."""
@@ -2549,7 +2569,7 @@ class Hub:
             if engine.closing.is_set():  # since the handshake
                 connection.close(CloseCode.GOING_AWAY, "the server is going away; come back with since")
             self._tell(client_connected, environ, connection)
-        except BaseException as error:  # of a signal's receiver
+        except BaseException as error:  # of a signal's receiver, its SystemExit too: logged, and the end
             conversation.fail(error)
 
     def _note_end(self, engine: Engine, connection: Connection, address: str) -> None:
@@ -3138,7 +3158,7 @@ function log(way, text, whose = "") {
   }
   fresh.push(frame);
   if (fresh.length > MOST_FRAMES) fresh.shift();
-  requestAnimationFrame(showFresh);
+  if (fresh.length === 1) requestAnimationFrame(showFresh); // once: a page that is hidden is not drawn for hours
 }
 
 function showFresh() {
@@ -3766,6 +3786,7 @@ Finding = tuple[bool, str, str]  # is it right, what, and the cure if it is not
 
 
 def examine(url: str, is_long: bool) -> Iterator[Finding]:
+    """Try all that goes wrong with deployments; end at once where there is nobody to try it with."""
     try:
         line, _ = open_line(url)
     except LINE_FAULTS as error:
@@ -3802,19 +3823,23 @@ def _examine_refusals(url: str) -> Iterator[Finding]:
 
 
 def _examine_a_crowd(url: str) -> Iterator[Finding]:
-    """Be many clients at once: are all let in, and do all server processes have the same events?"""
+    """Be many clients at once: are all let in?"""
     with ThreadPoolExecutor(CROWD) as pool:
         attempts = [pool.submit(open_line, url) for _ in range(CROWD)]
     faults = [fault for attempt in attempts if (fault := attempt.exception())]
     crowd = [attempt.result() for attempt in attempts if not attempt.exception()]
+    count = "all" if not faults else f"{len(crowd)}, beside this one,"
+    yield not faults, f"of {CROWD} clients at once {count} are let in", cure_of(faults[0]) if faults else ""
+    yield from _examine_processes(crowd)
+    for line, _ in crowd:
+        hang_up(line)
+
+
+def _examine_processes(crowd: list[tuple[Line, dict[str, Any]]]) -> Iterator[Finding]:
+    """Find out whether all server processes that some of many clients are with have the same events."""
     one_each = list({hello["clientId"][:PROCESS_LENGTH]: (line, hello["lastId"]) for line, hello in crowd}.values())
     neighbours = zip(one_each, one_each[1:] + one_each[:1], strict=True)  # each process, and the next
     known = [_is_known(line, last_id) for (line, _), (_, last_id) in neighbours]
-    for line, _ in crowd:
-        hang_up(line)
-    count = "all" if not faults else f"{len(crowd)}, beside this one,"
-    yield not faults, f"of {CROWD} clients at once {count} are let in", cure_of(faults[0]) if faults else ""
-
     seen = f"server processes seen: {len(known)}"
     if None in known:
         cure = "Does Redis run, and is SWIFTCMS_WS_REDIS_URL right? The site's log has more."

@@ -530,7 +530,6 @@ class Page:
             self._socket.close()
 
 
-
 # ---------------------------------------------------------------------------------------------------
 # The protocol: every action, answer and error
 # ---------------------------------------------------------------------------------------------------
@@ -1251,6 +1250,33 @@ def test_flush_waits_for_what_is_dispatched_while_the_hub_closes(server: Server)
     gate.set()
     assert server.hub.flush(PATIENCE) is True
     closing.join(PATIENCE)
+
+
+def test_a_log_handler_may_publish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site that shows its log live publishes each line: also the warnings with which the hub itself starts."""
+    hub, app = Hub(), Flask("site")
+    app.secret_key = "short"
+    hub.init_app(app)
+
+    class Publishing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            published.append(hub.publish("log.line", "site", record.getMessage()))
+
+    published: list[str] = []
+    monkeypatch.setattr(logging.getLogger("swiftcms_ws"), "handlers", [Publishing()])
+    run_all([lambda: published.append(hub.last_id())], timeout=PATIENCE)
+    assert len(published) == 2
+    hub.close()
+
+
+def test_refusals_are_answers_where_a_site_traps_http_exceptions() -> None:
+    """TRAP_HTTP_EXCEPTIONS is for the site's own; a refused handshake is no failure."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.config["TRAP_HTTP_EXCEPTIONS"] = True
+
+    with Server(configure) as server:
+        assert server.handshake(Origin="https://elsewhere.example")[0] == 403
 
 
 def test_a_start_that_fails_leaves_no_threads(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2836,14 +2862,19 @@ def test_demo_says_that_the_port_is_taken(demo: Process) -> None:
     assert "--port" in run.stderr
 
 
+def subscribed_inspector(browser: Browser, url: str) -> Page:
+    page = browser.page(url)
+    page.wait("document.querySelector('#state').textContent === 'online'")
+    page.js("document.querySelector('#subscriptions').requestSubmit(document.querySelector('[value=subscribe]'))")
+    page.wait("document.querySelector('#log').innerText.includes('system.subscribed')")
+    return page
+
+
 @needs_chromium
 @pytest.mark.parametrize("path", ["/", "/ws"])
 def test_inspector(browser: Browser, demo: Process, path: str) -> None:
     """The inspector shows every frame as it went over the wire, and its forms say what they mean."""
-    page = browser.page(f"http://localhost:{demo.port}{path}")
-    page.wait("document.querySelector('#state').textContent === 'online'")
-    page.js("document.querySelector('#subscriptions').requestSubmit(document.querySelector('[value=subscribe]'))")
-    page.wait("document.querySelector('#log').innerText.includes('system.subscribed')")
+    page = subscribed_inspector(browser, f"http://localhost:{demo.port}{path}")
     demo_api(demo, "POST", "posts", {"title": "<b>On the wire</b>"})
     page.wait("document.querySelector('#log').innerText.includes('<b>On the wire</b>')")
     page.js("document.querySelector('#free').elements.text.value = 'nonsense'")
@@ -2858,10 +2889,7 @@ def test_inspector(browser: Browser, demo: Process, path: str) -> None:
 @needs_chromium
 def test_the_inspector_keeps_up_with_a_burst(browser: Browser, demo: Process) -> None:
     """Hundreds of long frames are on the screen at once: a page that jams would be cut for its silence."""
-    page = browser.page(f"http://localhost:{demo.port}/")
-    page.wait("document.querySelector('#state').textContent === 'online'")
-    page.js("document.querySelector('#subscriptions').requestSubmit(document.querySelector('[value=subscribe]'))")
-    page.wait("document.querySelector('#log').innerText.includes('system.subscribed')")
+    page = subscribed_inspector(browser, f"http://localhost:{demo.port}/")
     for number in range(400):
         demo_api(demo, "POST", "posts", {"title": f"long {number}", "body": "x" * 10_000})
     page.wait("document.querySelectorAll('#log li.in').length >= 402")
