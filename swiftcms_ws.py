@@ -13,50 +13,69 @@
     publish("content.created", "posts", {"id": 7})          # from any view or thread
 
 Glossary
-    event         something that happened: a type (content.created), a content type (posts), a payload
-    pattern       which events: a type, a prefix (content.*) or *; and a content type or *
+    event         it has a type (content.created), a content type (posts) and a payload
+    pattern       selects events: a type, a prefix (content.*) or *, and the same for content types
     subscription  one pattern that one connection has asked for
-    connection    one client on one WebSocket
-    frame         bytes as they go over the wire (RFC 6455 section 5): a message, a ping, a close
-    broker        gives events their ids and their one order, and remembers the latest: the history
-    job           what the dispatcher is to do between two events
-    presence      who has which entry open for editing
-    engine        registry, broker, presence and the threads that serve all connections of a process
-    hub           an engine with its Flask blueprint: what a site talks to
+    frame         the bytes of one message, ping, pong or close (RFC 6455 section 5)
+    history       the latest events, from which a client that reconnects gets the ones it missed
+    replay        the missed events, sent in answer to a subscribe with `since`
+    slot          one of the MAX_CONNECTIONS places for a connection or a handshake
+    hook          a function of the site: identify, authorize, or a receiver of a signal
+    shared log    Redis: all processes of a site append their events to it and read it
+    engine        everything that runs for one app in one process
+    hub           the public API: publish(), the hooks, and the blueprint with the /ws route
 
-An event's way
-    Hub.publish()             checks it and turns its payload into JSON, in the caller's thread
-    MemoryBroker.publish()    gives it an id and a place in the queue; the caller goes on
-    Engine._deliver()         asks the registry who wants it, and hands all of them the same frame
-    Connection.send()         writes what the kernel takes; the rest waits for the writer
+From publish() to the socket                      From the handshake to an answer
+    Hub.publish         checks, serialises            Endpoint         checks, takes the socket over
+      | caller's thread                                 | web server's thread
+    Loop.publish        gives ids, queues             Session.open     sends 101, system.connected
+      | loop thread from here on                        | loop thread from here on
+    Loop.deliver        one buffer for each group     Connection.serve bytes from the socket
+      |                                                 |
+    Registry.matching   finds the subscribers         Session.receive  frames, messages, the rate
+      |                                                 |
+    Connection.send_to_all  writes to sockets         actions()        one function for each action
+      |                                                 |  (a hook runs in a worker meanwhile)
+    History.add         keeps the event               Session.answer   the answer's frame
 
-Threads
-    dispatcher    one per hub and process: delivers every event, and never waits for a client
-    writer        one per hub and process: writes what kernels did not take, when they do
-    heartbeat     one per hub and process: sends heartbeats, ends what is dead or out of time
-    follower      one per hub and process, where there is Redis: reads what any process published
-    reader        one per connection, the web server's own: carries out the client's messages
+Threads, for each engine, started by its first connection or event
+    loop          owns the order of events, all sockets, the history and the editors; never blocks
+    heartbeat     keeps the rhythm of heartbeats; notices that gunicorn stops its worker
+    workers 1-4   run hooks, receivers of signals, log records and reads of the shared log; they
+                  are started by the first such task
+    follower      reads the shared log, if there is one
 
-Locks (what each guards is said where it is made)
-    Hub._starting       while an engine is made and started; the locks below may be taken under it
-    MemoryBroker._lock  ids, and the queue        Connection._lock  one socket, and what waits for it
-    Registry._lock      who subscribes to what    Presence._lock    who edits what
-    Counters._lock      the numbers of stats()    Writer._round     the writer's bell, and its end
-The last six are leaves: no lock is taken under them, no hook called, nothing logged, and nothing
-waited for but their own condition. What one thread alone touches has no lock, and says so.
+Locks (each is documented where it is created)
+    Hub._starting    creating and starting an engine; the others may be taken while it is held
+    Loop._lock       ids and the queue              Registry._lock   connections, subscriptions
+    Workers._lock    tasks and threads              Editing._lock    editors of entries
+    Counters._lock   the numbers of stats()         Lane._lock       one ordered queue of tasks
+Except for the first, no lock is taken while one of them is held. Under none of them does code of
+the site run, is user data logged, or does I/O happen.
 
-Sections 1 to 11 are the server, in the order in which data flows; who reads for that may stop there.
-12, which 11 serves, is the client for browsers and the page of the inspector; 13 a demo and the command line.
+Sections
+         1 Map
+    I    From publish() to the socket
+         2 Hub  3 Engine  4 Events and frames  5 Loop and history  6 Registry  7 Connection
+    II   From the handshake to an answer
+         8 Endpoint  9 Tokens  10 Session and workers
+    III  Further parts
+         11 Heartbeat  12 Editing  13 Shared log  14 The ready-made hub
+    IV   Around it
+         15 Command line  16 Demo  17 client.js and pages
 """
 
 from __future__ import annotations
 
 import argparse
 import atexit
+import base64
 import dataclasses
 import difflib
 import errno
 import functools
+import heapq
+import inspect
 import io
 import itertools
 import json
@@ -68,25 +87,29 @@ import secrets
 import selectors
 import signal
 import socket
-import sqlite3
 import ssl
+import struct
 import sys
-import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import weakref
-import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError  # its own class before Python 3.11
-from contextlib import suppress
-from enum import IntEnum
-from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, NoReturn, TypeAlias, TypeVar, cast
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from enum import Enum, IntEnum
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
+from uuid import UUID
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows: sockets go through the relay, and limits of files do not exist
+    fcntl = resource = None  # type: ignore[assignment]
 
 try:
     import jwt
@@ -102,204 +125,106 @@ try:
         render_template_string,
         request,
         url_for,
-    )  # fmt: skip
-    from flask.globals import app_ctx, request_ctx
+    )
     from flask.typing import ResponseReturnValue
     from flask_sock import Sock
     from jwt.algorithms import get_default_algorithms
-    from werkzeug.debug import DebuggedApplication
     from werkzeug.exceptions import HTTPException
     from werkzeug.serving import make_server
-    from wsproto.connection import Connection as FrameParser
-    from wsproto.connection import ConnectionState, ConnectionType
-    from wsproto.events import CloseConnection, Message, Ping, Pong
-    from wsproto.frame_protocol import FrameProtocol
+    from wsproto.events import CloseConnection, Ping
+    from wsproto.frame_protocol import FrameProtocol, Opcode, ParseFailed
     from wsproto.utilities import ProtocolError
-except ImportError as error:  # "No module named 'jwt'" has people install a package that is not the one
-    packages = "python -m pip install flask flask-sock simple-websocket pyjwt"
-    sentence = f"swiftcms_ws needs packages that are not all here: {packages} ({error})"
+except ImportError as error:
+    # Python would say "No module named 'jwt'", and PyPI has another package of that name.
+    install_hint = (
+        "swiftcms_ws needs packages that are missing:"
+        f" python -m pip install flask flask-sock simple-websocket pyjwt ({error})"
+    )
     if __name__ == "__main__":
-        sys.exit(sentence)
-    raise ImportError(sentence) from error
+        sys.exit(install_hint)
+    raise ImportError(install_hint) from error
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 __all__ = [
-    "Hub", "PublishError", "User", "blueprint", "client_connected", "client_disconnected",
-    "event_published", "hub", "publish", "publish_many",
-]  # fmt: skip
+    "EVERYONE",
+    "Hub",
+    "PublishError",
+    "User",
+    "blueprint",
+    "client_connected",
+    "client_disconnected",
+    "event_published",
+    "hub",
+    "publish",
+    "publish_many",
+]
 
 logger = logging.getLogger("swiftcms_ws")
 
+# == 1. Map: settings, signals, errors ===========================================================
 
-def log(level: int, text: str, *values: object, exc_info: Any = None, stack_info: bool = False) -> None:
-    """Log. A handler or a filter of the site that fails must not end the thread, or nobody hears anything more."""
-    try:
-        logger.log(level, text, *values, exc_info=exc_info, stack_info=stack_info, stacklevel=2)
-    except Exception:  # of any kind, and the log is no place to tell of it: standard error is what is left
-        traceback.print_exc()
+CONFIG_PREFIX = "SWIFTCMS_WS_"
+# Characters of a type, a content type, an entry's id or a user's id: clients send them, and the
+# server keeps them.
+NAME_LENGTH = 128
+# A client that stays silent for so many heartbeats is closed.
+MISSED_HEARTBEATS = 2
+# The first characters of a client id are the same for all clients of one process.
+PROCESS_LENGTH = 8
 
 
-# == 1. Vocabulary: close codes, limits, settings, signals ===========================================
+class Everyone(Enum):
+    """The type of EVERYONE."""
+
+    EVERYONE = "everyone"
+
+    def __repr__(self) -> str:
+        return "EVERYONE"
+
+
+#: The default of publish()'s `to`. It is not None: an empty database column, passed as `to`, must
+#: not make a private event public.
+EVERYONE = Everyone.EVERYONE
+
+_signals = Namespace()
+#: Sent by the app with `hub`, `client_id` and `user`, in a worker and in a request context of the
+#: handshake. The client's first message waits for the receivers.
+client_connected = _signals.signal("client-connected")
+#: Sent by the app with `hub`, `client_id` and `user`, in a worker, after the connection is closed.
+client_disconnected = _signals.signal("client-disconnected")
+#: Sent by the app with `hub`, `id`, `type`, `content_type`, `payload` and `to`, in the thread that
+#: published, after the event is stored.
+event_published = _signals.signal("event-published")
 
 
 class CloseCode(IntEnum):
-    """Why the server ends a connection (RFC 6455 section 7.4; PROTOCOL.md, close codes)."""
+    """Why the server closes a connection (RFC 6455 section 7.4; PROTOCOL.md, Close codes)."""
 
     GOING_AWAY = 1001
     MESSAGE_TOO_BIG = 1009
-    SERVER_ERROR = 1011
-    TOO_SLOW = 1013
-    SIGN_IN_AGAIN = 4401
-    NO_SIGN_OF_LIFE = 4408
-    TOO_MANY_MESSAGES = 4429
-
-
-SIGN_IN_SECONDS = 10.0  # to authenticate in, where AUTH is "required"
-CLOSE_SECONDS = 2.0  # for a client to take our close frame and end; then the line is cut
-LOOK_SECONDS = 0.5  # how late, at most, a token's end or a dead peer is noticed
-MISSED_HEARTBEATS = 2  # without a sign of life, and a client counts as dead
-SILENT_HEARTBEATS = 3  # without a word, and another process, with its editors, counts as gone
-RATE_BURST = 2  # seconds' worth of messages that may come at once; as many too many end it
-QUIET_SECONDS = 60.0  # between two log lines of one kind, where clients decide how many there are
-BATCH_EVENTS = 64  # that go to a client in one system call, where so many are waiting,
-BATCH_BYTES = 64 * 1024  # and how large that call may grow
-ROUND_BYTES = 256 * 1024  # that one client gets while its lock is held, for which the dispatcher may be waiting
-TLS_RECORD = 16 * 1024  # bytes that TLS sends whole: of a longer piece it does not tell how much is gone
-BACKLOG_BYTES = 8 * 1024 * 1024  # published and not yet dispatched; beyond it publish() waits
-EVENT_OVERHEAD = 1024  # bytes that an event weighs in the backlog beside its payload
-PROCESS_LENGTH = 8  # characters that all client ids of one process begin with
-MESSAGE_DEPTH = 100  # objects and arrays within each other in a client's message
-RATE_BYTES = 8 * 1024  # of a message: each so many count as one more, or big ones would fill others' queues
-REPLAY_COST = 20  # messages that a replay of the whole history counts as: it is the dispatcher's work
-RECEIVE_BYTES = 16 * 1024  # that are taken from a socket at once
-SMALL_FRAGMENT = 256  # bytes; a smaller one counts as a message, or one message could have 64 Ki of them
-HEADERS_LENGTH = 32 * 1024  # characters in a handshake's headers: they are kept with the connection
-SUGGESTED_FROM = 50  # names, at most, that a misspelt one is compared with
-SIGN_OUTS_KEPT = 1000  # for handshakes that were under way meanwhile
-ROUTES_KEPT = 64  # answers of the registry, each as long as there are subscribers
-NAME_LENGTH = 128  # characters of a type, a content type or an entry's id: those are kept
-REDIS_SECONDS = 1.0  # for a step of Redis, to connect or to answer; publish() takes two at most
-REDIS_BLOCK = 500  # milliseconds that the follower waits for what is new before it asks again
-REDIS_PAUSE = 0.05  # seconds; doubled before each time that the follower tries again, up to REDIS_SECONDS
-FOLLOWER_BATCH = 256  # entries that the follower reads at once
-FOLLOWER_ROOM = 10_000  # entries that it may lag behind, beyond the history
-
-CONFIG_PREFIX = "SWIFTCMS_WS_"
-
-
-def _setting(default: Any, wants: str, accepts: Callable[[Any], bool]) -> Any:
-    return dataclasses.field(default=default, metadata={"wants": wants, "accepts": accepts})
-
-
-def _number(default: float, wants: str, least: float, kinds: Any = (int, float)) -> Any:
-    def accepts(value: Any) -> bool:
-        return isinstance(value, kinds) and not isinstance(value, bool) and bool(least <= value < float("inf"))
-
-    return _setting(default, wants, accepts)
-
-
-def _text(default: str | None, wants: str = "a text", pattern: str = r".+") -> Any:
-    return _setting(default, wants, lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value)))
-
-
-def _are_texts(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-
-
-def _are_algorithms(value: Any) -> bool:
-    # Of one family: a list that mixes HS256 with RS256 lets anyone sign with the public key.
-    known = get_default_algorithms().keys() - {"none"}
-    return _are_texts(value) and set(value) <= known and len({name[:2] for name in value}) == 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What app.config["SWIFTCMS_WS_…"] says: the field `heartbeat` is SWIFTCMS_WS_HEARTBEAT."""
-
-    jwt_key: str | bytes | None = _setting(
-        None, "a text or bytes, not empty", lambda value: isinstance(value, (str, bytes)) and value != type(value)()
-    )
-    jwt_algorithms: Sequence[str] = _setting(
-        ("HS256",), 'algorithms of one family, such as ["HS256"]; RS256 needs the package cryptography', _are_algorithms
-    )
-    jwt_audience: str | None = _text(None)
-    jwt_issuer: str | None = _text(None)
-    auth: str = _text("optional", '"optional" or "required"', "optional|required")
-    origins: Sequence[str] | str | None = _setting(
-        None,
-        'a list such as ["https://example.org"], or "*"',
-        lambda value: value == "*" or (_are_texts(value) and all(map(re.compile(r"[^/]+://[^/]+/?").fullmatch, value))),
-    )
-    heartbeat: float = _number(25, "seconds, more than 0", 0.01)
-    history: int = _number(1000, "a whole number of events, 0 or more", 0, int)
-    max_connections: int = _number(1000, "a whole number, 1 or more", 1, int)
-    max_subscriptions: int = _number(100, "a whole number, 1 or more", 1, int)
-    max_message: int = _number(64 * 1024, "a whole number of bytes, 1 or more", 1, int)
-    max_queue: int = _number(1024 * 1024, "a whole number of bytes, 1 or more", 1, int)
-    rate: float = _number(50, "messages a second, 1 or more", 1)
-    inspector: bool | None = _setting(None, "True or False", lambda value: isinstance(value, bool))
-    redis_url: str | None = _text(None, "a URL such as redis://localhost:6379/0", r"(rediss?|unix)://.+")
-    redis_prefix: str = _text("swiftcms_ws")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Settings:
-        """Read and check the keys of a Flask configuration; None stands for the default.
-
-        Raises ValueError, naming the key, for one that does not exist and a value that will not do.
-        """
-        fields = {CONFIG_PREFIX + field.name.upper(): field for field in dataclasses.fields(cls)}
-        values = {}
-        for key, value in config.items():
-            if not key.startswith(CONFIG_PREFIX) or (key in fields and value is None):
-                continue
-            if key not in fields:
-                names = [name.removeprefix(CONFIG_PREFIX) for name in fields]
-                hint = did_you_mean(key.removeprefix(CONFIG_PREFIX), names, CONFIG_PREFIX)
-                raise ValueError(f"there is no config key {key}{hint}; there are {', '.join(fields)}")
-            field = fields[key]
-            if not field.metadata["accepts"](value):
-                shown = "what it is" if field.name == "jwt_key" else repr(value)  # a key is not to be logged
-                raise ValueError(f"config key {key} must be {field.metadata['wants']}, not {shown}")
-            values[field.name] = value
-        return cls(**values)
-
-
-def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
-    """Return the end of a sentence that suggests the nearest of `choices`, or nothing."""
-    # Either may be a client's, and a long word or thousands of fields would cost 100 ms and more.
-    few = [choice for choice in itertools.islice(choices, SUGGESTED_FROM) if len(choice) <= NAME_LENGTH]
-    near = difflib.get_close_matches(word[:NAME_LENGTH], few, 1)
-    return f" (did you mean `{prefix}{near[0]}`?)" if near else ""
-
-
-_signals = Namespace()
-#: Sent by the app with `hub`, `client_id` and `user`, in the connection's own thread.
-client_connected = _signals.signal("client-connected")
-client_disconnected = _signals.signal("client-disconnected")
-#: Sent by the app with `hub`, `id`, `type`, `content_type`, `payload` and `to`, in the thread that
-#: published, once the broker has the event.
-event_published = _signals.signal("event-published")
-
-# == 2. Errors: a programmer's raise in the caller, a client's are answered ==========================
+    INTERNAL_ERROR = 1011
+    TRY_AGAIN_LATER = 1013
+    UNAUTHORIZED = 4401
+    HEARTBEAT_TIMEOUT = 4408
 
 
 class PublishError(Exception):
-    """The broker could not take the event: Redis is away, or refuses. Publish it again later.
+    """The shared log did not store the event. Publish it again later.
 
-    Where Redis hung just after it had read the event, the event may come all the same.
+    If Redis stopped answering right after it had read the event, the event may still arrive.
     """
 
 
-class BrokerAway(Exception):
-    """The broker cannot be asked for its history now."""
+class LogUnavailable(Exception):
+    """The shared log cannot be read now."""
 
 
 class ClientError(Exception):
-    """A client's message, or its whole connection, that cannot go on.
+    """A client's message that cannot be carried out, or a connection that cannot go on.
 
     code:        one of PROTOCOL.md's table of errors
-    message:     a sentence that says what was wrong and what would be right; the client reads it
-    closes_with: the close code, where the connection ends with it
+    message:     a sentence for the client, with the mistake and the remedy
+    closes_with: the close code, if the error closes the connection
     """
 
     def __init__(self, code: str, message: str, closes_with: CloseCode | None = None) -> None:
@@ -308,1184 +233,766 @@ class ClientError(Exception):
         self.closes_with = closes_with
 
 
-# == 3. Events and the wire: pure functions ==========================================================
+def log(
+    level: int, message: str, *values: object, exc_info: Any = None, stack_info: bool = False
+) -> None:
+    """Log a message. If a handler or filter of the site raises, print its traceback instead.
 
-EventId = tuple[int, int]  # milliseconds since 1970 and a counter, as in a Redis stream; they only grow
-Pattern = tuple[str, str]  # of a type and of a content type
-
-_WORDS = r"[\w-]+(?:\.[\w-]+)*"
-_NAME = re.compile(_WORDS)
-_TYPE_PATTERN = re.compile(rf"\*|{_WORDS}(?:\.\*)?")
-_CONTENT_TYPE_PATTERN = re.compile(rf"\*|{_WORDS}")
-_NAME_RULE = f"words of letters, digits, _ and - joined by dots, at most {NAME_LENGTH} characters"
-
-
-@dataclasses.dataclass(slots=True)
-class Event:
-    """One published event, as the broker ordered it. Nothing of it changes, but that its frame is made."""
-
-    id: EventId
-    type: str
-    content_type: str
-    payload: str  # JSON
-    to: frozenset[str] | None  # user ids; None: everyone who subscribes
-    _frame: bytes = b""
-
-    @property
-    def frame(self) -> bytes:
-        """The bytes that every client gets: made once, by the dispatcher, which alone asks for them."""
-        if not self._frame:
-            # The payload is JSON already, and the names need no escaping.
-            text = (
-                f'{{"type": "{self.type}", "contentType": "{self.content_type}", "payload": {self.payload}, '
-                f'"id": "{format_event_id(self.id)}", "timestamp": "{timestamp(self.id[0])}"}}'
-            )
-            self._frame = bytes(_dispatchers.framer.send_data(text))
-        return self._frame
-
-
-def format_event_id(event_id: EventId) -> str:
-    return f"{event_id[0]}-{event_id[1]}"
-
-
-def parse_event_id(value: object) -> EventId:
-    """Return the id that a client gave as `since`, or raise ClientError."""
-    found = re.fullmatch(r"([0-9]{1,20})-([0-9]{1,20})", value) if isinstance(value, str) else None
-    if not found:
-        sentence = f"`since` must be the `id` of an event, such as 1763832000123-0, not {describe(value)}"
-        raise ClientError("invalid_since", sentence)
-    return int(found[1]), int(found[2])
-
-
-def check_name(value: object, argument: str) -> None:
-    """Raise, for the programmer to see, where a type or content type cannot be published."""
-    if not isinstance(value, str):
-        raise TypeError(f"{argument} must be a str, not {type(value).__name__}")
-    if len(value) > NAME_LENGTH or not _is_name(value):
-        raise ValueError(f"{argument} must be {_NAME_RULE}, not {value[:NAME_LENGTH]!r}")
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_name(text: str) -> bool:
-    return bool(_NAME.fullmatch(text))
-
-
-def parse_pattern(message: Mapping[str, Any]) -> Pattern:
-    """Return what a message's `type` and `contentType` ask for, or raise ClientError."""
-    event_type, content_type = message.get("type", "*"), message.get("contentType", "*")
-    if not _fits(event_type, _TYPE_PATTERN):
-        right = "`type` must be an event type such as content.created, a prefix such as content.*, or *"
-        raise ClientError("invalid_type", f"{right} ({_NAME_RULE}), not {describe(event_type)}")
-    if not _fits(content_type, _CONTENT_TYPE_PATTERN):
-        right = "`contentType` must be a content type such as posts, or *"
-        raise ClientError("invalid_type", f"{right} ({_NAME_RULE}), not {describe(content_type)}")
-    return event_type, content_type
-
-
-def _fits(value: object, pattern: re.Pattern[str]) -> bool:
-    return isinstance(value, str) and len(value) <= NAME_LENGTH and bool(pattern.fullmatch(value))
-
-
-@functools.lru_cache(maxsize=1024)
-def patterns_of(event_type: str, content_type: str) -> tuple[Pattern, ...]:
-    """Return every pattern that matches an event, so that a match is a few look-ups in an index."""
-    words = event_type.split(".")
-    prefixes = [".".join(words[:count]) + ".*" for count in range(len(words) - 1, 0, -1)]
-    return tuple((t, c) for t in (event_type, *prefixes, "*") for c in (content_type, "*"))
-
-
-def describe(value: object) -> str:
-    """Name a JSON value's kind, and show it where it is short: what the client sent, in its words."""
-    kinds = {dict: "an object", list: "an array", str: "the string", bool: "the boolean", type(None): ""}
-    kind = kinds.get(type(value), "the number")
-    if isinstance(value, (dict, list)):
-        return kind
-    shown = json.dumps(value)
-    return f"{kind} {shown[:60]}{'…' if len(shown) > 60 else ''}".lstrip()
-
-
-def now_milliseconds() -> int:
-    return time.time_ns() // 1_000_000
-
-
-def timestamp(milliseconds: int) -> str:
-    """Return a time as the protocol writes it: UTC, ISO 8601, milliseconds."""
-    seconds, rest = divmod(milliseconds, 1000)
-    return f"{_to_the_second(seconds)}.{rest:03}Z"
-
-
-@functools.lru_cache(maxsize=16)  # after a pause it takes 20 µs, and an event's way some 300
-def _to_the_second(seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-
-
-def framer() -> FrameProtocol:
-    """Return wsproto's maker of frames: one for each frame, for it is not made for several threads."""
-    return FrameProtocol(client=False, extensions=[])
-
-
-class _Dispatchers(threading.local):
-    """What each dispatcher keeps for itself: a framer, for it makes the frames that all wait for."""
-
-    def __init__(self) -> None:
-        self.framer = framer()
-
-
-_dispatchers = _Dispatchers()
-
-
-def batches(frames: Iterable[bytes | memoryview]) -> Iterator[list[bytes | memoryview]]:
-    """Part frames into lists of about BATCH_BYTES, for one system call each."""
-    batch: list[bytes | memoryview] = []
-    size = 0
-    for frame in frames:
-        if batch and size + len(frame) > BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(frame)
-        size += len(frame)
-    if batch:
-        yield batch
-
-
-def text_frame(text: str) -> bytes:
-    return bytes(framer().send_data(text))
-
-
-def close_frame(code: CloseCode, reason: str) -> bytes:
-    """Return a close frame. wsproto cuts the reason at the 123 bytes of RFC 6455 section 5.5."""
-    return bytes(framer().close(code, reason))
-
-
-def parse_message(data: str | bytes) -> dict[str, Any]:
-    """Return the JSON object that a client sent, or raise ClientError."""
-    if isinstance(data, bytes):
-        raise ClientError("invalid_message", "a message must be a text message; this one was binary")
+    Otherwise a broken log handler would stop the thread that logs.
+    """
     try:
-        message = json.loads(data, parse_constant=_refuse_constant, parse_float=_parse_float)
-        _check_depth(message)
-    except RecursionError:
-        raise ClientError("invalid_json", "the message is nested too deep; a few levels do") from None
-    except ValueError as error:
-        raise ClientError("invalid_json", f"the message is not JSON: {error}") from None
-    if not isinstance(message, dict):
-        right = 'a message must be a JSON object such as {"action": "subscribe"}'
-        raise ClientError("invalid_message", f"{right}, not {describe(message)}")
-    return message
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is JavaScript, but not JSON")
-
-
-def _parse_float(text: str) -> float:
-    number = float(text)
-    if abs(number) == float("inf"):  # would go out again as Infinity, which is not JSON
-        raise ValueError(f"{text[:60]} is too large a number")
-    return number
-
-
-def _check_depth(message: object) -> None:
-    """Raise RecursionError for what could just be parsed, but perhaps not be made into JSON again."""
-    level, depth = [message], 0
-    while level:
-        if depth > MESSAGE_DEPTH:
-            raise RecursionError
-        containers = [each for each in level if isinstance(each, (dict, list))]
-        level = [child for each in containers for child in (each.values() if isinstance(each, dict) else each)]
-        depth += 1
-
-
-# == 4. Tokens: JWTs, signed and checked by PyJWT ====================================================
-
-
-@dataclasses.dataclass(frozen=True)
-class User:
-    """Who is signed in on a connection: an id, and the claims of the token if there was one."""
-
-    id: str
-    claims: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def expires_at(self) -> float | None:
-        """When the token runs out, in seconds since 1970; None without a token."""
-        return self.claims.get("exp")
-
-
-def check_user_id(value: object, source: str) -> str:
-    """Return a user id as text; sites that count their users may give the number."""
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise TypeError(f"{source} must be a user id, a str, not {type(value).__name__}")
-    if value == "":
-        raise ValueError(f"{source} must be a user id, not an empty str")
-    return str(value)
-
-
-def check_key(settings: Settings) -> None:
-    """Raise ValueError where the key is none that the algorithms can use: every token would be a bad one."""
-    for name in settings.jwt_algorithms if settings.jwt_key is not None else ():
-        try:
-            get_default_algorithms()[name].prepare_key(settings.jwt_key)
-        except Exception as error:  # each algorithm has its own
-            raise ValueError(f"config key {CONFIG_PREFIX}JWT_KEY must be a key for {name}: {error}") from error
-
-
-def sign_token(
-    settings: Settings, user_id: str, now: float, expires_in: float, claims: Mapping[str, Any]
-) -> str:
-    """Return a JWT that check_token() takes with the same settings, for `expires_in` seconds."""
-    own = {"sub": user_id, "iat": int(now), "exp": int(now + expires_in)}
-    own |= {"aud": settings.jwt_audience} if settings.jwt_audience else {}
-    own |= {"iss": settings.jwt_issuer} if settings.jwt_issuer else {}
-    return jwt.encode({**claims, **own}, settings.jwt_key or "", algorithm=settings.jwt_algorithms[0])
-
-
-LAST_SECOND = 253_402_300_800  # of the year 9999: a token that ends later has milliseconds in its `exp`
-_TOKEN_FAULTS: list[tuple[type[Exception], str, str]] = [  # the first that fits is told
-    (jwt.ExpiredSignatureError, "token_expired", "the token has run out; get a fresh one"),
-    (jwt.MissingRequiredClaimError, "invalid_token", "the token lacks a claim; it must have sub and exp"),
-    (jwt.InvalidAlgorithmError, "invalid_token", "the token must be signed with {algorithms}"),
-    (jwt.InvalidSignatureError, "invalid_token", "the token was not signed with this site's key"),
-    (jwt.InvalidAudienceError, "invalid_token", "the token's aud must name this site"),
-    (jwt.InvalidIssuerError, "invalid_token", "the token's iss must be the issuer that this site trusts"),
-    (jwt.ImmatureSignatureError, "invalid_token", "the token is not valid yet; compare the clocks"),
-    (OverflowError, "invalid_token", "the token's exp must be in seconds since 1970"),
-    (Exception, "invalid_token", "the token is not a valid JWT; ask the site for one"),
-]
-
-
-def check_token(settings: Settings, token: str) -> User:
-    """Return whose token this is (RFC 7519 section 7.2; `exp` and `sub` must be there).
-
-    Raises ClientError, with a sentence that says what is wrong and never holds the token.
-    """
-    if settings.jwt_key is None:
-        sentence = "this site has no key to check tokens with: it must set SWIFTCMS_WS_JWT_KEY or SECRET_KEY"
-        raise ClientError("auth_not_configured", sentence)
-    try:
-        claims = jwt.decode(
-            token, settings.jwt_key, algorithms=list(settings.jwt_algorithms),
-            audience=settings.jwt_audience, issuer=settings.jwt_issuer,
-            # PyJWT refuses an integer `sub`, which many sites have; it is checked below instead.
-            options={"require": ["exp", "sub"], "verify_sub": False},
-        )  # fmt: skip
-        if not 0 < claims["exp"] < LAST_SECOND:  # TypeError for a text, which PyJWT takes for a number
-            raise OverflowError
-        return User(check_user_id(claims["sub"], "sub"), claims)
-    except Warning:  # where warnings are errors: PyJWT's about a short key is for the site to see
-        raise
-    except Exception as error:  # whatever a stranger's token makes PyJWT raise is the token's fault
-        code, sentence = next((code, text) for kind, code, text in _TOKEN_FAULTS if isinstance(error, kind))
-    raise ClientError(code, sentence.format(algorithms=" or ".join(settings.jwt_algorithms)))
-
-
-# == 5. Connection: one client's socket, and the only place that touches it ==========================
-
-Received: TypeAlias = "Message[Any] | Ping | Pong"  # a frame as wsproto parses it; a long one comes in parts
-_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-# Needs no descriptor of its own, and goes past the 1024th; Windows has no poll().
-Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
-
-
-class Connection:
-    """One client.
-
-    Several threads write to a client: the dispatcher (events), the heartbeat, and its own reader
-    (answers and pongs). All of them call send(), which keeps frames whole and in order, and never
-    blocks: the dispatcher has a thousand other clients to serve. So the socket is non-blocking.
-    What the kernel does not take, because its buffer for a client that reads slowly or not at all
-    is full, waits here; from then on all that is sent to this client waits behind it, and the
-    writer, which has nothing else to do, passes it on as the socket gets room. More than
-    `max_queue` bytes waiting end this client. Nobody else notices.
-    """
-
-    # A thousand of them are gone through for every event: slots keep each small and near.
-    __slots__ = (
-        "_attend", "_is_direct", "_is_lost", "_lock", "_max_queue", "_most", "_replay_room", "_sock", "_waiting",
-        "close_code", "give_up_at", "id", "is_ending", "last_heard", "opened_at", "queued", "subscriptions", "user",
-        "user_from", "written",
-    )  # fmt: skip
-
-    def __init__(
-        self, client_id: str, sock: socket.socket, max_queue: int, attend: Callable[[Connection], None],
-        user: User | None = None,
-    ) -> None:  # fmt: skip
-        """Take over a socket whose handshake is done; `attend` is the writer's."""
-        self.id = client_id
-        self.opened_at = time.monotonic()
-        # Since when the reader waits for the client; while it is busy with it, never. Set by it alone, and read whole.
-        self.last_heard = float("inf")
-        # Changed under the registry's lock; read without it, each for itself, they are whole.
-        self.user = user
-        self.user_from: EventId = (0, 0)  # signed in as it since the event after this one
-        self.subscriptions: dict[Pattern, EventId] = {}  # each with all that matched after this event
-
-        self._sock = sock
-        self._most = TLS_RECORD if isinstance(sock, ssl.SSLSocket) else None  # bytes in a call
-        self._max_queue = max_queue
-        self._attend = attend
-        sock.setblocking(False)
-        with suppress(OSError):  # a Unix socket, behind a proxy, has no Nagle to switch off
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-        # Guards all below, and the order of bytes on the socket; only non-blocking calls are made
-        # under it. Numbers and flags are read without it, each for itself, and are whole.
-        self._lock = threading.Lock()
-        self._waiting: list[bytes | memoryview] = []  # the first may be half sent; small while empty
-        self.queued = self.written = 0  # bytes that ever had to wait, and those of them gone since
-        self._replay_room = 0  # bytes that may wait beyond max_queue: see send()
-        self.is_ending = False  # a close frame is sent or waiting: nothing may follow it
-        self._is_lost = False  # there is no line any more
-        # None of that, nor TLS: what is sent goes straight to the kernel. One look, for it is asked of each
-        # client for each event.
-        self._is_direct = self._most is None
-        self.give_up_at = float("inf")  # when a connection that is ending is cut
-        self.close_code: CloseCode | None = None  # where it was we who ended it
-
-    # -- writing: the dispatcher, the heartbeat, the reader --------------------------------------------
-
-    def send(self, data: bytes, is_replay: bool = False) -> None:
-        """Send whole frames, now or as soon as the client takes them. Never blocks, never raises.
-
-        A replay may be larger than the queue: it is let in, and does not count until the queue
-        has been empty again, or a client could never come back to a long history.
-        """
-        with self._lock:
-            if self._is_direct:
-                try:
-                    sent = self._sock.send(data)
-                except OSError as error:
-                    sent = self._cannot_write(error, len(data))
-                if sent == len(data):
-                    return
-                data = data[sent:]
-            elif self.is_ending:
-                return
-            is_attended = bool(self._waiting)
-            self._enqueue(data)
-            if is_replay:
-                self._replay_room += len(data)
-            if self._most is not None and not is_attended:
-                self._write_waiting()  # TLS, which goes piece by piece
-            is_too_slow = self.waiting_bytes > self._max_queue + self._replay_room
-            is_new = bool(self._waiting) and not is_attended
-        if is_new:
-            self._attend(self)
-        if is_too_slow:
-            self.close(CloseCode.TOO_SLOW, "read too slowly; come back with since")
-
-    def close(self, code: CloseCode, reason: str) -> bool:
-        """Send a close frame and end, from any thread; return False where that was done before."""
-        with self._lock:
-            if self.is_ending:
-                return False
-            if code is CloseCode.TOO_SLOW:
-                # The first chunk may be half sent, and a close frame inside a frame is garbage. The
-                # rest is let go: it would hold this client's thread for nothing.
-                while len(self._waiting) > 1:
-                    self.written += len(self._waiting.pop())
-            self.close_code = code
-            self._finish(close_frame(code, reason))
-        self._attend(self)
-        return True
-
-    @property
-    def waiting_bytes(self) -> int:
-        """How much the kernel has not taken yet."""
-        return self.queued - self.written
-
-    # The next six are called with the lock held.
-
-    def _cannot_write(self, error: OSError, size: int) -> int:
-        """Return how many of `size` bytes need not be kept: none, where the kernel has no room for them now."""
-        if isinstance(error, _WOULD_BLOCK):
-            return 0
-        self._lose()  # the client is gone
-        return size
-
-    def _enqueue(self, data: bytes) -> None:
-        self._is_direct = False
-        self._waiting.append(data)
-        self.queued += len(data)
-
-    def _finish(self, frame: bytes) -> None:
-        """Send or queue the last frame there will be."""
-        self.is_ending = True
-        self.give_up_at = time.monotonic() + CLOSE_SECONDS
-        self._enqueue(frame)
-        self._write_waiting()
-
-    def _lose(self) -> None:
-        """End the line, which wakes the reader, and let go of everything that waits.
-
-        From here on nobody touches the socket: the web server closes it, and its number is soon another's.
-        """
-        if not self._is_lost:
-            self._shut(socket.SHUT_RDWR)
-        self._is_lost = self.is_ending = True
-        self._is_direct = False
-        self._waiting.clear()
-        self.written = self.queued
-
-    def _write_waiting(self) -> None:
-        """Write what waits, as far as the kernel takes it, but not for long; after a close frame, shut our side.
-
-        That keeps the response which the web server takes to be due, when its view returns, from
-        reaching a browser as garbage.
-        """
-        until = self.written + ROUND_BYTES
-        while self._waiting:
-            if self.written >= until:
-                return  # the writer comes back
-            batch = next(batches(self._waiting))
-            data = b"".join(batch) if len(batch) > 1 else batch[0]
-            try:
-                sent = self._sock.send(data[: self._most])
-            except OSError as error:
-                sent = self._cannot_write(error, len(data))
-            if self._is_lost:
-                return
-            self.written += sent
-            # What TLS could not send must come first again, and no shorter.
-            self._waiting[: len(batch)] = [memoryview(data)[sent:]] if sent < len(data) else []
-            if not sent:
-                return
-        self._replay_room = 0
-        if self.is_ending:
-            self._shut(socket.SHUT_WR)
-        else:
-            self._is_direct = self._most is None
-
-    def _shut(self, how: int) -> None:
-        with suppress(OSError):  # the other side was faster
-            # Not sock.shutdown(): a TLS socket's own forgets its keys, and would read ciphertext.
-            socket.socket.shutdown(self._sock, how)
-
-    # -- writing: the writer ---------------------------------------------------------------------------
-
-    def go_on(self, now: float) -> bool:
-        """Write what the kernel takes; cut what should have ended by now. Return whether there is more to do."""
-        with self._lock:
-            if not self._is_lost:
-                self._write_waiting()
-            if now >= self.give_up_at:
-                self._lose()
-            return not self._is_lost and (bool(self._waiting) or self.is_ending)
-
-    def fileno(self) -> int:
-        return self._sock.fileno()
-
-    # -- reading: the web server's thread --------------------------------------------------------------
-
-    def frames(self) -> Iterator[Received]:
-        """Be the connection's reader, until it has ended: yield each frame, or part of one, that comes.
-
-        Pings are answered here, and so are a close frame and bytes that are no frame: those end it.
-        After a close frame of ours the client has a moment to end the line. Closing at once would
-        reset it, and the close frame could be lost.
-        """
-        library = FrameParser(ConnectionType.SERVER)
-        try:
-            while data := self._receive():
-                library.receive_data(data)
-                for frame in library.events():
-                    if isinstance(frame, CloseConnection):
-                        self._answer_close(bytes(library.send(frame.response())))
-                    elif isinstance(frame, Ping):
-                        self.send(bytes(library.send(frame.response())))
-                    if not self.is_ending:
-                        yield cast("Received", frame)
-                if library.state is ConnectionState.CLOSED and not self._waiting:
-                    return  # both sides have said so
-        finally:
-            with self._lock:
-                self._lose()
-            self._attend(self)  # for who waits until all is written
-
-    def _receive(self) -> bytes:
-        """Wait for bytes from the client; return none at the end. What comes after the end is dropped."""
-        self.last_heard = time.monotonic()
-        while True:
-            with self._lock:  # for TLS, where two threads may not be in one socket
-                try:
-                    data = self._sock.recv(RECEIVE_BYTES)
-                except _WOULD_BLOCK:
-                    data = None
-                except OSError:
-                    return b""
-            if data is None:
-                with suppress(ValueError, OSError), Selector() as selector:  # closed: recv() will say so
-                    selector.register(self._sock, selectors.EVENT_READ)
-                    selector.select()
-            elif not data or not self.is_ending:
-                self.last_heard = float("inf")  # until that is carried out: whom we keep waiting is not dead
-                return data
-
-    def _answer_close(self, frame: bytes) -> None:
-        with self._lock:
-            if self.is_ending:
-                return
-            self._finish(frame)
-        self._attend(self)
-
-
-class Writer:
-    """Writes what kernels did not take, and cuts the lines of clients that do not end.
-
-    It waits for all these sockets at once, and so for none of them.
-    """
-
-    def __init__(self, is_needed: Callable[[], bool]) -> None:
-        """Make a writer that works until it is closed and `is_needed()` by no connection any more."""
-        self._is_needed = is_needed
-        self._bell, self._rope = socket.socketpair()  # to be woken by
-        self._bell.setblocking(False)
-        self._rope.setblocking(False)
-        self._new: deque[Connection] = deque()  # needs no lock: append() and popleft() are whole
-        self._attended: set[Connection] = set()  # the writer's alone
-        self._is_closed = False  # set once
-        self._round = threading.Condition()  # guards the bell's end; notified after each round
-
-    def attend(self, connection: Connection) -> None:
-        """See to it that all is written, and that an ending ends. From any thread; never blocks."""
-        self._new.append(connection)
-        self._ring()
-
-    def _ring(self) -> None:
-        with self._round, suppress(OSError):  # rung so often that it is heard anyway, or the writer has ended
-            self._rope.send(b"!")
-
-    def run(self) -> None:
-        """Be the writer, until closed and nothing is left to do."""
-        while self._attended or self._new or not self._is_closed or self._is_needed():
-            try:
-                ready = self._wait()
-                while self._new:
-                    connection = self._new.popleft()
-                    self._attended.add(connection)
-                    ready.add(connection)
-                now = time.monotonic()
-                for connection in list(self._attended):
-                    is_due = connection in ready or now >= connection.give_up_at
-                    if is_due and not connection.go_on(now):
-                        self._attended.remove(connection)
-            except Exception:  # without a writer slow clients would hear nothing more
-                log(logging.ERROR, "the writer failed, and goes on", exc_info=True)
-                time.sleep(LOOK_SECONDS)  # what made it fail may last
-            with self._round:
-                self._round.notify_all()
-        with self._round:
-            self._bell.close()
-            self._rope.close()
-
-    def _wait(self) -> set[Any]:
-        """Wait until a socket has room, the bell rings, or time is up for one; return who has room."""
-        with Selector() as selector:  # a new one each time, for a closed socket's number is soon another's
-            selector.register(self._bell, selectors.EVENT_READ)
-            for connection in self._attended:
-                if connection.waiting_bytes:
-                    with suppress(ValueError, OSError):  # closed meanwhile
-                        selector.register(connection, selectors.EVENT_WRITE)
-            soon = [time.monotonic() + LOOK_SECONDS] if self._is_closed else []
-            until = min([*soon, *(connection.give_up_at for connection in self._attended)], default=float("inf"))
-            timeout = None if until == float("inf") else until - time.monotonic()
-            ready = {key.fileobj for key, _ in selector.select(timeout)}
-        if self._bell in ready:
-            self._bell.recv(4096)
-        return ready
-
-    def wait_until_written(self, connections: Collection[Connection], deadline: float) -> bool:
-        """Wait until what waits now is with the kernel, or with nobody; False where it is not by `deadline`."""
-        due = [(connection, connection.queued) for connection in connections]
-        with self._round:
-            return self._round.wait_for(
-                lambda: all(connection.written >= queued for connection, queued in due),
-                deadline - time.monotonic(),
-            )
-
-    def close(self) -> None:
-        """Let the writer end once it has nothing to do."""
-        self._is_closed = True
-        self._ring()
-
-
-# == 6. Registry: who is connected, and who subscribes to what =======================================
-
-
-class Registry:
-    """Connections and their subscriptions, indexed by pattern and by user.
-
-    Finding who wants an event takes a few look-ups, whatever else is subscribed to.
-    """
-
-    def __init__(self) -> None:
-        # Guards all below, and each connection's `user`, `user_from` and `subscriptions`: they
-        # change together. Only dictionaries are worked on under it. `_released` is notified when
-        # a place is given back.
-        self._lock = threading.Lock()
-        self._released = threading.Condition(self._lock)
-        self.places = 0  # taken by connections, and by handshakes under way; an int is read whole
-        # Dicts with no values are sets that keep their order.
-        self._connections: dict[Connection, None] = {}
-        self._subscribers: dict[Pattern, dict[Connection, None]] = {}
-        self._by_user: dict[str, dict[Connection, None]] = {}
-        self._found: dict[tuple[str, str], tuple[Connection, ...]] = {}  # answers of matching(), while they hold
-
-    def reserve(self, limit: int) -> bool:
-        """Take one of `limit` places, until release(); return False where all are taken."""
-        with self._lock:
-            if self.places >= limit:
-                return False
-            self.places += 1
-            return True
-
-    def release(self) -> None:
-        with self._released:
-            self.places -= 1
-            self._released.notify_all()
-
-    def wait_until_empty(self, deadline: float) -> bool:
-        with self._released:
-            return self._released.wait_for(lambda: not self.places, deadline - time.monotonic())
-
-    def add(self, connection: Connection) -> None:
-        with self._lock:
-            self._connections[connection] = None
-            if connection.user:
-                self._by_user.setdefault(connection.user.id, {})[connection] = None
-
-    def remove(self, connection: Connection) -> None:
-        with self._lock:
-            self._connections.pop(connection, None)
-            for pattern in list(connection.subscriptions):
-                self._drop(connection, pattern)
-            if connection.user:
-                self._take_out(self._by_user, connection.user.id, connection)
-
-    def sign_in(self, connection: Connection, user: User, after: EventId) -> None:
-        """Let events `to=` this user reach the connection: those after `after`."""
-        with self._lock:
-            connection.user_from = connection.user_from if connection.user else after
-            connection.user = user
-            self._by_user.setdefault(user.id, {})[connection] = None
-
-    def subscribe(self, connection: Connection, pattern: Pattern, after: EventId, limit: int) -> None:
-        """Add a subscription to what comes after `after`. Twice the same is one, from the earlier.
-
-        Raises ClientError where the connection has `limit` others.
-        """
-        with self._lock:
-            already = connection.subscriptions.get(pattern)
-            if already is None and len(connection.subscriptions) >= limit:
-                sentence = f"{limit} subscriptions are the most; use a prefix such as content.*, or unsubscribe"
-                raise ClientError("too_many_subscriptions", sentence)
-            connection.subscriptions[pattern] = after if already is None else min(after, already)
-            self._subscribers.setdefault(pattern, {})[connection] = None
-            self._found.clear()
-
-    def unsubscribe(self, connection: Connection, pattern: Pattern | None) -> int:
-        """Take away one subscription, or all; return how many there were."""
-        with self._lock:
-            patterns = list(connection.subscriptions) if pattern is None else [pattern]
-            return sum(self._drop(connection, each) for each in patterns)
-
-    def _drop(self, connection: Connection, pattern: Pattern) -> bool:
-        if connection.subscriptions.pop(pattern, None) is None:
-            return False
-        self._take_out(self._subscribers, pattern, connection)
-        self._found.clear()
-        return True
-
-    @staticmethod
-    def _take_out(index: dict[Any, dict[Connection, None]], key: object, connection: Connection) -> None:
-        """Take a connection out of an index, and the key with its last one: an index must not grow."""
-        connections = index.get(key, {})
-        connections.pop(connection, None)
-        if not connections:
-            index.pop(key, None)
-
-    def matching(self, event_type: str, content_type: str, to: frozenset[str] | None) -> Collection[Connection]:
-        """Return the connections, each once, that want such an event."""
-        with self._lock:
-            if to is None:
-                return self._found.get((event_type, content_type)) or self._find(event_type, content_type)
-            patterns = patterns_of(event_type, content_type)
-            found: dict[Connection, None] = {}
-            for user_id in to:
-                for connection in self._by_user.get(user_id, ()):
-                    if not connection.subscriptions.keys().isdisjoint(patterns):
-                        found[connection] = None
-        return found
-
-    def _find(self, event_type: str, content_type: str) -> tuple[Connection, ...]:
-        """Look up who subscribes to this, and note it: a burst asks again and again. The lock is held."""
-        found: dict[Connection, None] = {}
-        for pattern in patterns_of(event_type, content_type):
-            found |= self._subscribers.get(pattern, {})
-        if len(self._found) >= ROUTES_KEPT:
-            self._found.clear()
-        self._found[event_type, content_type] = tuple(found)
-        return tuple(found)
-
-    def missed(self, connection: Connection, pattern: Pattern, events: Iterable[Event]) -> list[Event]:
-        """Return those of `events` that `pattern` matches and that have not reached the connection."""
-        with self._lock:
-            user, user_from = connection.user, connection.user_from
-            subscriptions = dict(connection.subscriptions)
-
-        def is_missed(event: Event) -> bool:
-            patterns = patterns_of(event.type, event.content_type)
-            if pattern not in patterns:
-                return False
-            if event.to is not None and (user is None or user.id not in event.to):
-                return False
-            if event.to is not None and event.id <= user_from:
-                return True
-            return not any(event.id > subscriptions.get(each, event.id) for each in patterns)
-
-        return [event for event in events if is_missed(event)]
-
-    def connections(self, user_id: str | None = None) -> list[Connection]:
-        """Return all connections, or those of one user."""
-        with self._lock:
-            return list(self._connections if user_id is None else self._by_user.get(user_id, ()))
-
-    def count_subscriptions(self) -> int:
-        with self._lock:
-            return sum(len(connections) for connections in self._subscribers.values())
-
-
-# == 7. Broker: one order for all events, and the history ============================================
-
-Result = TypeVar("Result")
-Job = Callable[[], None]
-Draft = tuple[str, str, str, "frozenset[str] | None"]  # an Event without its id
-
-
-class MemoryBroker:
-    """Gives events their ids in one order, queues them for the dispatcher and keeps the latest.
-
-    Jobs queue with the events: a job finds exactly the events delivered that were published before
-    it. Subscribing with `since` is a job, and so leaves no gap and no overlap.
-    """
-
-    def __init__(self, history_size: int) -> None:
-        # Guards what follows, and that events are queued in the order of their ids; nothing under it
-        # takes longer than that. `_changed` is notified where anyone may wait: for room in the
-        # queue, and for its end.
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self.last_id: EventId = (now_milliseconds(), 0)  # the newest in the queue, or ever in it
-        self.published = 0  # events, by this process
-        self._queued_bytes = 0
-        self._is_closed = False
-        self._queue: SimpleQueue[Event | Job | None] = SimpleQueue()  # None: nothing comes any more
-        # The dispatcher's alone:
-        self._held: list[Job | None] = []  # taken from the queue, and next
-        self._history: deque[Event] = deque()  # of what is delivered
-        self._history_size = history_size
-        self.delivered = self._forgotten = self.last_id  # the newest delivered; the newest not in the history
-
-    def start(self) -> None:
-        """There is nothing to connect to."""
-
-    def publish(self, drafts: list[Draft]) -> list[EventId]:
-        """Take events for delivery and return their ids. Waits while the dispatcher is far behind."""
-        return [self._publish(draft) for draft in drafts]
-
-    def _publish(self, draft: Draft) -> EventId:
-        with self._lock:
-            self._wait_for_room()
-            milliseconds = now_milliseconds()
-            last, counter = self.last_id
-            # A clock that is set back must not take the ids with it.
-            event_id = (milliseconds, 0) if milliseconds > last else (last, counter + 1)
-            self._enqueue(Event(event_id, *draft))
-            self.published += 1
-            return event_id
-
-    # The next two are called with the lock held.
-
-    def _wait_for_room(self) -> None:
-        while self._queued_bytes >= BACKLOG_BYTES and not self._is_closed:
-            self._changed.wait()
-
-    def _enqueue(self, event: Event) -> None:
-        self.last_id = event.id
-        if not self._is_closed:
-            self._queue.put(event)
-            self._queued_bytes += len(event.payload) + EVENT_OVERHEAD
-
-    def run_in_order(self, job: Job) -> bool:
-        """Have the dispatcher run `job` between the events queued before this call and those after.
-
-        A job may not block. What it raises is logged. Returns False where the broker is closed.
-        """
-        with self._lock:
-            if not self._is_closed:
-                self._queue.put(job)
-            return not self._is_closed
-
-    def in_order(self, job: Callable[[], Result]) -> Future[Result]:
-        """Do so for someone who waits: what `job` returns or raises is in the Future.
-
-        It is cancelled where the broker is closed.
-        """
-        future: Future[Result] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(job())
-            except Exception as error:  # whatever it is, who waits gets it
-                future.set_exception(error)
-
-        if not self.run_in_order(run):
-            future.cancel()
-        return future
-
-    def take(self) -> list[Event] | Job | None:
-        """Wait for what is next: a job, or as many events as make one batch; None once closed."""
-        following = self._held.pop() if self._held else self._queue.get()
-        if not isinstance(following, Event):
-            return following
-        batch, size = [following], len(following.payload)
-        while len(batch) < BATCH_EVENTS and size < BATCH_BYTES and not self._queue.empty():
-            following = self._queue.get()
-            if not isinstance(following, Event):
-                self._held.append(following)
-                break
-            batch.append(following)
-            size += len(following.payload)
-        return batch
-
-    def remember(self, events: list[Event]) -> None:
-        """Take note that `events` are delivered. For the dispatcher."""
-        self._history.extend(events)
-        self.delivered = events[-1].id
-        while len(self._history) > self._history_size:
-            self._forgotten = self._history.popleft().id
-        with self._changed:
-            was_full = self._queued_bytes >= BACKLOG_BYTES
-            self._queued_bytes -= sum(len(event.payload) + EVENT_OVERHEAD for event in events)
-            if was_full:
-                self._changed.notify_all()
-
-    def fetch_after(self, since: EventId) -> list[Event] | None:
-        """Return events after `since` from where they are kept beside the history here. Not for jobs.
-
-        None where there are none, or where the history reaches back to it. May raise BrokerAway.
-        """
-        return None
-
-    def events_after(self, since: EventId, fetched: list[Event] | None) -> list[Event] | None:
-        """Return all events delivered after `since`, or None where that cannot be known. For jobs.
-
-        `fetched` is what fetch_after() gave. Only an id that this broker gave is answered: between
-        two of its ids there may have been others, of a process before this one.
-        """
-        if fetched and fetched[-1].id >= self._forgotten:  # the history goes on where that ends
-            older = [event for event in fetched if event.id <= self.delivered]
-            return older + [event for event in self._history if event.id > fetched[-1].id]
-        found: list[Event] = []
-        for event in reversed(self._history):
-            if event.id <= since:
-                return found[::-1] if event.id == since else None
-            found.append(event)
-        return found[::-1] if since == self._forgotten else None
-
-    def newest_id(self) -> EventId:
-        """Return the id of the newest event that a client can resume from here."""
-        return self.last_id
-
-    def is_caught_up(self, timeout: float) -> bool:
-        """Wait until the queue has had all that this process published; False after `timeout` seconds."""
-        return True
-
-    def tell_others(self, message: dict[str, Any]) -> None:
-        """Tell the engines of other processes, soon or never: there are none."""
-
-    def queue_length(self) -> int:
-        return self._queue.qsize()
-
-    def close(self) -> None:
-        """Let the dispatcher end once the queue is empty, and nobody wait for it any more."""
-        with self._changed:
-            if not self._is_closed:
-                self._is_closed = True
-                self._queue.put(None)
-                self._changed.notify_all()
-
-
-_MARKER: Draft = ("system.marker", "system", "{}", frozenset())  # an event to nobody
-
-
-def import_redis() -> Any:
-    """Return the package, or raise ImportError that says how to get it."""
-    try:
-        import redis  # noqa: PLC0415 - the optional extra; nobody else needs it
-    except ImportError as error:
-        raise ImportError("SWIFTCMS_WS_REDIS_URL needs the package redis: pip install redis") from error
-    return redis
-
-
-class RedisBroker(MemoryBroker):
-    """The same for several processes and machines: a Redis stream gives the ids and the one order.
-
-    publish() adds to the stream. In every process a follower thread reads it and queues what any
-    process published; from there on all is as with one process. A second stream carries what the
-    engines tell each other and nobody keeps.
-
-    While Redis is away publish() raises, and the follower tries again, and goes on where it was.
-    Only where that place is gone from the stream may something be lost: then `on_gap` is called.
-    """
-
-    def __init__(
-        self, settings: Settings, on_told: Callable[[dict[str, Any]], None],
-        on_gap: Callable[[], None], on_round: Callable[[], None],
-    ) -> None:  # fmt: skip
-        redis = import_redis()
-        from redis.backoff import NoBackoff  # noqa: PLC0415
-        from redis.retry import Retry  # noqa: PLC0415
-
-        super().__init__(settings.history)
-        self._redis: Any = redis.Redis.from_url(
-            cast(str, settings.redis_url),
-            decode_responses=True,
-            encoding_errors="replace",  # of others who write there: one entry must not stop us for ever
-            socket_timeout=REDIS_SECONDS,
-            socket_connect_timeout=REDIS_SECONDS,
-            retry=Retry(NoBackoff(), 0),  # a page waits for publish(): let it fail, but soon
+        logger.log(
+            level, message, *values, exc_info=exc_info, stack_info=stack_info, stacklevel=2
         )
-        self._faults = (redis.RedisError, OSError)
-        self._events, self._told = f"{settings.redis_prefix}:events", f"{settings.redis_prefix}:told"
-        self._on_told, self._on_gap, self._on_round = on_told, on_gap, on_round
-        self._follower = threading.Thread(target=self._follow, name="swiftcms-ws follower", daemon=True)
-        self._told_id = ""  # the follower's alone
-        # Written by the follower alone, but for the last; who waits for them does so under `_changed`.
-        self._has_begun = False  # the follower knows where it is
-        self.last_id, self._forgotten = (0, 0), (-1, 0)  # until it does
-        self._last_published: EventId = (0, 0)
-
-    def start(self) -> None:
-        self._follower.start()
-
-    def publish(self, drafts: list[Draft]) -> list[EventId]:
-        """Add events to the stream, in one round trip. Raises PublishError within two seconds."""
-        if not drafts:
-            return []
-        try:
-            with self._redis.pipeline(transaction=False) as pipe:
-                for event_type, content_type, payload, to in drafts:
-                    fields = {"type": event_type, "contentType": content_type, "payload": payload}
-                    if to is not None:
-                        fields["to"] = json.dumps(sorted(to))
-                    pipe.xadd(self._events, fields, maxlen=self._history_size + FOLLOWER_ROOM)
-                ids = [parse_event_id(event_id) for event_id in pipe.execute()]
-        except self._faults as error:
-            raise PublishError(f"Redis did not take the event; publish it again later: {error}") from error
-        with self._changed:
-            self._last_published = max(self._last_published, ids[-1])
-            self.published += len(ids)
-        return ids
-
-    def tell_others(self, message: dict[str, Any]) -> None:
-        with suppress(*self._faults):  # the follower logs that Redis is away; presence repairs itself
-            self._redis.xadd(self._told, {"message": json.dumps(message)}, maxlen=FOLLOWER_ROOM)
-
-    def newest_id(self) -> EventId:
-        with self._changed:
-            self._changed.wait_for(lambda: self._has_begun, REDIS_SECONDS)
-            return self.last_id
-
-    def is_caught_up(self, timeout: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(lambda: self.last_id >= self._last_published, timeout)
-
-    def fetch_after(self, since: EventId) -> list[Event] | None:
-        try:
-            newest = self._newest()
-            is_known = newest is not None and since <= newest  # maybe not here yet, but elsewhere
-            with self._changed:
-                if not self._changed.wait_for(
-                    lambda: self._has_begun and (not is_known or self.last_id >= since), REDIS_SECONDS
-                ):
-                    raise BrokerAway("the follower is behind")
-            if since >= self._forgotten:  # the dispatcher's, but a tuple is read whole, and it only grows
-                return None
-            entries = self._redis.xrange(self._events, format_event_id(since), count=self._history_size + 2)
-        except self._faults as error:
-            raise BrokerAway(f"Redis cannot be asked for the history: {error}") from error
-        events = [self._event(*entry) for entry in entries]
-        if not events or events[0].id != since or len(events) > self._history_size + 1:
-            return None
-        return events[1:]
-
-    def _newest(self) -> EventId | None:
-        newest = self._redis.xrevrange(self._events, count=1)
-        return parse_event_id(newest[0][0]) if newest else None
-
-    @staticmethod
-    def _event(event_id: str, fields: dict[str, str]) -> Event:
-        try:
-            to = frozenset(json.loads(fields["to"])) if "to" in fields else None
-            return Event(parse_event_id(event_id), fields["type"], fields["contentType"], fields["payload"], to)
-        except (KeyError, ValueError, TypeError):
-            what = "ignored entry %s of the stream, which no swiftcms_ws wrote; SWIFTCMS_WS_REDIS_PREFIX changes it"
-            log(logging.ERROR, what, event_id)
-            return Event(parse_event_id(event_id), *_MARKER)
-
-    def _follow(self) -> None:
-        """Be the follower: read on from where we are, until the end."""
-        pause = REDIS_PAUSE
-        while not self._is_closed:
-            try:
-                if not self._has_begun:
-                    self._begin()
-                self._read_on()
-                self._on_round()
-                if pause != REDIS_PAUSE:
-                    log(logging.WARNING, "Redis is back")
-                    pause = REDIS_PAUSE
-                continue
-            except (*self._faults, PublishError) as error:
-                if pause == REDIS_PAUSE:
-                    log(
-                        logging.WARNING,
-                        "Redis is away: until it is back publish() raises, and clients of this process hear nothing"
-                        " new. Does it run, and is SWIFTCMS_WS_REDIS_URL right? It is tried again and again: %s",
-                        error,
-                    )
-            except Exception:  # a follower that ended would leave this process deaf, and nobody told
-                log(logging.ERROR, "following Redis failed, and is tried again", exc_info=True)
-            pause = min(pause * 2, REDIS_SECONDS)
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_closed, pause * random.uniform(0.5, 1))
-
-    def _begin(self) -> None:
-        """Find the ends of both streams. An empty one gets a marker: a place to come back to."""
-        here = self._newest() or self.publish([_MARKER])[0]
-        self._on_gap()  # for who came before: what it has missed is not known
-        told = self._redis.xrevrange(self._told, count=1)
-        self._told_id = told[0][0] if told else "0-0"
-
-        def begin_history() -> None:
-            self._history.clear()
-            self._forgotten = self.delivered = here
-
-        self.run_in_order(begin_history)
-        with self._changed:
-            self.last_id, self._has_begun = here, True
-            self._last_published = min(self._last_published, here)  # what came after it is gone
-            self._changed.notify_all()
-        self.tell_others({"do": "hello", "process": ""})
-
-    def _read_on(self) -> None:
-        """Wait for what is new and queue it: events, and what other engines tell."""
-        here = format_event_id(self.last_id)
-        with self._redis.pipeline(transaction=False) as pipe:
-            streams = {self._events: here, self._told: self._told_id}
-            pipe.xread(streams, count=FOLLOWER_BATCH, block=REDIS_BLOCK)
-            pipe.xrange(self._events, here, here)
-            answer, still_here = pipe.execute()
-        if not still_here:  # trimmed away under us, or an empty Redis in its place
-            self._has_begun = False
-            return
-        found = dict(answer or [])
-        for event in [self._event(*entry) for entry in found.get(self._events, [])]:
-            with self._changed:
-                self._wait_for_room()
-                self._enqueue(event)
-                self._changed.notify_all()
-        for told_id, fields in found.get(self._told, []):
-            self._told_id = told_id
-            self.run_in_order(functools.partial(self._on_told, json.loads(fields["message"])))
+    except Exception:
+        traceback.print_exc()
 
 
-# == 8. Presence: who edits what =====================================================================
+def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
+    """Return " (did you mean `…`?)" with the nearest of `choices`, or an empty string."""
+    # Both may come from a client. difflib would take 100 ms for long words or thousands of them.
+    few = [choice for choice in itertools.islice(choices, 50) if len(choice) <= NAME_LENGTH]
+    near = difflib.get_close_matches(word[:NAME_LENGTH], few, 1)
+    if not near:
+        return ""
+    return f" (did you mean `{prefix}{near[0]}`?)"
 
-Entry = tuple[str, str]  # a content type, and the id of one of its entries
+
+def _setting(default: Any, expected: str, accepts: Callable[[Any], bool]) -> Any:
+    return dataclasses.field(default=default, metadata={"expected": expected, "accepts": accepts})
+
+
+def _number(
+    default: float | None,
+    expected: str,
+    least: float,
+    kinds: Any = (int, float),
+    most: float = float("inf"),
+) -> Any:
+    def accepts(value: Any) -> bool:
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        return is_number and least <= value <= most and value != float("inf")
+
+    return _setting(default, expected, accepts)
+
+
+def _text(default: str | None, expected: str = "a string", pattern: str = r".+") -> Any:
+    def accepts(value: Any) -> bool:
+        return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+    return _setting(default, expected, accepts)
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, (str, bytes)) and len(value) > 0
+
+
+def _are_strings(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+
+
+def _are_algorithms(value: Any) -> bool:
+    # All of one family: with HS256 and RS256 in one list, anybody could sign with the public key.
+    known = get_default_algorithms().keys() - {"none"}
+    return _are_strings(value) and set(value) <= known and len({name[:2] for name in value}) == 1
+
+
+def _are_origins(value: Any) -> bool:
+    return value == "*" or (_are_strings(value) and all(map(is_origin_entry, value)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Editor:
-    """One connection that has an entry open for editing; one person in two tabs is two."""
+class Settings:
+    """The values of app.config["SWIFTCMS_WS_…"]: field `heartbeat` is SWIFTCMS_WS_HEARTBEAT."""
 
-    since: str
-    client_id: str
-    user_id: str | None
-    process: str  # that the connection is in
+    jwt_key: str | bytes | None = _setting(None, "a string or bytes, not empty", _is_key)
+    jwt_algorithms: Sequence[str] = _setting(
+        ("HS256",),
+        'algorithms of one family, such as ["HS256"]; RS256 needs the package cryptography',
+        _are_algorithms,
+    )
+    jwt_audience: str | None = _text(None)
+    jwt_issuer: str | None = _text(None)
+    auth: str = _text("optional", '"optional" or "required"', "optional|required")
+    origins: Sequence[str] | str | None = _setting(
+        None,
+        'a list such as ["https://example.org", "https://*.example.org"], or "*"',
+        _are_origins,
+    )
+    heartbeat: float = _number(25, "seconds, from 0.01 to 86,400", 0.01, most=86_400)
+    history: int = _number(1000, "a whole number of events, 0 or more", 0, int)
+    max_connections: int | None = _number(None, "a whole number, 1 or more", 1, int)
+    max_subscriptions: int = _number(100, "a whole number, 1 or more", 1, int)
+    max_message: int = _number(64 * 1024, "a whole number of bytes, 1 or more", 1, int)
+    max_queue: int = _number(1024 * 1024, "a whole number of bytes, 1 or more", 1, int)
+    rate: float = _number(50, "messages a second, 1 or more", 1)
+    inspector: bool | None = _setting(
+        None, "True or False", lambda value: isinstance(value, bool)
+    )
+    redis_url: str | None = _text(
+        None, "a URL such as redis://localhost:6379/0", r"(rediss?|unix)://.+"
+    )
+    redis_prefix: str = _text("swiftcms_ws")
+    # Not keys of their own: SECRET_KEY_FALLBACKS, if the key is Flask's SECRET_KEY.
+    old_keys: Sequence[str | bytes] = dataclasses.field(default=(), metadata={})
 
-    def as_json(self) -> dict[str, Any]:
-        return {"clientId": self.client_id, "userId": self.user_id, "since": self.since}
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Settings:
+        """Read and check the keys of a Flask configuration; None stands for the default.
+
+        Raises ValueError that names the key, if a key does not exist or a value is wrong.
+        """
+        fields = {
+            CONFIG_PREFIX + field.name.upper(): field
+            for field in dataclasses.fields(cls)
+            if field.metadata
+        }
+        values = {}
+        for key, value in config.items():
+            if not key.startswith(CONFIG_PREFIX) or (key in fields and value is None):
+                continue
+            if key not in fields:
+                names = [name.removeprefix(CONFIG_PREFIX) for name in fields]
+                hint = did_you_mean(key.removeprefix(CONFIG_PREFIX), names, CONFIG_PREFIX)
+                raise ValueError(f"unknown config key {key}{hint}; known are {', '.join(fields)}")
+            field = fields[key]
+            if not field.metadata["accepts"](value):
+                # A key must not appear in a log.
+                shown = "this value" if field.name == "jwt_key" else repr(value)
+                expected = field.metadata["expected"]
+                raise ValueError(f"config key {key} must be {expected}, not {shown}")
+            values[field.name] = value
+        settings = cls(**values)
+        settings.check_key()
+        return settings
+
+    def check_key(self) -> None:
+        """Raise ValueError if the key does not fit the algorithms: every token would be refused."""
+        if self.jwt_key is None:
+            return
+        for name in self.jwt_algorithms:
+            try:
+                get_default_algorithms()[name].prepare_key(self.jwt_key)
+            except Exception as error:
+                # Each algorithm raises exceptions of its own.
+                key = f"{CONFIG_PREFIX}JWT_KEY"
+                raise ValueError(f"config key {key} must be a key for {name}: {error}") from error
+
+    @classmethod
+    def of_app(cls, app: Flask | None, redis_url: str | None) -> Settings:
+        """Return the settings of an app, or of a script without one.
+
+        The environment variable SWIFTCMS_WS_REDIS_URL stands in for the config key.
+        """
+        settings = cls() if app is None else cls.from_config(app.config)
+        changes: dict[str, Any] = {}
+        if app is not None and settings.jwt_key is None and app.secret_key:
+            changes["jwt_key"] = app.secret_key
+            changes["old_keys"] = tuple(app.config.get("SECRET_KEY_FALLBACKS") or ())
+        if settings.redis_url is None:
+            changes["redis_url"] = redis_url or os.environ.get(f"{CONFIG_PREFIX}REDIS_URL") or None
+        settings = dataclasses.replace(settings, **changes)
+        settings.check_key()
+        return settings
 
 
-class Presence:
-    """Who edits what, here and in other processes.
+# I  From publish() to the socket
+# == 2. Hub: the public API ======================================================================
 
-    Changed by the dispatcher alone, in the order of events, so that what is told about a change is
-    true when it is told. An entry that nobody edits takes no memory.
+Hook = TypeVar("Hook", bound="Callable[..., Any]")
+
+
+class Hub:
+    """The public API of a site: publish(), the hooks, and a blueprint with the /ws route.
+
+    Any thread may call any method. A hub may be registered with several apps; each app has an
+    engine of its own, in app.extensions["swiftcms_ws"]. Inside an application context a hub uses
+    the engine of that app. Outside one it uses the only app that has served a connection, or
+    else the only app.
+
+    A script or a task queue has no app and gives `redis_url` instead, or sets the environment
+    variable SWIFTCMS_WS_REDIS_URL. It then publishes without starting a thread:
+
+        with Hub(redis_url="redis://localhost:6379/0") as hub:
+            hub.publish("content.created", "posts", {"id": 7})
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards both indexes against readers in other threads
-        self.changes = 0  # so far; set by the dispatcher, an int is read whole
-        self._editors: dict[Entry, dict[str, Editor]] = {}  # by client id
-        self._entries: dict[str, dict[Entry, None]] = {}  # of each client
+    def __init__(self, redis_url: str | None = None) -> None:
+        self.blueprint: Blueprint = Endpoint(self).blueprint
+        self.identify_hook: Callable[[], Any] | None = None
+        self.authorize_hook: Callable[[User | None, str, str], Any] | None = None
+        self._redis_url = redis_url
+        # Weak, so that an app which a job or a test created can be freed.
+        self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
+        # The engine of a hub without an app.
+        self._script_engine: Engine | None = None
+        # Held while an engine is created or started, so that there is one for each app. An engine
+        # is published when it is complete, and read without the lock.
+        self._starting = threading.Lock()
+        self._starting_guard = ReentryGuard()
+        _hubs.add(self)
 
-    def start(self, entry: Entry, editor: Editor) -> bool:
-        """Add an editor; return False where it was one."""
-        with self._lock:
-            editors = self._editors.setdefault(entry, {})
-            is_new = editor.client_id not in editors
-            if is_new:
-                editors[editor.client_id] = editor
-                self._entries.setdefault(editor.client_id, {})[entry] = None
-                self.changes += 1
-            return is_new
+    def __enter__(self) -> Hub:
+        return self
 
-    def stop(self, entry: Entry, client_id: str) -> Editor | None:
-        """Take an editor away and return it, or None where it was none."""
-        with self._lock:
-            editor = self._editors.get(entry, {}).pop(client_id, None)
-            self._entries.get(client_id, {}).pop(entry, None)
-            if not self._editors.get(entry):
-                self._editors.pop(entry, None)
-            if not self._entries.get(client_id):
-                self._entries.pop(client_id, None)
-            if editor is not None:
-                self.changes += 1
-            return editor
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
-    def entries_of(self, client_id: str) -> list[Entry]:
-        """Return what a client edits."""
-        with self._lock:
-            return list(self._entries.get(client_id, ()))
+    # -- methods for the site ----------------------------------------------------------------------
 
-    def editors(self, entry: Entry) -> list[Editor]:
-        """Return an entry's editors, who began first first."""
-        with self._lock:
-            return sorted(self._editors.get(entry, {}).values(), key=lambda editor: editor.since)
+    def init_app(self, app: Flask, **options: Any) -> None:
+        """Register the blueprint with an app. Application factories call it.
 
-    def everything(self, process: str | None = None) -> list[tuple[Entry, Editor]]:
-        """Return who edits what, everywhere or in one process."""
-        with self._lock:
-            return [
-                (entry, editor)
-                for entry, editors in self._editors.items()
-                for editor in editors.values()
-                if process in (None, editor.process)
-            ]
+        options: those of Flask.register_blueprint(), such as `url_prefix`; a second hub of one
+            app needs a `name`
+
+        Raises ValueError, naming the key, if a SWIFTCMS_WS_… config key does not exist or has a
+        wrong value.
+        """
+        app.register_blueprint(self.blueprint, **options)
+
+    def publish(
+        self, event_type: str, content_type: str, payload: Any, *, to: Any = EVERYONE
+    ) -> str:
+        """Send an event to all clients that subscribe to it, and return its id.
+
+        It returns in microseconds, however many clients there are, and needs no context. Call it
+        after the commit: a client may ask for the data at once.
+
+        event_type:   such as "content.created": words joined by dots, none under "system."
+        content_type: such as "posts"
+        payload:      anything that `app.json` can serialise
+        to:           the user id, or several, that alone receive it (str, int or UUID)
+
+        Raises TypeError or ValueError, naming the argument, if one is wrong. No event is sent then.
+        Raises PublishError within two seconds if the shared log does not store the event, and
+        RuntimeError if it is not clear which app is meant, or if a signal handler calls this
+        while its thread is inside publish(). An exception of an `event_published` receiver is
+        raised here too, after the event was sent.
+        """
+        return self.publish_many([(event_type, content_type, payload, to)])[0]
+
+    def publish_many(self, events: Iterable[tuple[Any, ...]]) -> list[str]:
+        """Send events, each a tuple of publish()'s arguments in their order; return their ids.
+
+        Raises as publish() does, and then sends none of them. With Redis they take one round trip.
+        """
+        engine = self._engine()
+        events = list(events)
+        drafts = [engine.draft(*event) for event in events]
+        event_ids = [format_event_id(event_id) for event_id in engine.publish(drafts)]
+        if event_published.receivers:
+            for event_id, event in zip(event_ids, events, strict=True):
+                event_type, content_type, payload, to = (*event, EVERYONE)[:4]
+                event_published.send(
+                    engine.app or self,
+                    hub=self,
+                    id=event_id,
+                    type=event_type,
+                    content_type=content_type,
+                    payload=payload,
+                    to=to,
+                )
+        return event_ids
+
+    def identify(self, hook: Hook) -> Hook:
+        """Register `hook()`, which returns the user of a handshake.
+
+        It returns a user id, `(user_id, session_id)`, or None if no user is signed in. It runs in
+        a request context of its own, so `session` and login extensions work in it. A token in
+        the handshake takes precedence.
+
+        Raises TypeError for a coroutine function, RuntimeError if there is another hook already.
+        """
+        self.identify_hook = self._replace_hook("identify", self.identify_hook, hook)
+        return hook
+
+    def authorize(self, hook: Hook) -> Hook:
+        """Register `hook(user, event_type, content_type)`, which allows or refuses a subscription.
+
+        It returns True to allow and False to refuse. Anything else refuses too, and is logged.
+        `user` is a User or None; the other two are the pattern that the client sent, such as
+        "content.*" and "posts.*": decide for everything that it matches. Editing asks for
+        "user.editing". The hook runs in a worker, in a request context of its own.
+
+        Raises TypeError for a coroutine function, RuntimeError if there is another hook already.
+        """
+        self.authorize_hook = self._replace_hook("authorize", self.authorize_hook, hook)
+        return hook
+
+    def issue_token(self, user_id: Any, expires_in: float = 3600, **claims: Any) -> str:
+        """Return a JWT that `authenticate` accepts for `expires_in` seconds.
+
+        claims: for the authorize hook: issue_token(7, role="editor") is its user.claims["role"]
+
+        Raises ValueError if there is no key to sign with, or a public key only.
+        """
+        settings = self._engine().settings
+        algorithm = settings.jwt_algorithms[0]
+        if settings.jwt_key is None:
+            raise ValueError("there is no key to sign with: set SECRET_KEY or SWIFTCMS_WS_JWT_KEY")
+        if not algorithm.startswith("HS"):
+            raise ValueError(
+                f"SWIFTCMS_WS_JWT_KEY only verifies {algorithm}; sign with the private key"
+            )
+        return sign_token(settings, check_user_id(user_id, "user_id"), expires_in, claims)
+
+    def stats(self) -> dict[str, int]:
+        """Return numbers of this process for a status page, by name.
+
+        Now: `connections`, `subscriptions`, `queue_length` (events not delivered yet) and
+        `waiting_bytes` (not accepted yet by the sockets of slow clients). Since the start:
+        `published`, `delivered`, `replayed`, `slow_clients` (closed with 1013), `throttled`
+        (pauses of clients that sent too fast), `errors`, and, if there was one, `error_CODE`,
+        `closed_CODE` (closed by the server) and `refused_STATUS`.
+        """
+        engine = self._engine()
+        connections = engine.registry.connections()
+        return {
+            "connections": len(connections),
+            "subscriptions": engine.registry.count_subscriptions(),
+            "queue_length": engine.loop.queue_length(),
+            "waiting_bytes": sum(connection.unsent_bytes for connection in connections),
+            **engine.counters.as_dict(),
+        }
+
+    def editors(self, content_type: str, entry_id: str | int) -> list[dict[str, Any]]:
+        """Return the editors of an entry: dicts of `clientId`, `userId` and `since`."""
+        engine = self._engine()
+        if engine.log is not None and engine.app is not None:
+            # The editors of other processes are known after the follower has asked for them.
+            self.start(engine)
+        editors = engine.editing.editors((content_type, str(entry_id)))
+        return [editor.as_json() for editor in editors]
+
+    def disconnect(self, user_id: Any, session: Any = None) -> int:
+        """Close a user's connections after a logout or a ban; return their number in this process.
+
+        session: only the connections of this session, as the identify hook returned it
+
+        End the login first: a handshake that the identify hook still knows is accepted again.
+        Raises PublishError if the shared log is away, because the user's connections in other
+        processes would stay open.
+        """
+        user = check_user_id(user_id, "user_id")
+        session = None if session is None else check_user_id(session, "session")
+        return self._engine().disconnect(user, session)
+
+    def last_id(self) -> str:
+        """Return the id of the newest event.
+
+        Call it before reading the data of a page: with this id as `since`, the page then gets
+        every event that its data may not contain.
+        """
+        return format_event_id(self._engine().newest_id())
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Wait until everything published so far is written to the clients' sockets.
+
+        timeout: in seconds
+
+        Returns False if it is not by then.
+        """
+        return self._engine().flush(timeout)
+
+    def close(self, timeout: float = 2.0) -> bool:
+        """Close all connections with 1001 and accept no others.
+
+        timeout: in seconds; all apps of this hub share it
+
+        Returns False if some connections were still open by then; those are aborted.
+        """
+        return close_engines(self._engines(), timeout)
+
+    # -- choosing and starting an engine -----------------------------------------------------------
+
+    def _engine(self) -> Engine:
+        """Return the engine of the app that is meant; it may not have started.
+
+        Raises RuntimeError if that is not clear, and ValueError if the configuration is wrong.
+        """
+        if current_app and running_app() in self._apps:
+            return self.engine_of(running_app())
+        apps = list(self._apps)
+        if len(apps) == 1:
+            return self.engine_of(apps[0])
+        if not apps:
+            return self._engine_without_app()
+        serving = [engine for engine in self._engines() if engine.has_served]
+        if len(serving) == 1:
+            return serving[0]
+        raise RuntimeError(
+            f"this hub is registered with {len(apps)} apps: call it inside"
+            " `with app.app_context():`, so that it knows which one is meant"
+        )
+
+    def engine_of(self, app: Flask) -> Engine:
+        """Return the engine of an app; create it at first use, when configuration is complete."""
+        engines: dict[Hub, Engine | None] = app.extensions["swiftcms_ws"]
+        engine = engines[self]
+        if engine is None:
+            with self._starting_guard, self._starting:
+                engine = engines[self]
+                if engine is None:
+                    engine = engines[self] = Engine(self, app, self._redis_url)
+        return engine
+
+    def _engine_without_app(self) -> Engine:
+        with self._starting_guard, self._starting:
+            if self._script_engine is None:
+                engine = Engine(self, None, self._redis_url)
+                if engine.log is None:
+                    raise RuntimeError(
+                        "this hub is not registered with an app, so no client could receive the"
+                        " event: call app.register_blueprint(blueprint) first, or use the hub that"
+                        " is registered; a script gives Hub(redis_url=…)"
+                    )
+                self._script_engine = engine
+            return self._script_engine
+
+    def _engines(self) -> list[Engine]:
+        """Return the engines that exist."""
+        engines = [app.extensions["swiftcms_ws"].get(self) for app in list(self._apps)]
+        return [engine for engine in (*engines, self._script_engine) if engine is not None]
+
+    def start(self, engine: Engine) -> None:
+        """Start an engine's threads, unless they run already."""
+        if not engine.is_started:
+            with self._starting_guard, self._starting:
+                engine.start()
+
+    def registered(self, app: Flask) -> None:
+        """Check the configuration when the blueprint is registered, so that mistakes show early."""
+        settings = Settings.from_config(app.config)
+        if settings.redis_url is not None:
+            import_redis()
+        app.extensions.setdefault("swiftcms_ws", {}).setdefault(self, None)
+        self._apps.add(app)
+        options = app.config.setdefault("SOCK_SERVER_OPTIONS", {})
+        options.setdefault("thread_class", handshake_thread)
+        install_signal_handlers()
+        for name in ("werkzeug", "gunicorn.access", "gunicorn.error"):
+            logging.getLogger(name).addFilter(hide_token)
+
+    def warn_if_nobody_is_reached(self, engine: Engine) -> None:
+        """Log once if an event cannot reach a client, although it seems so to the caller."""
+        parent_process = getattr(sys.modules.get("multiprocessing"), "parent_process", None)
+        if parent_process is not None and parent_process() is not None:
+            engine.warn(
+                "an event was published by a child process of multiprocessing: it reaches no client"
+                " of the parent. Set SWIFTCMS_WS_REDIS_URL, or publish in the parent",
+                once=True,
+            )
+        if not engine.has_served and any(other.has_served for other in self._engines()):
+            engine.warn(
+                "an event was published for an app that has served no connection, while another"
+                " app of this hub has: it reached nobody. Was create_app() called again? Publish"
+                " inside the application context of the app that serves the clients",
+                once=True,
+            )
+
+    def _replace_hook(self, name: str, former: Hook | None, hook: Hook) -> Hook:
+        if inspect.iscoroutinefunction(hook):
+            raise TypeError(f"the {name} hook must be a plain function, not a coroutine function")
+        if former is not None and _full_name(former) != _full_name(hook):
+            raise RuntimeError(
+                f"this hub has another {name} hook already: {_full_name(former)}; combine both in"
+                " one function"
+            )
+        return hook
+
+    def forget_engines(self) -> None:
+        """Start again in a forked child: the threads do not exist there, and locks may be held."""
+        self._starting = threading.Lock()
+        for engine in self._engines():
+            engine.close_copies()
+        for app in list(self._apps):
+            app.extensions["swiftcms_ws"][self] = None
+        self._script_engine = None
 
 
-# == 9. Engine: publish, the dispatcher, the heartbeat ===============================================
+def running_app() -> Flask:
+    """Return the app of the current context."""
+    return cast(Flask, current_app._get_current_object())  # type: ignore[attr-defined]
+
+
+def _full_name(function: Callable[..., Any]) -> str:
+    """Return module and qualified name. A factory that runs again creates the same name."""
+    name = getattr(function, "__qualname__", repr(function))
+    return f"{getattr(function, '__module__', '')}.{name}"
+
+
+def close_engines(engines: Iterable[Engine], timeout: float) -> bool:
+    """Ask all engines to close, then wait for them, under one deadline; False if it passed."""
+    deadline = time.monotonic() + timeout
+    engines = list(engines)
+    for engine in engines:
+        engine.begin_closing()
+    results = [engine.finish_closing(deadline) for engine in engines]
+    return all(results)
+
+
+_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
+
+# == 3. Engine: creates, starts and stops the parts ==============================================
+
+
+class Engine:
+    """Everything that runs for one app of one hub in one process.
+
+    It is created at the first use of the hub, from the configuration of that moment, and then has
+    neither threads nor descriptors. The first connection or event starts it. Any thread may call
+    its methods. A forked child creates a new one.
+    """
+
+    def __init__(self, hub: Hub, app: Flask | None, redis_url: str | None) -> None:
+        self.hub = hub
+        self.app = app
+        self.settings = Settings.of_app(app, redis_url)
+        # The name of this process among the others; client ids begin with it.
+        self.process = secrets.token_hex(PROCESS_LENGTH // 2)
+        self.counters = Counters()
+        self.registry = Registry()
+        self.history = History(self.settings.history)
+        self.workers = Workers()
+        self.editing = Editing(self)
+        self.log: RedisLog | None = None
+        if self.settings.redis_url is not None:
+            self.log = RedisLog(self.settings, is_trimming=app is not None)
+        self._create_threads()
+        # NaN is not JSON: every browser that received it would throw.
+        json_provider = (app or Flask(__name__)).json
+        self._to_json = functools.partial(json_provider.dumps, allow_nan=False)
+        # The flags are only ever set, and reading or setting one is atomic.
+        self.has_served = False
+        self.is_started = False
+        self.is_closing = False
+        # Reading or setting an item is atomic. At worst a message is logged twice.
+        self._warned_at: dict[str, float] = {}
+        # Recent sign-outs: they apply to handshakes that were under way meanwhile. Loop only.
+        self._signed_out: deque[tuple[float, str, str | None]] = deque(maxlen=1000)
+        _running_engines.add(self)
+
+    def _create_threads(self) -> None:
+        self.loop = Loop(self.registry, self.history, self.counters, self.report)
+        self.heartbeat = Heartbeat(self)
+        self.follower: Follower | None = None
+        if self.log is not None:
+            self.follower = Follower(self, self.log)
+
+    def start(self) -> None:
+        """Start the threads. The hub's lock is held. If one cannot start, none is left running."""
+        if self.is_started:
+            return
+        try:
+            self.loop.start()
+            self.heartbeat.start()
+            if self.follower is not None:
+                self.follower.start()
+        except BaseException:
+            self.heartbeat.stop()
+            self.loop.stop()
+            # The next attempt needs new ones.
+            self._create_threads()
+            raise
+        self.is_started = True
+
+    # -- publishing, in the caller's thread --------------------------------------------------------
+
+    def draft(self, event_type: Any, content_type: Any, payload: Any, to: Any = EVERYONE) -> Draft:
+        """Check and serialise an event. See Hub.publish()."""
+        event_type = check_name(event_type, "event_type")
+        if event_type.partition(".")[0] == "system":
+            raise ValueError(
+                f"event_type must not begin with system., which is the server's: {event_type!r}"
+            )
+        content_type = check_name(content_type, "content_type")
+        receivers = None if to is EVERYONE else check_receivers(to)
+        text = self._serialise(payload)
+        size = utf8_length(text)
+        # Otherwise every client that does not read it at once would be closed for being slow.
+        if size > self.settings.max_queue:
+            raise ValueError(
+                f"payload has {size} bytes as JSON; SWIFTCMS_WS_MAX_QUEUE allows"
+                f" {self.settings.max_queue}: publish an id, with which clients fetch the rest"
+            )
+        return Draft(event_type, content_type, text, receivers)
+
+    def _serialise(self, payload: Any) -> str:
+        try:
+            text = self._to_json(payload)
+            # A provider of the site may return bytes, or ignore allow_nan.
+            if isinstance(text, (bytes, bytearray)):
+                text = bytes(text).decode()
+            if "NaN" in text or "Infinity" in text:
+                json.loads(text, parse_constant=_refuse_constant)
+            # Raises for a lone surrogate, which UTF-8 cannot express.
+            utf8_length(text)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(
+                f"payload cannot be sent as JSON: {error}; publish a dict such as"
+                ' {"id": post.id}, or teach app.json the type'
+            ) from error
+        return str(text)
+
+    def publish(self, drafts: list[Draft]) -> list[EventId]:
+        """Give the events their ids and their place in the one order; return the ids."""
+        if self.log is not None:
+            event_ids = self.log.append(drafts)
+        else:
+            # In exit handlers the main thread is gone, and no thread can start.
+            if self.is_closing or not threading.main_thread().is_alive():
+                self.warn(
+                    "publish() was called on a hub that is closed, or while the interpreter exits:"
+                    " no client receives the event",
+                    once=True,
+                )
+            else:
+                self.hub.start(self)
+            event_ids = self.loop.publish(drafts)
+            if not self.has_served:
+                self.hub.warn_if_nobody_is_reached(self)
+        self.counters.add("published", len(event_ids))
+        return event_ids
+
+    def warn_if_alone(self) -> None:
+        """Log if this process has published, and was not the one that serves the clients."""
+        if self.log is not None or self.has_served or self.app is None or self.app.testing:
+            return
+        count = self.counters.as_dict()["published"]
+        if count:
+            self.warn(
+                "this process published %s events and served no client, so they reached nobody: if"
+                " another process serves the site, set SWIFTCMS_WS_REDIS_URL in both",
+                count,
+            )
+
+    def newest_id(self) -> EventId:
+        """Return the id of the newest event. Starts no thread."""
+        if self.follower is not None and self.follower.newest_id is not None:
+            return self.follower.newest_id
+        if self.log is not None:
+            return self.log.newest_id() or (0, 0)
+        return self.loop.last_id
+
+    # -- signing out -------------------------------------------------------------------------------
+
+    def disconnect(self, user_id: str, session: str | None) -> int:
+        """Close the connections of a user or of one session, in all processes."""
+        if self.log is not None:
+            self.log.send({"do": "disconnect", "user": user_id, "session": session})
+        if self.app is not None:
+            # A handshake may be under way already, and must find the sign-out.
+            self.hub.start(self)
+        count = len(self._of_session(user_id, session))
+        self.loop.call(self.sign_out, user_id, session)
+        return count
+
+    def _of_session(self, user_id: str, session: str | None) -> list[Connection]:
+        return [
+            connection
+            for connection in self.registry.connections(user_id)
+            if session is None or (connection.user and connection.user.session == session)
+        ]
+
+    def sign_out(self, user_id: str, session: str | None) -> None:
+        """Close the connections of a user in this process. Loop only."""
+        self._signed_out.append((time.monotonic(), user_id, session))
+        for connection in self._of_session(user_id, session):
+            close_signed_out(connection)
+
+    def was_signed_out(self, user: User, since: float) -> bool:
+        """Return whether a user was signed out after `since`, when the handshake began."""
+        return any(
+            at >= since and user_id == user.id and session in (None, user.session)
+            for at, user_id, session in self._signed_out
+        )
+
+    # -- logging -----------------------------------------------------------------------------------
+
+    def report(
+        self, level: int, message: str, *values: object, exc_info: BaseException | None = None
+    ) -> None:
+        """Log from the loop or the heartbeat thread: a worker calls the site's log handlers.
+
+        Otherwise a handler that sends mail would stop all clients for as long as that takes.
+        """
+        record = functools.partial(log, level, message, *values, exc_info=exc_info)
+        self.workers.records.put(record)
+
+    def warn(self, message: str, *values: object, once: bool = False) -> None:
+        """Log a warning, once a minute at most: clients decide how often there is a reason."""
+        now = time.monotonic()
+        warned_at = self._warned_at.get(message)
+        if warned_at is not None and (once or now < warned_at + 60):
+            return
+        self._warned_at[message] = now
+        if threading.current_thread() in (self.loop.thread, self.heartbeat.thread):
+            self.report(logging.WARNING, message, *values)
+        else:
+            log(logging.WARNING, message, *values)
+
+    # -- flushing and closing ----------------------------------------------------------------------
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything published so far is written. See Hub.flush()."""
+        if not self.is_started and self.log is None:
+            return True
+        deadline = time.monotonic() + timeout
+        newest = self.log.last_appended if self.log is not None else (0, 0)
+        self.hub.start(self)
+        flushed = threading.Event()
+        if not self.loop.call(self.loop.add_flush, Flush(newest, flushed)):
+            return self.registry.slots == 0
+        return flushed.wait(max(0.0, deadline - time.monotonic()))
+
+    def begin_closing(self) -> None:
+        """Refuse handshakes from now on, and close all connections with 1001. Takes no lock."""
+        self.is_closing = True
+        self.loop.request_close_all()
+
+    def finish_closing(self, deadline: float) -> bool:
+        """Wait until all connections are closed and the site's receivers have run; stop."""
+        is_empty = self.registry.wait_until_empty(deadline)
+        self.loop.call(self.loop.abort_all)
+        # When a task is done, the loop may submit a second one: client_disconnected waits for a
+        # hook of its client.
+        for _ in range(2):
+            self.workers.wait_until_idle(deadline)
+            self.loop.run_through(deadline)
+        if self.follower is not None:
+            self.follower.stop()
+        self.heartbeat.stop()
+        self.loop.stop()
+        self.workers.stop(deadline)
+        if self.log is not None:
+            self.log.close()
+        return is_empty
+
+    def is_busy(self) -> bool:
+        """Return whether there are connections, or functions of the site to run. Takes no lock."""
+        return self.registry.slots > 0 or self.workers.unfinished > 0
+
+    def close_copies(self) -> None:
+        """Close a forked child's copies of sockets and descriptors; the parent keeps its own."""
+        self.loop.close_copies()
+        for connection in self.registry.connections():
+            connection.close_copy()
+
+
+def close_signed_out(connection: Connection) -> None:
+    connection.close(CloseCode.UNAUTHORIZED, "the site signed you out; sign in again")
 
 
 class Counters:
     """The numbers of stats() that no other part keeps."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the numbers, which every thread adds to
-        self._numbers = Counter({"delivered": 0, "replayed": 0, "errors": 0, "slow_clients": 0})
+        # Guards the numbers: every thread adds to them. Re-entrant, because a signal handler that
+        # publishes may interrupt its own thread while that holds the lock.
+        self._lock = threading.RLock()
+        names = ("published", "delivered", "replayed", "errors", "slow_clients", "throttled")
+        self._numbers = Counter(dict.fromkeys(names, 0))
 
     def add(self, name: str, number: int = 1) -> None:
         with self._lock:
@@ -1496,1348 +1003,4598 @@ class Counters:
             return dict(self._numbers)
 
 
-Route = tuple[int, Collection[Connection]]  # bits for events, and who is to get all of these
+# The engines of this process: they are closed at exit and forgotten in a forked child.
+_running_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-def _by_what_they_want(routes: Iterable[Route]) -> Iterable[Route]:
-    """Put those together that want the same events of several routes, so that each is in one."""
+@atexit.register
+def _close_all() -> None:
+    """Run when the interpreter exits."""
+    engines = list(_running_engines)
+    close_engines(engines, timeout=2.0)
+    for engine in engines:
+        engine.warn_if_alone()
+
+
+def _forget_all() -> None:
+    """Thread body: the forked child, before it runs anything else."""
+    for hub_ in list(_hubs):
+        hub_.forget_engines()
+    _running_engines.clear()
+    restore_signal_handlers()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
+
+# The handlers that our own ones replace, by signal number.
+_former_handlers: dict[int, Any] = {}
+
+
+def install_signal_handlers() -> None:
+    """Send 1001 to all clients if SIGTERM or SIGINT stops a process that does not handle it.
+
+    Only default handlers are replaced. gunicorn has its own; see Heartbeat.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    for number, default in defaults.items():
+        if signal.getsignal(number) is default:
+            _former_handlers[number] = default
+            signal.signal(number, _on_signal)
+
+
+def restore_signal_handlers() -> None:
+    for number, former in _former_handlers.items():
+        if signal.getsignal(number) is _on_signal:
+            signal.signal(number, former)
+    _former_handlers.clear()
+
+
+def _on_signal(number: int, frame: Any) -> None:
+    """Close all clients, then let the signal act as it would have without this module.
+
+    The interrupted code may hold any lock, so this function takes none.
+    """
+    engines = [engine for engine in list(_running_engines) if engine.is_started]
+    for engine in engines:
+        engine.loop.request_close_all()
+    if number == signal.SIGINT:
+        # Raises KeyboardInterrupt. A program that catches it goes on, and clients reconnect.
+        _former_handlers[number](number, frame)
+        return
+    deadline = time.monotonic() + 2.0
+    for engine in engines:
+        engine.is_closing = True
+    while any(engine.is_busy() for engine in engines) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+# == 4. Events and frames: pure functions ========================================================
+
+# Milliseconds since 1970 and a counter, as in a Redis stream. Ids only grow.
+EventId = tuple[int, int]
+# Of an event type and of a content type.
+Pattern = tuple[str, str]
+
+NAME_RULE = f"words of letters, digits, _ and - joined by dots, at most {NAME_LENGTH} characters"
+# Objects and arrays within each other in a client's message.
+MESSAGE_DEPTH = 100
+
+
+class Draft(NamedTuple):
+    """An event that has no id yet."""
+
+    type: str
+    content_type: str
+    # As JSON.
+    payload: str
+    # User ids. If it is None, all subscribers receive the event.
+    to: frozenset[str] | None
+
+
+class Event:
+    """One published event. It keeps one encoded copy: the payload until the frame exists."""
+
+    __slots__ = ("_frame", "_payload", "content_type", "id", "size", "to", "type")
+
+    def __init__(self, event_id: EventId, draft: Draft) -> None:
+        self.id = event_id
+        self.type = draft.type
+        self.content_type = draft.content_type
+        self.to = draft.to
+        self.size = utf8_length(draft.payload)
+        self._payload: str | None = draft.payload
+        self._frame = b""
+
+    @property
+    def frame(self) -> bytes:
+        """The bytes that every client receives. Loop only."""
+        if self._payload is not None:
+            # Names need no escaping, and the payload is JSON already.
+            text = (
+                f'{{"type": "{self.type}", "contentType": "{self.content_type}",'
+                f' "payload": {self._payload}, "id": "{format_event_id(self.id)}",'
+                f' "timestamp": "{timestamp(self.id[0])}"}}'
+            )
+            self._frame = text_frame(text)
+            self._payload = None
+        return self._frame
+
+
+def utf8_length(text: str) -> int:
+    """Return the number of bytes of a string in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def format_event_id(event_id: EventId) -> str:
+    return f"{event_id[0]}-{event_id[1]}"
+
+
+def parse_event_id(value: object) -> EventId:
+    """Return the id that a client sent as `since`, or raise ClientError."""
+    match = None
+    if isinstance(value, str):
+        match = re.fullmatch(r"([0-9]{1,20})-([0-9]{1,20})", value)
+    if match is None:
+        raise ClientError(
+            "invalid_since",
+            f"`since` must be the `id` of an event, such as 1763832000123-0, not {describe(value)}",
+        )
+    return int(match[1]), int(match[2])
+
+
+@functools.lru_cache(maxsize=1024)
+def is_name(text: str) -> bool:
+    """Return whether a string can name a type or a content type."""
+    return 0 < len(text) <= NAME_LENGTH and all(map(_is_word, text.split(".")))
+
+
+def _is_word(word: str) -> bool:
+    # \w of a regular expression would leave out the vowel signs of Hindi, Tamil, Thai and others.
+    return word != "" and all(
+        character in "_-" or unicodedata.category(character)[0] in "LMN" for character in word
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def is_pattern(text: str) -> bool:
+    """Return whether a string is a name, a prefix such as content.*, or *."""
+    return len(text) <= NAME_LENGTH and (text == "*" or is_name(text.removesuffix(".*")))
+
+
+def check_name(value: object, argument: str) -> str:
+    """Return a type or content type that can be published, or raise, naming the argument."""
+    if not isinstance(value, str):
+        raise TypeError(f"{argument} must be a str, not {type(value).__name__}")
+    name = plain_str(value)
+    if not is_name(name):
+        raise ValueError(f"{argument} must be {NAME_RULE}, not {name[:NAME_LENGTH]!r}")
+    return name
+
+
+def plain_str(value: str) -> str:
+    """Return the characters of a str subclass. str() of an Enum member would be its name."""
+    return str.__str__(value)
+
+
+def check_user_id(value: object, source: str) -> str:
+    """Return a user id as a str. Sites that count their users may give the number, or a UUID."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, UUID)):
+        kind = type(value).__name__
+        raise TypeError(f"{source} must be a user id (str, int or UUID), not {kind}")
+    if isinstance(value, str):
+        user_id = plain_str(value)
+    elif isinstance(value, int):
+        user_id = int.__repr__(value)
+    else:
+        user_id = str(value)
+    if not 0 < len(user_id) <= NAME_LENGTH:
+        raise ValueError(f"{source} must be a user id of 1 to {NAME_LENGTH} characters")
+    return user_id
+
+
+def check_receivers(to: Any) -> frozenset[str]:
+    """Return the user ids of publish()'s `to`, or raise, naming the argument."""
+    if to is None:
+        raise TypeError(
+            "to must be a user id or several, not None; leave it out to reach everyone who"
+            " subscribes, and give [] to reach nobody"
+        )
+    if isinstance(to, (str, int, UUID)):
+        return frozenset([check_user_id(to, "to")])
+    if not isinstance(to, Iterable) or isinstance(to, (bytes, bytearray, Mapping)):
+        raise TypeError(f"to must be a user id or several, not {type(to).__name__}")
+    return frozenset(check_user_id(user, "to") for user in to)
+
+
+def parse_pattern(fields: Mapping[str, Any]) -> Pattern:
+    """Return the pattern that a client's `type` and `contentType` form, or raise ClientError."""
+    event_type, content_type = fields.get("type", "*"), fields.get("contentType", "*")
+    if not (isinstance(event_type, str) and is_pattern(event_type)):
+        raise ClientError(
+            "invalid_type",
+            "`type` must be an event type such as content.created, a prefix such as content.*,"
+            f" or * ({NAME_RULE}), not {describe(event_type)}",
+        )
+    if not (isinstance(content_type, str) and is_pattern(content_type)):
+        raise ClientError(
+            "invalid_type",
+            "`contentType` must be a content type such as posts, a prefix such as posts.*,"
+            f" or * ({NAME_RULE}), not {describe(content_type)}",
+        )
+    return event_type, content_type
+
+
+def _patterns_of_name(name: str) -> list[str]:
+    words = name.split(".")
+    prefixes = [".".join(words[:count]) + ".*" for count in range(len(words) - 1, 0, -1)]
+    return [name, *prefixes, "*"]
+
+
+@functools.lru_cache(maxsize=1024)
+def patterns_of(event_type: str, content_type: str) -> tuple[Pattern, ...]:
+    """Return every pattern that matches such an event: matching is then a few look-ups."""
+    return tuple(itertools.product(_patterns_of_name(event_type), _patterns_of_name(content_type)))
+
+
+def describe(value: object) -> str:
+    """Name a JSON value's kind for an error message, and show a short value."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "an array"
+    shown = json.dumps(value)
+    if len(shown) > 60:
+        shown = f"{shown[:60]}…"
+    if value is None:
+        return shown
+    if isinstance(value, bool):
+        return f"the boolean {shown}"
+    if isinstance(value, str):
+        return f"the string {shown}"
+    return f"the number {shown}"
+
+
+def now_milliseconds() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def timestamp(milliseconds: int) -> str:
+    """Return a time as the protocol writes it: UTC, ISO 8601, milliseconds."""
+    seconds, rest = divmod(milliseconds, 1000)
+    return f"{_format_seconds(seconds)}.{rest:03}Z"
+
+
+# strftime takes 20 µs after a pause, which is a tenth of the time that an event takes.
+@functools.lru_cache(maxsize=16)
+def _format_seconds(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
+def encode_frame(opcode: int, payload: bytes) -> bytes:
+    """Return an unmasked, unfragmented frame (RFC 6455 section 5.2).
+
+    wsproto builds the same bytes in ten times the time; a test compares both.
+    """
+    size = len(payload)
+    if size < 126:
+        return struct.pack("!BB", 0x80 | opcode, size) + payload
+    if size < 65_536:
+        return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
+    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
+
+
+def text_frame(text: str) -> bytes:
+    return encode_frame(Opcode.TEXT, text.encode())
+
+
+def close_frame(code: int, reason: str) -> bytes:
+    """Return a close frame. Its payload has at most 125 bytes (RFC 6455 section 5.5)."""
+    # If the last character was cut in half, it is dropped.
+    short = reason.encode()[:123].decode(errors="ignore")
+    return encode_frame(Opcode.CLOSE, struct.pack("!H", code) + short.encode())
+
+
+def message_frame(
+    message_type: str,
+    payload: Mapping[str, Any],
+    content_type: str | None = None,
+    ref: str | float | None = None,
+) -> bytes:
+    """Return the frame of a message of the server. The payload needs no JSON provider."""
+    message: dict[str, Any] = {"type": message_type}
+    if content_type is not None:
+        message["contentType"] = content_type
+    message["payload"] = payload
+    message["timestamp"] = timestamp(now_milliseconds())
+    if ref is not None:
+        message["ref"] = ref
+    return text_frame(json.dumps(message))
+
+
+def parse_message(data: str | bytes) -> dict[str, Any]:
+    """Return the JSON object that a client sent, or raise ClientError."""
+    if isinstance(data, bytes):
+        raise ClientError("invalid_message", "a message must be a text message, not a binary one")
+    try:
+        message = json.loads(data, parse_constant=_refuse_constant, parse_float=_parse_float)
+        if data.count("[") + data.count("{") > MESSAGE_DEPTH:
+            _check_depth(message)
+    except RecursionError:
+        raise ClientError("invalid_json", "the message is nested too deeply") from None
+    except ValueError as error:
+        raise ClientError("invalid_json", f"the message is not JSON: {error}") from None
+    if not isinstance(message, dict):
+        raise ClientError(
+            "invalid_message",
+            'a message must be a JSON object such as {"action": "subscribe"},'
+            f" not {describe(message)}",
+        )
+    return message
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is JavaScript, but not JSON")
+
+
+def _parse_float(text: str) -> float:
+    number = float(text)
+    # Python would write it as Infinity, which is not JSON.
+    if abs(number) == float("inf"):
+        raise ValueError(f"the number {text[:60]} is too large")
+    return number
+
+
+def _check_depth(message: object) -> None:
+    """Raise RecursionError if a message could be parsed, but perhaps not be encoded again."""
+    level = [message]
+    for _ in range(MESSAGE_DEPTH + 1):
+        containers = [value for value in level if isinstance(value, (dict, list))]
+        if not containers:
+            return
+        level = []
+        for container in containers:
+            level.extend(container.values() if isinstance(container, dict) else container)
+    raise RecursionError
+
+
+# == 5. Loop and history: one order for all events ===============================================
+
+Call = tuple[Callable[..., object], tuple[Any, ...]]
+
+
+class ReentryGuard:
+    """Raises RuntimeError if a thread enters again before it has left.
+
+    Only a signal handler can do that, because it interrupts its own thread anywhere. A lock would
+    then wait for ever, and a re-entrant lock would give ids out of order.
+    """
+
+    def __init__(self) -> None:
+        # Adding and discarding are atomic.
+        self._threads: set[int] = set()
+
+    def __enter__(self) -> None:
+        thread = threading.get_ident()
+        if thread in self._threads:
+            raise RuntimeError(
+                "publish() was called by a signal handler that had interrupted publish(): let the"
+                " handler set a flag, and publish afterwards"
+            )
+        self._threads.add(thread)
+
+    def __exit__(self, *exception: object) -> None:
+        self._threads.discard(threading.get_ident())
+
+
+class Flush(NamedTuple):
+    """A thread that waits in flush(): for an event to be delivered, then for unsent data."""
+
+    newest: EventId
+    is_done: threading.Event
+
+
+class Loop:
+    """The thread that owns the order of events, all sockets, the history and the editors.
+
+    Any thread may use call(), publish() and submit(). Everything else is for the loop's own
+    thread. It never runs code of the site and never blocks: each socket is non-blocking.
+    """
+
+    # publish() waits while so much is queued, or a fast publisher would fill the memory.
+    MAX_QUEUED_BYTES = 8 * 1024 * 1024
+    # The weight of an event in the queue, in addition to its payload.
+    EVENT_OVERHEAD = 1024
+    # A delivery costs one system call, and that costs about the same for many small frames
+    # as for one. So events that wait go out together; a single event never waits for others.
+    BATCH_BYTES = 64 * 1024
+    BATCH_EVENTS = 512
+
+    def __init__(
+        self,
+        registry: Registry,
+        history: History,
+        counters: Counters,
+        report: Callable[..., None],
+    ) -> None:
+        self.registry = registry
+        self.history = history
+        self.thread: threading.Thread | None = None
+        self._counters = counters
+        self._report = report
+        self._guard = ReentryGuard()
+        # Guards the queue, its size, the newest id and the flags below, so that events are queued
+        # in the order of their ids. It is held for that long only.
+        self._lock = threading.Lock()
+        # Notified when there is room in the queue again, and when the loop stops.
+        self._room = threading.Condition(self._lock)
+        self._queue: deque[Event | Call] = deque()
+        self._queued_bytes = 0
+        # The newest id that this process gave, or that the follower brought.
+        self.last_id: EventId = history.newest_id
+        # The loop waits for sockets, or is about to: a new entry of the queue must wake it.
+        self._is_asleep = False
+        self._is_stopped = False
+        # Set by any thread, without the lock: a signal handler must not wait for it.
+        self._must_close_all = False
+        # Loop only from here on.
+        self._timers: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
+        self._timer_number = itertools.count()
+        # Connections with a close frame sent or queued, and an open socket.
+        self.closing: set[Connection] = set()
+        self._flushes: list[Flush] = []
+        self._flush_targets: dict[Flush, list[tuple[Connection, int]]] = {}
+
+    def start(self) -> None:
+        """Create the selector and the wake-up sockets, and start the thread."""
+        self.selector = selectors.DefaultSelector()
+        self._wake_up, self._waker = socket.socketpair()
+        for sock in (self._wake_up, self._waker):
+            sock.setblocking(False)
+        self.selector.register(self._wake_up, selectors.EVENT_READ, None)
+        self.thread = threading.Thread(target=self._run, name="swiftcms-ws loop", daemon=True)
+        try:
+            self.thread.start()
+        except BaseException:
+            self.thread = None
+            self._close_descriptors()
+            raise
+
+    # -- any thread --------------------------------------------------------------------------------
+
+    def publish(self, drafts: Iterable[Draft]) -> list[EventId]:
+        """Queue events for delivery and return their ids. Waits while the queue is full.
+
+        Raises RuntimeError if a signal handler calls it while its thread is inside.
+        """
+        events = []
+        with self._guard:
+            with self._lock:
+                self._wait_for_room()
+                for draft in drafts:
+                    milliseconds = now_milliseconds()
+                    newest, counter = self.last_id
+                    # Ids never go back, also if the clock does.
+                    if milliseconds > newest:
+                        self.last_id = (milliseconds, 0)
+                    else:
+                        self.last_id = (newest, counter + 1)
+                    events.append(Event(self.last_id, draft))
+                must_wake = self._enqueue(events)
+            if must_wake:
+                self._wake()
+        return [event.id for event in events]
+
+    def submit(self, events: list[Event]) -> None:
+        """Queue events that have ids already. For the follower, in the order of the shared log."""
+        with self._lock:
+            self._wait_for_room()
+            self.last_id = events[-1].id
+            must_wake = self._enqueue(events)
+        if must_wake:
+            self._wake()
+
+    def call(self, function: Callable[..., object], *args: Any) -> bool:
+        """Call a function on the loop's thread, after the events that are queued before this.
+
+        Returns False, and does not call it, if the loop has stopped or has not started.
+        """
+        with self._guard:
+            with self._lock:
+                if self._is_stopped or self.thread is None:
+                    return False
+                self._queue.append((function, args))
+                must_wake, self._is_asleep = self._is_asleep, False
+            if must_wake:
+                self._wake()
+        return True
+
+    def _wait_for_room(self) -> None:
+        """Wait while the queue is full. The lock is held."""
+        while self._queued_bytes >= self.MAX_QUEUED_BYTES and not self._is_stopped:
+            self._room.wait()
+
+    def _enqueue(self, events: list[Event]) -> bool:
+        """Queue events; return whether the loop must be woken. The lock is held."""
+        if self._is_stopped:
+            return False
+        self._queue.extend(events)
+        self._queued_bytes += sum(event.size + self.EVENT_OVERHEAD for event in events)
+        must_wake, self._is_asleep = self._is_asleep, False
+        return must_wake
+
+    def _wake(self) -> None:
+        # If the buffer is full, a wake-up is in it. If it is closed, the loop has stopped.
+        with suppress(OSError):
+            self._waker.send(b"\0")
+
+    def queue_length(self) -> int:
+        return len(self._queue)
+
+    def request_close_all(self) -> None:
+        """Close all connections with 1001 soon. Takes no lock: a signal handler calls it."""
+        self._must_close_all = True
+        if self.thread is not None:
+            self._wake()
+
+    def run_through(self, deadline: float) -> bool:
+        """Wait until the loop has done everything that is queued now; False at the deadline."""
+        is_done = threading.Event()
+        if not self.call(is_done.set):
+            return True
+        return is_done.wait(max(0.0, deadline - time.monotonic()))
+
+    def stop(self) -> None:
+        """Stop the thread after the queue is empty, and wait for it."""
+        with self._room:
+            self._is_stopped = True
+            self._room.notify_all()
+        if self.thread is not None:
+            self._wake()
+            if self.thread is not threading.current_thread():
+                self.thread.join(1.0)
+
+    # -- the loop's thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Thread body: wait, empty the queue, then serve the sockets that are ready."""
+        while not self._is_finished():
+            try:
+                ready = self.selector.select(self._seconds_to_wait())
+                self._do_queued()
+                self._serve(ready)
+                self._do_timers()
+            except Exception as error:
+                self._report(logging.ERROR, "the loop failed and continues", exc_info=error)
+        self.abort_all()
+        self._close_descriptors()
+
+    def _is_finished(self) -> bool:
+        """Return whether to stop; if not, fall asleep unless something is queued."""
+        with self._lock:
+            self._is_asleep = not self._queue
+            return self._is_asleep and self._is_stopped
+
+    def _seconds_to_wait(self) -> float | None:
+        if not self._is_asleep or self._must_close_all:
+            return 0
+        if not self._timers:
+            return None
+        return max(0.0, self._timers[0][0] - time.monotonic())
+
+    def _do_queued(self) -> None:
+        """Deliver the events and run the calls that are queued now, in their order.
+
+        Later ones wait for the next round. So an answer comes after every event that was published
+        before the client's message, and a fast publisher cannot keep the loop from reading.
+        """
+        with self._lock:
+            self._is_asleep = False
+            count = len(self._queue)
+        while count > 0:
+            work = self._take()
+            if isinstance(work, list):
+                count -= len(work)
+                self.deliver(work)
+            else:
+                count -= 1
+                function, args = work
+                function(*args)
+            if count > 0:
+                # Clients that read now must not be taken for slow ones.
+                self._serve(self.selector.select(0), selectors.EVENT_WRITE)
+
+    def _take(self) -> list[Event] | Call:
+        """Return the next call, or the events before it that make one batch."""
+        with self._lock:
+            first = self._queue.popleft()
+            if not isinstance(first, Event):
+                return first
+            batch = [first]
+            size = first.size
+            while self._queue and size < self.BATCH_BYTES and len(batch) < self.BATCH_EVENTS:
+                following = self._queue[0]
+                if not isinstance(following, Event):
+                    break
+                batch.append(following)
+                size += following.size
+                self._queue.popleft()
+            self._release_room(size + len(batch) * self.EVENT_OVERHEAD)
+            return batch
+
+    def _release_room(self, size: int) -> None:
+        """Let publishers that wait for room continue. The lock is held."""
+        was_full = self._queued_bytes >= self.MAX_QUEUED_BYTES
+        self._queued_bytes -= size
+        if was_full:
+            self._room.notify_all()
+
+    def _serve(
+        self, ready: list[tuple[selectors.SelectorKey, int]], allowed: int = ~0
+    ) -> None:
+        """Read from and write to the sockets that the selector reported, as far as allowed."""
+        for key, events in ready:
+            if key.data is not None:
+                key.data.serve(events & allowed)
+            else:
+                # The wake-up has done its work.
+                with suppress(BlockingIOError):
+                    self._wake_up.recv(4096)
+
+    def _do_timers(self) -> None:
+        """Run the timers that are due, and requests of other threads."""
+        if self._must_close_all:
+            self._must_close_all = False
+            self.close_all(CloseCode.GOING_AWAY, "the server is going away; reconnect with since")
+        while self._timers and self._timers[0][0] <= time.monotonic():
+            _, _, function, args = heapq.heappop(self._timers)
+            function(*args)
+        if self._flushes:
+            self._check_flushes()
+
+    def call_at(self, when: float, function: Callable[..., object], *args: Any) -> None:
+        """Call a function at a time of time.monotonic()."""
+        heapq.heappush(self._timers, (when, next(self._timer_number), function, args))
+
+    def deliver(self, events: list[Event]) -> None:
+        """Send each subscriber those of `events` that it wants, in one call."""
+        alike: dict[tuple[str, str, frozenset[str] | None], int] = defaultdict(int)
+        for index, event in enumerate(events):
+            # Bit i stands for events[i].
+            alike[event.type, event.content_type, event.to] |= 1 << index
+        routes: Iterable[tuple[int, Collection[Connection]]]
+        routes = [(bits, self.registry.matching(*kind)) for kind, bits in alike.items()]
+        if len(alike) > 1:
+            routes = _merge_routes(routes)
+        try:
+            for bits, connections in routes:
+                if not connections:
+                    continue
+                chosen = [event.frame for index, event in enumerate(events) if bits >> index & 1]
+                Connection.send_to_all(connections, b"".join(chosen))
+                self._counters.add("delivered", len(chosen) * len(connections))
+        finally:
+            self.history.add(events)
+
+    # -- flushing and closing ----------------------------------------------------------------------
+
+    def add_flush(self, flush: Flush) -> None:
+        self._flushes.append(flush)
+        self._check_flushes()
+
+    def _check_flushes(self) -> None:
+        """Wake a thread in flush() if its events are written, or their slow clients are gone."""
+        for flush in list(self._flushes):
+            if self.history.newest_id < flush.newest:
+                continue
+            if flush not in self._flush_targets:
+                self._flush_targets[flush] = [
+                    (connection, connection.written_bytes + connection.unsent_bytes)
+                    for connection in self.registry.connections()
+                    if connection.unsent_bytes
+                ]
+            targets = self._flush_targets[flush]
+            if all(connection.has_written(target) for connection, target in targets):
+                flush.is_done.set()
+                self._flushes.remove(flush)
+                del self._flush_targets[flush]
+
+    def close_all(self, code: CloseCode, reason: str) -> None:
+        for connection in self.registry.connections():
+            connection.close(code, reason)
+
+    def abort_all(self) -> None:
+        """Close the sockets of clients that have not answered the close frame."""
+        for connection in (*self.registry.connections(), *self.closing):
+            connection.abort()
+
+    def _close_descriptors(self) -> None:
+        self.selector.close()
+        self._wake_up.close()
+        self._waker.close()
+
+    def close_copies(self) -> None:
+        """Close a forked child's copies. unregister() would change the parent's selector."""
+        if self.thread is not None:
+            self._close_descriptors()
+
+
+def _merge_routes(
+    routes: Iterable[tuple[int, Collection[Connection]]],
+) -> Iterable[tuple[int, Collection[Connection]]]:
+    """Group the connections that want the same events, so that each is in one group."""
     wanted: dict[Connection, int] = defaultdict(int)
     for bits, connections in routes:
         for connection in connections:
             wanted[connection] |= bits
-    together: dict[int, list[Connection]] = defaultdict(list)
+    groups: dict[int, list[Connection]] = defaultdict(list)
     for connection, bits in wanted.items():
-        together[bits].append(connection)
-    return together.items()
+        groups[bits].append(connection)
+    return groups.items()
 
 
-class Engine:
-    """Everything that runs, for one hub in one process; a fork or another app gets a new one."""
+class History:
+    """The latest events, bounded in number and in bytes. Loop only.
 
-    def __init__(self, settings: Settings, to_json: Callable[[Any], str]) -> None:
-        self.settings = settings
-        self.to_json = to_json
-        self.counters = Counters()
-        self.registry = Registry()
-        self.presence = Presence()
-        self.broker: MemoryBroker = MemoryBroker(settings.history)
-        if settings.redis_url is not None:
-            self.broker = RedisBroker(settings, self._on_told, self._on_gap, self._tell_presence)
-        self.writer = Writer(lambda: self.registry.places > 0)
-        self.closing = threading.Event()
-        self.knows_its_server = False
-        self.server_is_stopping: Callable[[], bool] = lambda: False
-        self._signed_out: deque[tuple[float, str]] = deque(maxlen=SIGN_OUTS_KEPT)  # no lock: appended to and read whole
-        self._last_said: dict[str, float] = {}  # without a lock: at the worst a line is logged twice
-        self.process = secrets.token_hex(PROCESS_LENGTH // 2)  # what other processes know this one by
-        # Other processes: when they were heard, and the most changes they had told of; for jobs alone.
-        self._heard_of: dict[str, tuple[float, int]] = {}
-        self._presence_due_at = 0.0  # when to tell it; a float is set and read whole
-        self._dispatcher, self._heartbeat, self._writing = (
-            threading.Thread(target=target, name=f"swiftcms-ws {name}", daemon=True)
-            for target, name in (
-                (self._dispatch, "dispatcher"), (self._keep_beating, "heartbeat"), (self.writer.run, "writer")
-            )
-        )  # fmt: skip
+    Subscribing with `since` runs on the loop too, between two events. So there is no gap between a
+    replay and the live events, and no overlap.
+    """
 
-    def start(self) -> None:
-        try:
-            for thread in (self._writing, self._dispatcher, self._heartbeat):
-                thread.start()
-            self.broker.start()
-        except BaseException:  # for the caller; but those that did start must end
-            self.closing.set()
-            self.broker.close()
-            self.writer.close()
-            raise
+    MAX_BYTES = 32 * 1024 * 1024
 
-    def new_client_id(self) -> str:
-        """Return an id that tells, to who has several, whether they are of one process."""
-        return self.process + secrets.token_hex(6)
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._events: deque[Event] = deque()
+        self._bytes = 0
+        # The newest event that was delivered, and the newest that is not in the history any more.
+        # Reading them is atomic.
+        self.newest_id: EventId = (now_milliseconds(), 0)
+        self.forgotten_id = self.newest_id
 
-    # -- an event's way --------------------------------------------------------------------------------
+    def restart(self, newest_id: EventId) -> None:
+        """Begin an empty history after an event of the shared log."""
+        self._events.clear()
+        self._bytes = 0
+        self.newest_id = self.forgotten_id = newest_id
 
-    def draft(self, event_type: str, content_type: str, payload: Any, to: Any = None) -> Draft:
-        """Check and serialise an event, in the caller's thread. See Hub.publish()."""
-        check_name(event_type, "event_type")
-        if event_type.partition(".")[0] == "system":
-            raise ValueError(f"event_type must not be under system., the server's own: {event_type!r}")
-        check_name(content_type, "content_type")
-        if to is not None:
-            if not isinstance(to, (str, int, Iterable)) or isinstance(to, (bytes, Mapping)):
-                raise TypeError(f"to must be a user id or several, not {type(to).__name__}")
-            to = frozenset(check_user_id(user, "to") for user in ([to] if isinstance(to, (str, int)) else to))
-        try:
-            text = self.to_json(payload)
-            size = len(text.encode())
-        except (TypeError, ValueError, RecursionError) as error:
-            right = 'publish a dict such as {"id": post.id}, or teach app.json the type'
-            raise TypeError(f"payload cannot be sent as JSON: {error}; {right}") from error
-        if size > self.settings.max_queue:  # each client that does not take it at once would be cut for it
-            right = f"at most SWIFTCMS_WS_MAX_QUEUE, {self.settings.max_queue}; publish an id, to fetch the rest by"
-            raise ValueError(f"payload has {size} bytes as JSON, and may have {right}")
-        return event_type, content_type, text, to
+    def add(self, events: list[Event]) -> None:
+        self._events.extend(events)
+        self._bytes += sum(event.size for event in events)
+        self.newest_id = events[-1].id
+        while len(self._events) > self._size or self._bytes > self.MAX_BYTES:
+            oldest = self._events.popleft()
+            self._bytes -= oldest.size
+            self.forgotten_id = oldest.id
 
-    def publish(self, drafts: list[Draft]) -> list[str]:
-        """Give events to the broker, and return their ids."""
-        return [format_event_id(event_id) for event_id in self.broker.publish(drafts)]
+    def after(self, since: EventId) -> list[Event] | None:
+        """Return the events after `since`; None if some of them are unknown.
 
-    def _dispatch(self) -> None:
-        """Be the dispatcher: the one thread that delivers events, and so the one order they have."""
-        while (work := self.broker.take()) is not None:
-            try:
-                if isinstance(work, list):
-                    try:
-                        self._deliver(work)
-                    finally:
-                        self.broker.remember(work)
-                else:
-                    work()
-            except Exception:  # one bad batch must not end all delivery
-                log(logging.ERROR, "the dispatcher failed, and goes on with what is next", exc_info=True)
-
-    def _deliver(self, events: list[Event]) -> None:
-        """Send each client those of `events` that it wants, in one call.
-
-        One system call is what a delivery costs, and it costs about the same with many frames as
-        with one. So events that were published while others were being sent go out together; none
-        is ever held back for company.
+        Only the id of an event is accepted: between two ids there may have been others, of a
+        process before this one.
         """
-        alike: dict[tuple[str, str, frozenset[str] | None], int] = defaultdict(int)
-        for index, event in enumerate(events):  # bit i stands for events[i]
-            alike[event.type, event.content_type, event.to] |= 1 << index
-        routes = [(bits, self.registry.matching(*route)) for route, bits in alike.items()]
-        # Most often all are alike, one event always is, and then there is nothing to sort out.
-        for bits, connections in routes if len(routes) == 1 else _by_what_they_want(routes):
-            data = b"".join(event.frame for index, event in enumerate(events) if bits >> index & 1)
-            for connection in connections:
-                connection.send(data)
-            self.counters.add("delivered", bits.bit_count() * len(connections))
+        found: list[Event] = []
+        for event in reversed(self._events):
+            if event.id <= since:
+                return found[::-1] if event.id == since else None
+            found.append(event)
+        return found[::-1] if since == self.forgotten_id else None
 
-    # -- the server's own messages ---------------------------------------------------------------------
+    def continue_after(self, older: list[Event]) -> list[Event] | None:
+        """Return events that were read from the shared log, and the newer ones from here.
 
-    def message(
-        self, message_type: str, payload: Mapping[str, Any], content_type: str | None = None, ref: object = None
-    ) -> bytes:
-        """Return the frame of a message. It holds nothing that needs the app's own JSON."""
-        message: dict[str, Any] = {"type": message_type, "contentType": content_type, "payload": payload}
-        message |= {"timestamp": timestamp(now_milliseconds()), "ref": ref}
-        return text_frame(json.dumps({name: value for name, value in message.items() if value is not None}))
-
-    def fail(self, connection: Connection, error: BaseException, action: object = None, ref: object = None) -> None:
-        """Tell a client what went wrong, and end the connection where the error says so."""
-        self.counters.add("errors")
-        if not isinstance(error, ClientError):
-            what = "client %s is sent away with 1011, for serving it failed; a hook of the site, perhaps?"
-            log(logging.ERROR, what, connection.id, exc_info=error)
-            connection.close(CloseCode.SERVER_ERROR, "the server failed; this is logged there")
-            return
-        self.counters.add(f"error_{error.code}")
-        payload = {"code": error.code, "message": str(error), "action": action}
-        connection.send(self.message("system.error", payload, ref=ref))
-        if error.code == "too_many_subscriptions":
-            limit = self.settings.max_subscriptions
-            self.say("refused a client more than the %s of SWIFTCMS_WS_MAX_SUBSCRIPTIONS", limit)
-        if error.closes_with is not None:
-            connection.close(error.closes_with, str(error))
-
-    def say(self, text: str, *values: object, once: bool = False) -> None:
-        """Log a warning, but not again and again: it is clients who decide how often there is cause."""
-        now, said = time.monotonic(), self._last_said.get(text)
-        if said is None or (not once and now >= said + QUIET_SECONDS):
-            self._last_said[text] = now
-            log(logging.WARNING, text, *values)
-
-    # -- presence: jobs for the dispatcher; nothing of it is kept --------------------------------------
-
-    def editing(self, entry: Entry) -> dict[str, Any]:
-        """Return what a message about an entry says of its editors."""
-        editors = [editor.as_json() for editor in self.presence.editors(entry)]
-        return {"entryId": entry[1], "editors": editors, "conflict": len(editors) > 1}
-
-    def start_editing(self, entry: Entry, editor: Editor) -> None:
-        if self.presence.start(entry, editor):
-            self._tell_subscribers("user.editing", entry, editor)
-
-    def stop_editing(self, entry: Entry, client_id: str) -> None:
-        editor = self.presence.stop(entry, client_id)
-        if editor is not None:
-            self._tell_subscribers("user.stoppedEditing", entry, editor)
-
-    def stop_all_editing(self, client_id: str) -> list[Entry]:
-        """Stop what a client edits, and return what it was."""
-        entries = self.presence.entries_of(client_id)
-        for entry in entries:
-            self.stop_editing(entry, client_id)
-        return entries
-
-    def _tell_subscribers(self, event_type: str, entry: Entry, editor: Editor) -> None:
-        frame = self.message(event_type, {**self.editing(entry), "editor": editor.as_json()}, entry[0])
-        for connection in self.registry.matching(event_type, entry[0], None):
-            connection.send(frame)
-
-    def relay_change(self, entry: Entry, editor: Editor, change: object) -> None:
-        """Send a change to the entry's other editors, subscribed or not."""
-        payload = {"entryId": entry[1], "editor": editor.as_json(), "change": change}
-        frame = self.message("user.edited", payload, entry[0])
-        others = {other.client_id for other in self.presence.editors(entry)} - {editor.client_id}
-        for connection in self.registry.connections() if others else ():
-            if connection.id in others:
-                connection.send(frame)
-
-    def end_user(self, user_id: str) -> int:
-        """Sign a user out of this process; return of how many connections."""
-        self._signed_out.append((time.monotonic(), user_id))
-        return sum(self._end_signed_out(connection) for connection in self.registry.connections(user_id))
-
-    def end_if_signed_out(self, connection: Connection, since: float) -> None:
-        """End a connection that is new in the registry, if its user was signed out since its handshake began."""
-        user_id = connection.user.id if connection.user else None
-        if any(at >= since and who == user_id for at, who in list(self._signed_out)):
-            self._end_signed_out(connection)
-
-    def _end_signed_out(self, connection: Connection) -> bool:
-        return connection.close(CloseCode.SIGN_IN_AGAIN, "the site signed you out; sign in again")
-
-    # -- other processes: through Redis, or there are none ---------------------------------------------
-
-    def tell_others(self, do: str, **details: Any) -> None:
-        """Tell the engines of other processes. May wait for Redis, and so is not for jobs."""
-        message = {"do": do, "process": self.process, "changes": self.presence.changes}
-        self.broker.tell_others({**message, **details})
-
-    def _tell_presence(self) -> None:
-        """Tell who edits what in this process: what others have missed, this repairs.
-
-        The follower calls it after each round; it is due once a heartbeat, and when someone is new.
+        None if there may be others in between.
         """
-        now = time.monotonic()
-        if now >= self._presence_due_at:
-            self._presence_due_at = now + self.settings.heartbeat
-            changes = self.presence.changes  # before it is looked at: what changes meanwhile is told on its own
-            own = [(*entry, dataclasses.asdict(e)) for entry, e in self.presence.everything(process=self.process)]
-            self.tell_others("presence", changes=changes, editors=own)
+        if older[-1].id < self.forgotten_id:
+            return None
+        newer = [event for event in self._events if event.id > older[-1].id]
+        return [event for event in older if event.id <= self.newest_id] + newer
 
-    def _on_told(self, message: dict[str, Any]) -> None:
-        """Do what the engine of another process tells; a job."""
-        process = message["process"]
-        if process == self.process:
-            return
-        changes = 0
-        if process:
-            changes = max(message["changes"], self._heard_of.get(process, (0.0, 0))[1])
-            self._heard_of[process] = time.monotonic(), changes
-        entry = tuple(message.get("entry", ()))
-        match message["do"]:
-            case "hello":
-                self._presence_due_at = 0.0
-            case "presence" if message["changes"] == changes:  # else it was overtaken, and the next one will do
-                told = {((kind, entry_id), Editor(**editor)) for kind, entry_id, editor in message["editors"]}
-                known = set(self.presence.everything(process=process))
-                for entry, editor in known - told:
-                    self.stop_editing(entry, editor.client_id)
-                for entry, editor in told - known:
-                    self.start_editing(entry, editor)
-            case "start":
-                self.start_editing(entry, Editor(**message["editor"]))
-            case "stop":
-                self.stop_editing(entry, message["client_id"])
-            case "change":
-                self.relay_change(entry, Editor(**message["editor"]), message["change"])
-            case "disconnect":
-                self.end_user(message["user_id"])
+    def __len__(self) -> int:
+        return len(self._events)
 
-    def _forget_silent_processes(self) -> None:
-        """Let the editors of processes that died, or that Redis does not reach, stop; a job."""
-        silence = self.settings.heartbeat * SILENT_HEARTBEATS
-        for process, (heard, _) in list(self._heard_of.items()):
-            if time.monotonic() - heard > silence:
-                del self._heard_of[process]
-                for entry, editor in self.presence.everything(process=process):
-                    self.stop_editing(entry, editor.client_id)
 
-    def _on_gap(self) -> None:
-        """Send everyone away, to come back with an id that is not known any more, and so hear of it."""
-        connections = self.registry.connections()
-        if connections:
-            log(
-                logging.WARNING,
-                "Redis lost events (does it keep them on disk?), or was away too long: %s clients must come back",
-                len(connections),
-            )
-        for connection in connections:
-            connection.close(CloseCode.GOING_AWAY, "events may be lost; come back with since")
+# == 6. Registry: connections, subscriptions and slots ===========================================
 
-    # -- the heartbeat ---------------------------------------------------------------------------------
 
-    def _keep_beating(self) -> None:
-        """Be the heartbeat: look after everyone, and beat when it is time."""
-        interval = self.settings.heartbeat
-        next_beat = time.monotonic() + interval
-        while not self.closing.wait(max(0.0, min(LOOK_SECONDS, next_beat - time.monotonic()))):
-            now = time.monotonic()
-            try:
-                if self.server_is_stopping():
-                    self.close(CLOSE_SECONDS)
-                    return
-                self._end_what_is_over(now, time.time())
-                if self._heard_of:
-                    self.broker.run_in_order(self._forget_silent_processes)
-                if now >= next_beat:
-                    next_beat = max(next_beat + interval, now)
-                    self._beat()
-            except Exception:  # without heartbeats nobody dead would ever be ended
-                log(logging.ERROR, "the heartbeat failed, and goes on with the next", exc_info=True)
+class Registry:
+    """Connections and their subscriptions, indexed by pattern, by user and by client id.
 
-    def _beat(self) -> None:
-        """Send both kinds of heartbeat: one for scripts, one that every WebSocket library answers."""
-        both = self.message("system.heartbeat", {}) + bytes(framer().ping())
-        for connection in self.registry.connections():
-            connection.send(both)
+    Any thread may call any method: the loop for events and messages, the web server's threads to
+    reserve slots. Finding the subscribers of an event takes a few look-ups, however many other
+    subscriptions there are.
+    """
 
-    def _end_what_is_over(self, now: float, wall_clock: float) -> None:
-        """End who is silent, who has not signed in in time, and whose token has run out."""
-        silence = self.settings.heartbeat * MISSED_HEARTBEATS
-        for connection in self.registry.connections():
-            user = connection.user
-            if connection.is_ending:
-                continue
-            if now - connection.last_heard > silence:
-                reason = f"nothing heard for {silence:g} seconds; come back with since"
-                connection.close(CloseCode.NO_SIGN_OF_LIFE, reason)
-            elif user is None:
-                if self.settings.auth == "required" and now - connection.opened_at > SIGN_IN_SECONDS:
-                    sentence = f"no token within {SIGN_IN_SECONDS:g} seconds; come back and authenticate first"
-                    self.fail(connection, ClientError("auth_required", sentence, CloseCode.SIGN_IN_AGAIN))
-            elif user.expires_at is not None and user.expires_at <= wall_clock:
-                sentence = "the token has run out; come back with a fresh one"
-                self.fail(connection, ClientError("token_expired", sentence, CloseCode.SIGN_IN_AGAIN))
+    # Answers of matching() that are kept until a subscription changes.
+    CACHE_SIZE = 64
 
-    # -- the end ---------------------------------------------------------------------------------------
+    def __init__(self) -> None:
+        # Guards everything below, and each connection's `user`, `user_since` and `subscriptions`,
+        # because they change together. Under it only dictionaries are read and written.
+        self._lock = threading.Lock()
+        # Notified when a slot is released.
+        self._released = threading.Condition(self._lock)
+        # Slots taken by connections and by handshakes. Reading it is atomic.
+        self.slots = 0
+        # Dictionaries without values are sets that keep their order.
+        self._connections: dict[str, Connection] = {}
+        self._subscribers: dict[Pattern, dict[Connection, None]] = {}
+        self._by_user: dict[str, dict[Connection, None]] = {}
+        self._match_cache: dict[tuple[str, str], tuple[Connection, ...]] = {}
 
-    def flush(self, timeout: float) -> bool:
-        """Wait until all that was published before is with the sockets. See Hub.flush()."""
-        deadline = time.monotonic() + timeout
-        if not self.broker.is_caught_up(timeout):
-            return False
-        try:
-            everyone = self.broker.in_order(self.registry.connections)
-            connections = everyone.result(max(0, deadline - time.monotonic()))
-        except CancelledError:  # closed: nothing comes any more
-            self._dispatcher.join(max(0, deadline - time.monotonic()))
-            if self._dispatcher.is_alive():
+    # -- slots -------------------------------------------------------------------------------------
+
+    def reserve(self, limit: int) -> bool:
+        """Take one of `limit` slots; return False if all are taken."""
+        with self._lock:
+            if self.slots >= limit:
                 return False
-            connections = self.registry.connections()
-        except FutureTimeoutError:
+            self.slots += 1
+            return True
+
+    def release(self) -> None:
+        with self._released:
+            self.slots -= 1
+            self._released.notify_all()
+
+    def wait_until_empty(self, deadline: float) -> bool:
+        """Wait until no slot is taken; return False at the deadline."""
+        with self._released:
+            return self._released.wait_for(
+                lambda: not self.slots, max(0.0, deadline - time.monotonic())
+            )
+
+    # -- connections -------------------------------------------------------------------------------
+
+    def add(self, connection: Connection) -> None:
+        with self._lock:
+            self._connections[connection.id] = connection
+            if connection.user:
+                self._by_user.setdefault(connection.user.id, {})[connection] = None
+
+    def remove(self, connection: Connection) -> None:
+        with self._lock:
+            self._connections.pop(connection.id, None)
+            for pattern in list(connection.subscriptions):
+                self._unsubscribe(connection, pattern)
+            if connection.user:
+                self._discard(self._by_user, connection.user.id, connection)
+
+    def find(self, client_id: str) -> Connection | None:
+        with self._lock:
+            return self._connections.get(client_id)
+
+    def connections(self, user_id: str | None = None) -> list[Connection]:
+        """Return all connections, or those of one user."""
+        with self._lock:
+            if user_id is None:
+                return list(self._connections.values())
+            return list(self._by_user.get(user_id, ()))
+
+    def sign_in(self, connection: Connection, user: User, after: EventId) -> None:
+        """Let events for this user reach the connection: those after `after`.
+
+        A fresh token of the same user changes the user's claims only.
+        """
+        with self._lock:
+            if connection.user is None:
+                connection.user_since = after
+                # Until now, the connection's subscriptions have not brought events for this user.
+                for pattern, (public, _) in connection.subscriptions.items():
+                    connection.subscriptions[pattern] = (public, after)
+            connection.user = user
+            self._by_user.setdefault(user.id, {})[connection] = None
+
+    # -- subscriptions -----------------------------------------------------------------------------
+
+    def subscribe(self, connection: Connection, pattern: Pattern, after: EventId) -> None:
+        """Add a subscription to the events after `after`. Twice the same is one, from the earlier.
+
+        For each subscription the registry keeps after which event it has brought everything:
+        events for all, and events for the connection's user.
+        """
+        with self._lock:
+            public, private = connection.subscriptions.get(pattern, (after, after))
+            connection.subscriptions[pattern] = (min(public, after), min(private, after))
+            self._subscribers.setdefault(pattern, {})[connection] = None
+            self._match_cache.clear()
+
+    def unsubscribe(self, connection: Connection, patterns: Iterable[Pattern] | None) -> int:
+        """Remove subscriptions, or all if `patterns` is None; return how many there were."""
+        with self._lock:
+            if patterns is None:
+                patterns = list(connection.subscriptions)
+            return sum(self._unsubscribe(connection, pattern) for pattern in patterns)
+
+    def _unsubscribe(self, connection: Connection, pattern: Pattern) -> bool:
+        if connection.subscriptions.pop(pattern, None) is None:
             return False
-        return self.writer.wait_until_written(connections, deadline)
+        self._discard(self._subscribers, pattern, connection)
+        self._match_cache.clear()
+        return True
 
-    def close(self, timeout: float) -> bool:
-        """End every connection and all threads. See Hub.close()."""
-        deadline = time.monotonic() + timeout
-        self.closing.set()
-        self.broker.close()
-        for thread in (self._dispatcher, self._heartbeat):  # the writer still has to write
-            if thread is not threading.current_thread() and thread.is_alive():
-                thread.join(timeout / 4)
-        for connection in self.registry.connections():
-            connection.close(CloseCode.GOING_AWAY, "the server is going away; come back with since")
-        is_empty = self.registry.wait_until_empty(deadline)
-        self.writer.close()
-        self.tell_others("presence", editors=[])
-        return is_empty
+    @staticmethod
+    def _discard(
+        index: dict[Any, dict[Connection, None]], key: object, connection: Connection
+    ) -> None:
+        """Remove a connection from an index, and the key with its last connection."""
+        connections = index.get(key, {})
+        connections.pop(connection, None)
+        if not connections:
+            index.pop(key, None)
+
+    def count_subscriptions(self) -> int:
+        with self._lock:
+            return sum(len(connections) for connections in self._subscribers.values())
+
+    # -- matching ----------------------------------------------------------------------------------
+
+    def matching(
+        self, event_type: str, content_type: str, to: frozenset[str] | None = None
+    ) -> Collection[Connection]:
+        """Return the connections that subscribe to such an event, each once."""
+        with self._lock:
+            if to is not None:
+                return self._matching_users(event_type, content_type, to)
+            found = self._match_cache.get((event_type, content_type))
+            if found is None:
+                found = self._find_subscribers(event_type, content_type)
+                if len(self._match_cache) >= self.CACHE_SIZE:
+                    self._match_cache.clear()
+                self._match_cache[event_type, content_type] = found
+            return found
+
+    def _find_subscribers(self, event_type: str, content_type: str) -> tuple[Connection, ...]:
+        found: dict[Connection, None] = {}
+        for pattern in patterns_of(event_type, content_type):
+            found |= self._subscribers.get(pattern, {})
+        return tuple(found)
+
+    def _matching_users(
+        self, event_type: str, content_type: str, to: frozenset[str]
+    ) -> list[Connection]:
+        patterns = patterns_of(event_type, content_type)
+        return [
+            connection
+            for user_id in to
+            for connection in self._by_user.get(user_id, ())
+            if not connection.subscriptions.keys().isdisjoint(patterns)
+        ]
+
+    def missed(
+        self, connection: Connection, patterns: Collection[Pattern], events: Iterable[Event]
+    ) -> list[Event]:
+        """Return those of `events` that match `patterns` and have not reached the connection."""
+        wanted = set(patterns)
+        with self._lock:
+            user = connection.user
+            subscriptions = dict(connection.subscriptions)
+
+        def is_missed(event: Event) -> bool:
+            matching = patterns_of(event.type, event.content_type)
+            if wanted.isdisjoint(matching):
+                return False
+            if event.to is not None and (user is None or user.id not in event.to):
+                return False
+            index = 0 if event.to is None else 1
+            return not any(
+                event.id > subscriptions[pattern][index]
+                for pattern in matching
+                if pattern in subscriptions
+            )
+
+        return [event for event in events if is_missed(event)]
 
 
-# == 10. Conversation: what a client's messages do ===================================================
+# == 7. Connection: one client's socket ==========================================================
 
 
-class Conversation:
-    """Carries out one client's messages, one after the other, in that connection's reader thread."""
+class State(Enum):
+    """OPEN: frames may be sent. CLOSING: a close frame is queued, and no frame may follow it.
 
+    CLOSED: the socket is closed.
+    """
+
+    OPEN = "open"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+class Connection:
+    """One client's socket, and the frames that it has not accepted yet. Loop only.
+
+    The socket is non-blocking. If the socket buffer of a slow client is full, unsent data is
+    queued here and later frames queue behind it. Other clients are not affected.
+    """
+
+    # For the client to answer our close frame, in seconds.
+    CLOSE_TIMEOUT = 2.0
+    # Read from the socket at once.
+    RECEIVE_BYTES = 16 * 1024
+    # Written to one client before the others get their turn.
+    ROUND_BYTES = 256 * 1024
+    # If there is more unsent data than this, the client is not read. So it cannot ask for a second
+    # replay before it has read the first.
+    MAX_UNSENT_WHILE_READING = 64 * 1024
+    # Without it a write to a connection that the client has reset would raise SIGPIPE, which
+    # stops the process if the site has set that signal to its default. Windows has no such flag.
+    SEND_FLAGS = getattr(socket, "MSG_NOSIGNAL", 0)
+
+    # There may be 15,000 connections: slots keep each small.
     __slots__ = (
-        "_allowance", "_allowance_at", "_burst", "_connection", "_engine", "_is_allowed", "_parts",
-        "_replayed", "_size",
-    )  # fmt: skip
+        "_close_when_written",
+        "_is_direct",
+        "_loop",
+        "_max_queue",
+        "_progress_at",
+        "_replay_allowance",
+        "_selected",
+        "_send",
+        "_sock",
+        "_unsent",
+        "close_code",
+        "close_deadline",
+        "id",
+        "session",
+        "state",
+        "subscriptions",
+        "unsent_bytes",
+        "user",
+        "user_since",
+        "waiting_since",
+        "written_bytes",
+    )
 
     def __init__(
-        self, engine: Engine, connection: Connection, is_allowed: Callable[[User | None, str, str], bool]
+        self, client_id: str, sock: socket.socket, loop: Loop, max_queue: int, user: User | None
     ) -> None:
-        self._engine = engine
-        self._connection = connection
-        self._is_allowed = is_allowed
-        self._parts: list[Any] = []  # of a message that is not whole yet,
-        self._size = 0  # and how many bytes they have
-        # The rate's bucket: a message takes one out, time puts them back. The reader's alone.
-        self._allowance = self._burst = engine.settings.rate * RATE_BURST
-        self._allowance_at = time.monotonic()
-        self._replayed = 0  # events, since the client had last read all; the dispatcher's alone
+        sock.setblocking(False)
+        # The web servers do not set it, and small frames would wait 40 ms. A Unix socket behind
+        # a proxy has no such option.
+        with suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.id = client_id
+        self.state = State.OPEN
+        self.close_code: int | None = None
+        self.session: Session
+        self._sock = sock
+        self._send = sock.send
+        self._loop = loop
+        self._max_queue = max_queue
+        # Guarded by the registry's lock. The pair of a subscription is explained in subscribe().
+        self.user = user
+        self.user_since: EventId = (0, 0)
+        self.subscriptions: dict[Pattern, tuple[EventId, EventId]] = {}
+        # Only the first chunk may be partly sent. It is then a memoryview: no chunk is copied.
+        self._unsent: deque[bytes | memoryview] | None = None
+        self.unsent_bytes = 0
+        # Bytes of `_unsent` that were written. flush() waits for them.
+        self.written_bytes = 0
+        # A replay may exceed max_queue until everything has been sent once. Otherwise a client
+        # could never resume from a history longer than max_queue.
+        self._replay_allowance = 0
+        # OPEN, and no data is unsent: send() writes to the socket at once.
+        self._is_direct = True
+        # When the socket last accepted data, if some is unsent.
+        self._progress_at = 0.0
+        # Since when the client has been silent; infinity while the server does not read it,
+        # because its silence does not count then.
+        self.waiting_since = time.monotonic()
+        # Close the socket as soon as everything is written: the client's close frame has arrived.
+        self._close_when_written = False
+        self.close_deadline = float("inf")
+        # The events that the selector watches for; 0: the socket is not registered.
+        self._selected = 0
 
-    def greet(self) -> None:
-        """Send the first message of every connection."""
-        user = self._connection.user
-        payload = {
-            "clientId": self._connection.id,
-            "userId": user.id if user else None,
-            "heartbeat": self._engine.settings.heartbeat,
-            "lastId": format_event_id(self._engine.broker.newest_id()),
-        }
-        self._answer("system.connected", payload)
+    def start_reading(self, session: Session) -> None:
+        """Give the bytes of this client to a session from now on."""
+        self.session = session
+        self.update_selector()
 
-    def take(self, frame: Received) -> None:
-        """Take a frame; once a message is whole, carry it out."""
+    # -- sending -----------------------------------------------------------------------------------
+
+    def send(self, data: bytes) -> None:
+        """Send whole frames, now or as soon as the client reads. Never blocks or raises."""
+        Connection.send_to_all((self,), data)
+
+    @staticmethod
+    def send_to_all(connections: Iterable[Connection], data: bytes) -> None:
+        """Send the same frames to several clients. Never blocks or raises.
+
+        This loop is the time that an event takes. So it calls only the socket's own method.
+        """
+        size, flags = len(data), Connection.SEND_FLAGS
+        for connection in connections:
+            try:
+                sent = connection._send(data, flags) if connection._is_direct else 0
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                connection.abort()
+                continue
+            if sent < size:
+                connection._send_later(data, sent)
+
+    def _send_later(self, data: bytes, sent: int) -> None:
+        """Queue the unsent rest of `data`; close the connection if too much is queued."""
+        if self.state is not State.OPEN:
+            return
+        self._queue(memoryview(data)[sent:] if sent else data)
+        if self.unsent_bytes > self._max_queue + self._replay_allowance:
+            self.close(CloseCode.TRY_AGAIN_LATER, "read too slowly; reconnect with since")
+
+    def send_replay(self, frames: Sequence[bytes]) -> None:
+        """Send the events that a client missed, of any length."""
+        if self.state is not State.OPEN or not frames:
+            return
+        for frame in frames:
+            self._queue(frame)
+        self._replay_allowance += sum(map(len, frames))
+        self._write()
+
+    def _queue(self, data: bytes | memoryview) -> None:
+        if not self._unsent:
+            self._unsent = deque()
+            self._is_direct = False
+            self._progress_at = time.monotonic()
+        self._unsent.append(data)
+        self.unsent_bytes += len(data)
+        self.update_selector()
+
+    def _write(self) -> None:
+        """Write unsent data until the socket buffer is full, but not more than ROUND_BYTES."""
+        budget = self.ROUND_BYTES
+        could_read = self.can_read
+        while self._unsent and budget > 0:
+            batch = self._next_batch()
+            data = batch[0] if len(batch) == 1 else b"".join(batch)
+            try:
+                sent = self._send(data, self.SEND_FLAGS)
+            except BlockingIOError:
+                break
+            except OSError:
+                self.abort()
+                return
+            self._remove_sent(batch, sent)
+            budget -= sent
+            if sent < len(data):
+                break
+        if not self._unsent:
+            self._unsent = None
+            self._replay_allowance = 0
+            self._is_direct = self.state is State.OPEN
+            if self._close_when_written:
+                self.abort()
+                return
+        self.update_selector()
+        if self.can_read and not could_read:
+            # Messages that were received meanwhile wait in the session.
+            self._loop.call_at(time.monotonic(), self.session.handle_received)
+
+    def _next_batch(self) -> list[bytes | memoryview]:
+        """Return the first chunks: as many as one system call may write."""
+        batch: list[bytes | memoryview] = []
+        size = 0
+        for chunk in self._unsent or ():
+            if batch and size + len(chunk) > Loop.BATCH_BYTES:
+                break
+            batch.append(chunk)
+            size += len(chunk)
+        return batch
+
+    def _remove_sent(self, batch: list[bytes | memoryview], sent: int) -> None:
+        assert self._unsent is not None
+        self.written_bytes += sent
+        self.unsent_bytes -= sent
+        if sent:
+            self._progress_at = time.monotonic()
+        for chunk in batch:
+            if sent < len(chunk):
+                self._unsent[0] = memoryview(chunk)[sent:]
+                return
+            sent -= len(chunk)
+            self._unsent.popleft()
+
+    def has_written(self, target: int) -> bool:
+        """Return whether so many bytes were written, or never will be."""
+        return self.written_bytes >= target or self.state is not State.OPEN
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def serve(self, events: int) -> None:
+        """Read or write now. The selector has reported `events`."""
         try:
-            data = self._whole_message(frame)
-        except ClientError as error:
-            self.fail(error)
+            if events & selectors.EVENT_WRITE and self.state is not State.CLOSED:
+                self._write()
+            if events & selectors.EVENT_READ and self.state is not State.CLOSED:
+                self._read()
+        except Exception as error:
+            # An exception closes one connection, and never stops the loop.
+            self.session.fail(error)
+
+    def _read(self) -> None:
+        try:
+            data = self._sock.recv(self.RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.abort()
+            return
+        self.waiting_since = time.monotonic()
+        self.session.receive(data)
+
+    @property
+    def can_read(self) -> bool:
+        """Whether messages of this client are handled now, or it has to wait."""
+        is_behind = self.unsent_bytes > self.MAX_UNSENT_WHILE_READING
+        return self.state is State.OPEN and not is_behind and not self.session.is_paused
+
+    def update_selector(self) -> None:
+        """Let the selector watch for the events that this connection can use now.
+
+        A socket that is neither read nor written is unregistered. With an empty mask epoll would
+        still report a reset, again and again.
+        """
+        wanted = 0
+        if self.state is not State.CLOSED:
+            if self.can_read or self.state is State.CLOSING:
+                wanted = selectors.EVENT_READ
+            if self._unsent:
+                wanted |= selectors.EVENT_WRITE
+        if wanted == self._selected:
+            return
+        if wanted & selectors.EVENT_READ:
+            if not self._selected & selectors.EVENT_READ:
+                self.waiting_since = time.monotonic()
         else:
-            if data is not None:
-                self._handle(data)
+            self.waiting_since = float("inf")
+        if not self._selected:
+            self._loop.selector.register(self._sock, wanted, self)
+        elif not wanted:
+            self._loop.selector.unregister(self._sock)
+        else:
+            self._loop.selector.modify(self._sock, wanted, self)
+        self._selected = wanted
 
-    def fail(self, error: BaseException) -> None:
-        self._engine.fail(self._connection, error)
+    # -- closing -----------------------------------------------------------------------------------
 
-    def _whole_message(self, frame: Received) -> str | bytes | None:
-        """Return the message that a frame completes, or None; raise ClientError where these are too big or too many."""
-        if isinstance(frame, Message):
-            self._parts.append(frame.data)
-            self._size += len(frame.data.encode() if isinstance(frame.data, str) else frame.data)
-            limit = self._engine.settings.max_message
-            if self._size > limit:
-                sentence = f"the message is over the limit of {limit} bytes; send less, or several"
-                raise ClientError("message_too_big", sentence, CloseCode.MESSAGE_TOO_BIG)
-            if frame.message_finished:
-                whole: str | bytes = frame.data[:0].join(self._parts)
-                self._parts, self._size = [], 0
-                return whole
-            if not frame.frame_finished or len(frame.data) >= SMALL_FRAGMENT:
-                return None
-        # A ping, a pong or a small fragment: it costs us as much as a message does.
-        too_much = self._spend(1)
-        if too_much is not None:
-            raise too_much
-        return None
+    def close(self, code: int, reason: str) -> None:
+        """Send a close frame, and close the socket after the client's answer or CLOSE_TIMEOUT."""
+        if self.state is not State.OPEN:
+            return
+        if code == CloseCode.TRY_AGAIN_LATER and self._unsent:
+            # The first chunk may be partly sent, and the close frame must not come inside a frame.
+            # The client is too slow for the rest.
+            first = self._unsent.popleft()
+            self._unsent = deque([first])
+            self.unsent_bytes = len(first)
+        self.close_code = code
+        self._begin_closing(close_frame(code, reason))
 
-    def _handle(self, data: str | bytes) -> None:
-        """Carry out one message, or answer with what is wrong with it."""
-        action = ref = None
+    def answer_close(self, code: int | None) -> None:
+        """The client's close frame has arrived: answer it unless it is an answer; then close."""
+        self._close_when_written = True
+        if self.state is State.OPEN:
+            payload = b"" if code is None else struct.pack("!H", code)
+            self._begin_closing(encode_frame(Opcode.CLOSE, payload))
+        elif not self._unsent:
+            self.abort()
+
+    def fail(self, code: int, reason: str) -> None:
+        """Close after bytes that are not a frame, because no later byte can be understood."""
+        self.close(code, reason)
+        if not self._unsent:
+            # The client reads our close frame and then the end of the stream, and closes.
+            with suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+
+    def _begin_closing(self, frame: bytes) -> None:
+        self.state = State.CLOSING
+        self._loop.closing.add(self)
+        self.close_deadline = time.monotonic() + self.CLOSE_TIMEOUT
+        self._loop.call_at(self.close_deadline, self.abort)
+        self._queue(frame)
+        self._write()
+        if self.session.is_paused:
+            # The client's close frame may have been received and not handled yet.
+            self._loop.call_at(time.monotonic(), self.session.handle_received)
+        self.session.end()
+
+    def abort(self) -> None:
+        """Close the socket without a close frame."""
+        if self.state is State.CLOSED:
+            return
+        self.state = State.CLOSED
+        self._is_direct = False
+        self._unsent = None
+        self.unsent_bytes = 0
+        self.update_selector()
+        # Without shutdown() a forked child's copy would keep the connection open.
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        self._loop.closing.discard(self)
         try:
-            too_much = self._spend(1 + len(data) // RATE_BYTES)
-            if too_much is not None and too_much.closes_with is not None:
-                raise too_much  # no more work for this one
-            message = parse_message(data)
-            action = message["action"][:NAME_LENGTH] if isinstance(message.get("action"), str) else None
-            ref = self._ref(message)
-            if too_much is not None:
-                raise too_much
-            carry_out = self._action(message)
-            if self._must_sign_in() and carry_out is not ACTIONS["authenticate"]:
-                raise ClientError("auth_required", "sign in first: send authenticate with a token")
-            carry_out(self, message, ref)
-        except CancelledError:  # the server is going away, and this connection with it
-            pass
-        except BrokerAway as error:
-            log(logging.INFO, "sent client %s away: %s", self._connection.id, error)
-            self._connection.close(CloseCode.GOING_AWAY, "the history cannot be read now; come back with since")
-        except BaseException as error:  # the client's, or a hook's, its SystemExit too: logged, and the end
-            self._engine.fail(self._connection, error, action, ref)
+            self.session.end()
+        finally:
+            self._loop.registry.release()
 
-    def _spend(self, count: int) -> ClientError | None:
-        """Take messages out of the rate's bucket; return what is wrong where there are too many."""
-        now, rate = time.monotonic(), self._engine.settings.rate
-        refilled = self._allowance + (now - self._allowance_at) * rate
-        self._allowance, self._allowance_at = min(self._burst, refilled) - count, now
-        if self._allowance < -self._burst:
-            sentence = "far too many messages; come back in a minute, slower"
-            return ClientError("rate_limited", sentence, CloseCode.TOO_MANY_MESSAGES)
-        if self._allowance < 0:
-            return ClientError("rate_limited", f"too many messages; send {rate:g} a second at most")
-        return None
+    def close_copy(self) -> None:
+        """Close a forked child's copy of the socket; the parent's stays open."""
+        self._sock.close()
 
-    def _must_sign_in(self) -> bool:
-        return self._engine.settings.auth == "required" and self._connection.user is None
+    def idle_since(self, now: float) -> float:
+        """Return since when the client is silent, or has not accepted any unsent data."""
+        moments = [now, self.waiting_since]
+        if self._unsent:
+            moments.append(self._progress_at)
+        return min(moments)
 
-    @staticmethod
-    def _ref(message: Mapping[str, Any]) -> str | int | float | None:
-        ref = message.get("ref", "")
-        if isinstance(ref, bool) or not isinstance(ref, (str, int, float)):
-            raise ClientError("invalid_message", f"`ref` must be a string or a number, not {describe(ref)}")
-        return message.get("ref")
-
-    @staticmethod
-    def _action(message: Mapping[str, Any]) -> Action:
-        name = text_field(message, "action")
-        if name not in ACTIONS:
-            wrong = f"there is no action {json.dumps(name[:NAME_LENGTH])}{did_you_mean(name, ACTIONS)}"
-            raise ClientError("unknown_action", f"{wrong}; there are {', '.join(ACTIONS)}")
-        return ACTIONS[name]
-
-    def _check_allowed(self, event_type: str, content_type: str) -> None:
-        if not self._is_allowed(self._connection.user, event_type, content_type):
-            what = f"you may not have {event_type} of content type {content_type}"
-            raise ClientError("forbidden", f"{what}; ask for less, or sign in as someone who may")
-
-    def _answer(
-        self, message_type: str, payload: Mapping[str, Any], ref: object = None, content_type: str | None = None
-    ) -> None:
-        self._connection.send(self._engine.message(message_type, payload, content_type, ref))
-
-    # -- the actions -----------------------------------------------------------------------------------
-
-    def subscribe(self, message: Mapping[str, Any], ref: object) -> None:
-        pattern = parse_pattern(message)
-        since = parse_event_id(message["since"]) if "since" in message else None
-        self._check_allowed(*pattern)
-        broker = self._engine.broker
-        fetched = None if since is None else broker.fetch_after(since)
-        # Between two events, so that what is replayed ends exactly where what is live begins.
-        replayed = broker.in_order(lambda: self._subscribe_now(pattern, since, fetched, ref)).result()
-        self._spend(REPLAY_COST * replayed // max(1, self._engine.settings.history))
-
-    def _subscribe_now(
-        self, pattern: Pattern, since: EventId | None, fetched: list[Event] | None, ref: object
-    ) -> int:
-        engine, connection = self._engine, self._connection
-        newer = [] if since is None else engine.broker.events_after(since, fetched)
-        missed = engine.registry.missed(connection, pattern, newer or [])
-        start = engine.broker.delivered if since is None or newer is None else since
-        engine.registry.subscribe(connection, pattern, start, engine.settings.max_subscriptions)
-        recovery = {"recovered": newer is not None, "replayed": len(missed)}
-        self._answer("system.subscribed", {"type": pattern[0], "contentType": pattern[1], **recovery}, ref)
-        # As much as there is history may be let in, once: not again and again, before it is read.
-        self._replayed = len(missed) + (self._replayed if connection.waiting_bytes else 0)
-        for batch in batches(event.frame for event in missed):
-            connection.send(b"".join(batch), is_replay=self._replayed <= engine.settings.history)
-        engine.counters.add("replayed", len(missed))
-        return len(missed)
-
-    def unsubscribe(self, message: Mapping[str, Any], ref: object) -> None:
-        pattern = parse_pattern(message)
-        is_one = "type" in message or "contentType" in message
-        removed = self._engine.registry.unsubscribe(self._connection, pattern if is_one else None)
-        payload = {"type": pattern[0], "contentType": pattern[1], "removed": removed}
-        self._answer("system.unsubscribed", payload, ref)
-
-    def authenticate(self, message: Mapping[str, Any], ref: object) -> None:
-        engine, connection = self._engine, self._connection
-        user = check_token(engine.settings, text_field(message, "token"))
-        if connection.user is not None and connection.user.id != user.id:
-            raise ClientError("invalid_token", "the token is of another user; open a new connection for it")
-        # Between two events, so that it is known which of those to this user have reached it.
-        engine.broker.in_order(
-            lambda: engine.registry.sign_in(connection, user, engine.broker.delivered)
-        ).result()
-        expires_at = timestamp(int(user.claims["exp"] * 1000))
-        self._answer("system.authenticated", {"userId": user.id, "expiresAt": expires_at}, ref)
-
-    def pong(self, message: Mapping[str, Any], ref: object) -> None:
-        """Do nothing: whatever is received is a sign of life, and the connection has noted it."""
-
-    def heartbeat(self, message: Mapping[str, Any], ref: object) -> None:
-        self._answer("system.heartbeat", {}, ref)
-
-    def edit_start(self, message: Mapping[str, Any], ref: object) -> None:
-        entry = self._entry(message)
-        editor = self._engine.broker.in_order(lambda: self._start_now(entry, ref)).result()
-        self._engine.tell_others("start", entry=entry, editor=dataclasses.asdict(editor))
-
-    def _start_now(self, entry: Entry, ref: object) -> Editor:
-        engine, connection = self._engine, self._connection
-        limit = engine.settings.max_subscriptions
-        open_entries = engine.presence.entries_of(connection.id)
-        if entry not in open_entries and len(open_entries) >= limit:
-            raise ClientError("too_many_subscriptions", f"{limit} open entries are the most; stop editing one")
-        user_id = connection.user.id if connection.user else None
-        new = Editor(timestamp(now_milliseconds()), connection.id, user_id, engine.process)
-        editor = self._own_editor(entry) or new
-        engine.start_editing(entry, editor)
-        self._answer("system.editing", engine.editing(entry), ref, entry[0])
-        return editor
-
-    def edit_stop(self, message: Mapping[str, Any], ref: object) -> None:
-        entry = self._entry(message)
-        self._engine.broker.in_order(lambda: self._stop_now(entry, ref)).result()
-        self._engine.tell_others("stop", entry=entry, client_id=self._connection.id)
-
-    def _stop_now(self, entry: Entry, ref: object) -> None:
-        self._engine.stop_editing(entry, self._connection.id)
-        self._answer("system.editing", self._engine.editing(entry), ref, entry[0])
-
-    def edit_change(self, message: Mapping[str, Any], ref: object) -> None:
-        entry = self._entry(message)
-        if "payload" not in message:
-            hint = did_you_mean("payload", message)
-            raise ClientError("invalid_message", f"the message has no `payload`{hint}; it is the change, any JSON")
-        change = message["payload"]
-        editor = self._engine.broker.in_order(lambda: self._relay_now(entry, change)).result()
-        self._engine.tell_others("change", entry=entry, editor=dataclasses.asdict(editor), change=change)
-
-    def _relay_now(self, entry: Entry, change: object) -> Editor:
-        editor = self._own_editor(entry)
-        if editor is None:
-            raise ClientError("not_editing", f"send editStart for entry {describe(entry[1])} first")
-        self._engine.relay_change(entry, editor, change)
-        return editor
-
-    def _own_editor(self, entry: Entry) -> Editor | None:
-        editors = self._engine.presence.editors(entry)
-        return next((editor for editor in editors if editor.client_id == self._connection.id), None)
-
-    def presence(self, message: Mapping[str, Any], ref: object) -> None:
-        content_type = parse_pattern({**message, "type": "*"})[1]
-        entry_id = text_field(message, "entryId") if "entryId" in message else None
-        self._check_allowed("user.editing", content_type)
-        edited = sorted({entry for entry, _ in self._engine.presence.everything()})
-        entries = [
-            {"contentType": entry[0], "entryId": entry[1], "editors": self._engine.editing(entry)["editors"]}
-            for entry in edited
-            if content_type in ("*", entry[0]) and entry_id in (None, entry[1])
-        ]
-        self._answer("system.presence", {"entries": entries}, ref)
-
-    def _entry(self, message: Mapping[str, Any]) -> Entry:
-        content_type, entry_id = text_field(message, "contentType"), text_field(message, "entryId")
-        if parse_pattern({"contentType": content_type})[1] == "*":
-            raise ClientError("invalid_type", "`contentType` must be that of the entry, such as posts, not *")
-        if not 0 < len(entry_id) <= NAME_LENGTH:
-            raise ClientError("invalid_message", f"`entryId` must have 1 to {NAME_LENGTH} characters")
-        self._check_allowed("user.editing", content_type)
-        return content_type, entry_id
-
-    def stop_all_editing(self) -> None:
-        """End what the connection was editing, once it has ended itself."""
-        engine, client_id = self._engine, self._connection.id
-        with suppress(CancelledError):  # the engine has ended, and what it knew with it
-            for entry in engine.broker.in_order(lambda: engine.stop_all_editing(client_id)).result():
-                engine.tell_others("stop", entry=entry, client_id=client_id)
+    def is_stuck(self, now: float, limit: float) -> bool:
+        """Return whether unsent data has made no progress for `limit` seconds."""
+        return bool(self._unsent) and now - self._progress_at >= limit
 
 
-def text_field(message: Mapping[str, Any], name: str) -> str:
-    """Return a field that must be there and be a string, or raise ClientError."""
-    if name not in message:
-        hint = did_you_mean(name, message)
-        raise ClientError("invalid_message", f"the message has no `{name}`{hint}; it must be a string")
-    if not isinstance(message[name], str):
-        raise ClientError("invalid_message", f"`{name}` must be a string, not {describe(message[name])}")
-    return cast(str, message[name])
+# II  From the handshake to an answer
+# == 8. Endpoint: the /ws route, and taking over the socket ======================================
 
-
-Action = Callable[[Conversation, Mapping[str, Any], object], None]
-ACTIONS: dict[str, Action] = {
-    "subscribe": Conversation.subscribe,
-    "unsubscribe": Conversation.unsubscribe,
-    "authenticate": Conversation.authenticate,
-    "pong": Conversation.pong,
-    "heartbeat": Conversation.heartbeat,
-    "editStart": Conversation.edit_start,
-    "editStop": Conversation.edit_stop,
-    "editChange": Conversation.edit_change,
-    "presence": Conversation.presence,
-}
-
-# == 11. Flask: the hub, its blueprint, the handshake and the hooks ==================================
-
-SOCKET_KEYS = ("werkzeug.socket", "gunicorn.socket")  # where a server leaves it in the environ
-SERVERS_THAT_CAN = "run the site with flask run or gunicorn -k gthread --threads 100"
 HANDSHAKE_KEY = "swiftcms_ws.handshake"
-WHY_ENDED = {  # and which key is too tight, if it is
-    CloseCode.MESSAGE_TOO_BIG: "its message was over SWIFTCMS_WS_MAX_MESSAGE",
-    CloseCode.TOO_SLOW: "more than SWIFTCMS_WS_MAX_QUEUE bytes were waiting for it",
-    CloseCode.SIGN_IN_AGAIN: "it did not sign in in time (SWIFTCMS_WS_AUTH), its token ran out, or it was signed out",
-    CloseCode.NO_SIGN_OF_LIFE: "nothing was heard from it for two heartbeats (SWIFTCMS_WS_HEARTBEAT)",
-    CloseCode.TOO_MANY_MESSAGES: "it kept on sending more than SWIFTCMS_WS_RATE messages a second",
-}
+RETRY_SOON = {"Retry-After": "10"}
+SUPPORTED_SERVERS = "serve the site with gunicorn, waitress or flask run"
 
-Identify = TypeVar("Identify", bound="Callable[[], str | int | None]")
-Authorize = TypeVar("Authorize", bound="Callable[[User | None, str, str], bool]")
+
+class HandshakeRefused(Exception):
+    """A handshake that is answered with HTTP; `response` is the answer."""
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.status)
+        self.response = response
 
 
 class Handshake:
-    """Stands in for the socket while simple-websocket accepts the handshake; then we take the socket over.
+    """Stands in for the socket while simple-websocket accepts the handshake.
 
-    That library has a thread for each client that reads, and writes too. It is told that the line
-    has ended, and ends: one thread, the web server's own, is enough to read with, and takes half the memory.
+    That library writes its 101 here, and the loop sends it later: until then no client speaks. It
+    stands in for that library's thread too, which is not needed. Web server's threads only.
     """
 
-    def __init__(self, sock: socket.socket, user: User | None, began: float) -> None:
+    name = "swiftcms-ws handshake"
+
+    def __init__(self, sock: Any, user: User | None, began: float) -> None:
         self.sock = sock
         self.user = user
-        self.began = began  # before it was asked who that is
+        # Before the site was asked for the user.
+        self.began = began
+        self.response = b""
+        # After the take-over: our own socket and, if there is a relay, the peer of that socket.
+        self.own: socket.socket | None = None
+        self.relay: socket.socket | None = None
+        self.read_ahead = b""
 
     def send(self, data: bytes) -> int:
-        self.sock.sendall(data)
+        # After the 101 it sends a close frame, which no client must receive.
+        self.response = self.response or data
         return len(data)
+
+    def start(self) -> None:
+        """Called as the thread's start()."""
+
+    # If the site's SOCK_SERVER_OPTIONS start a thread all the same, it exits at once.
 
     def recv(self, size: int) -> bytes:
         return b""
 
     def close(self) -> None:
-        """The library's thread ends."""
+        """The thread exits."""
 
 
-class HandshakeRefused(HTTPException):
-    """No WebSocket: has the answer. A class of its own, for a site may have Flask trap all others."""
+def handshake_thread(target: Any) -> Any:
+    """Return the thread of a connection of simple-websocket, which calls this `thread_class`.
+
+    Starting one for each handshake would be a third of its time.
+    """
+    sock = target.__self__.sock
+    if isinstance(sock, Handshake):
+        return sock
+    # Another WebSocket route of the site.
+    return threading.Thread(target=target)
 
 
-class Hub:
-    """What a site talks to: publish(), the hooks, and a blueprint with the /ws route.
+class Endpoint:
+    """The blueprint of a hub. Its functions run in the web server's threads.
 
-    One hub serves one app at a time; registered with another app it ends its connections and
-    starts anew there. `redis_url` or the environment variable SWIFTCMS_WS_REDIS_URL stand in for the
-    config key: a script or a task queue has no app, and reaches the site's clients all the same.
+    A handshake is checked before the request reaches flask-sock's route. flask-sock and
+    simple-websocket accept it. The view then takes the socket over from the web server and
+    returns: the request ends as any other, and the WebSocket holds no thread of the server.
     """
 
-    def __init__(self, redis_url: str | None = None) -> None:
+    # Names and values of a handshake's headers together: they are kept if the site has hooks.
+    MAX_HEADERS = 32 * 1024
+    # Take the path of TLS and Windows also where it is not necessary, in tests.
+    FORCE_RELAY = False
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
         self.blueprint = Blueprint("swiftcms_ws", __name__)
-        self.blueprint.record(lambda state: self._registered(cast(Flask, state.app)))
-        self.blueprint.before_request(self._before_request)
-        self.blueprint.teardown_request(self._after_handshake)
-        self.blueprint.register_error_handler(HandshakeRefused, HandshakeRefused.get_response)
-        self.blueprint.register_error_handler(ProtocolError, self._malformed)
+        self.blueprint.record(lambda state: hub.registered(cast(Flask, state.app)))
+        self.blueprint.before_request(self._check_handshake)
+        self.blueprint.after_request(self._answer_handshake)
+        self.blueprint.teardown_request(self._end_handshake)
+        self.blueprint.register_error_handler(ProtocolError, self._refuse_malformed)
         Sock().route("/ws", bp=self.blueprint, endpoint="websocket")(self._websocket)
         self.blueprint.add_url_rule("/ws", "about", self._about)
         self.blueprint.add_url_rule("/ws/client.js", "client_js", self._client_js)
 
-        self._app: Flask | None = None
-        self._settings = Settings()
-        self._redis_url = redis_url
-        self._identify: Callable[[], str | int | None] | None = None
-        self._authorize: Callable[[User | None, str, str], bool] | None = None
-        # Held while `_engine` is made. It is set when it is whole, and so is read without.
-        self._starting = threading.Lock()
-        self._engine: Engine | None = None
-        _hubs.add(self)
+    def _engine(self) -> Engine:
+        return self._hub.engine_of(running_app())
 
-    # -- what a site calls -----------------------------------------------------------------------------
+    # -- before the handshake ----------------------------------------------------------------------
 
-    def init_app(self, app: Flask, **options: Any) -> None:
-        """Register the blueprint, for an application factory.
-
-        `options` are those of Flask.register_blueprint(), such as `url_prefix`; a second hub of an
-        app needs a `name`. Raises ValueError, naming it, for a SWIFTCMS_WS_… key that will not do.
-        """
-        app.register_blueprint(self.blueprint, **options)
-
-    def publish(
-        self, event_type: str, content_type: str, payload: Any, *, to: str | int | Iterable[str | int] | None = None
-    ) -> str:
-        """Send an event to everyone who subscribes to it, and return its id.
-
-        Takes the same short time however many there are, in any thread, without a context. Call it
-        once what it tells of is committed: a client may ask for that at once.
-
-        event_type:    such as "content.created": words joined by dots, none under "system."
-        content_type:  such as "posts"
-        payload:       anything that `app.json` can serialise
-        to:            a user id, or several, to whom alone it goes; None: to all
-
-        Raises TypeError or ValueError, naming the argument, with nothing sent; and PublishError,
-        within two seconds, where Redis does not take it. What a receiver of `event_published` raises
-        comes out of here too, once the event is sent.
-        """
-        return self.publish_many([(event_type, content_type, payload, to)])[0]
-
-    def publish_many(self, events: Iterable[tuple[Any, ...]]) -> list[str]:
-        """Send events, each a tuple of publish()'s arguments in their order; return their ids.
-
-        Raises as publish() does, with none of them sent. With Redis all are one round trip.
-        """
-        engine = self._running()
-        events = list(events)
-        event_ids = engine.publish([engine.draft(*event) for event in events])
-        if event_published.receivers:
-            for event_id, event in zip(event_ids, events, strict=True):
-                event_type, content_type, payload, to = (*event, None)[:4]  # `to` may be left out
-                details = {"type": event_type, "content_type": content_type, "payload": payload, "to": to}
-                event_published.send(self._app or self, hub=self, id=event_id, **details)
-        return event_ids
-
-    def identify(self, hook: Identify) -> Identify:
-        """Register `hook() -> user id or None`: who is the user of the handshake's request?
-
-        It runs in a request context of its own, so `session` and login extensions work in it. A
-        token in the handshake goes before it.
-        """
-        self._identify = hook
-        return hook
-
-    def authorize(self, hook: Authorize) -> Authorize:
-        """Register `hook(user, event_type, content_type) -> bool`: may this user subscribe to this?
-
-        `user` is a User or None. The others are the pattern as the client sent it, so "content.*"
-        or "*" too: answer for all that it matches. Editing asks for "user.editing". Runs in a
-        request context of its own.
-        """
-        self._authorize = hook
-        return hook
-
-    def issue_token(self, user_id: str | int, expires_in: float = 3600, **claims: Any) -> str:
-        """Return a JWT that `authenticate` takes, for `expires_in` seconds.
-
-        `claims` are for the authorize hook: issue_token(7, role="editor") is its user.claims["role"].
-        Raises ValueError where there is no key to sign with, or only one to check with.
-        """
-        settings = self._engine.settings if self._engine else self._current_settings()
-        algorithm = settings.jwt_algorithms[0]
-        if settings.jwt_key is None:
-            raise ValueError("there is no key to sign with: set SECRET_KEY or SWIFTCMS_WS_JWT_KEY")
-        if not algorithm.startswith("HS"):
-            raise ValueError(f"SWIFTCMS_WS_JWT_KEY only checks {algorithm}: sign with the private key, elsewhere")
-        return sign_token(settings, check_user_id(user_id, "user_id"), time.time(), expires_in, claims)
-
-    def stats(self) -> dict[str, int]:
-        """Return the numbers of this process for a status page, by name.
-
-        What is now: `connections`, `subscriptions`, `queue_length` (events not dispatched yet),
-        `waiting_bytes` (that slow clients have not taken yet). What has been since the start:
-        `published`, `delivered`, `replayed`, `slow_clients` (cut with 1013), `errors`; and, once
-        there was one, `error_CODE`, `closed_CODE` (ended by the server), `refused_STATUS`.
-        """
-        engine = self._running()
-        connections = engine.registry.connections()
-        return {
-            "connections": len(connections),
-            "subscriptions": engine.registry.count_subscriptions(),
-            "queue_length": engine.broker.queue_length(),
-            "waiting_bytes": sum(connection.waiting_bytes for connection in connections),
-            "published": engine.broker.published,
-            **engine.counters.as_dict(),
-        }
-
-    def editors(self, content_type: str, entry_id: str | int) -> list[dict[str, Any]]:
-        """Return who has an entry open for editing: dicts of `clientId`, `userId` and `since`."""
-        editors = self._running().presence.editors((content_type, str(entry_id)))
-        return [editor.as_json() for editor in editors]
-
-    def disconnect(self, user_id: str | int) -> int:
-        """End a user's connections, for a logout or a ban; return how many there were in this process.
-
-        End the login first: who comes afterwards, and is known to the identify hook, comes in.
-        """
-        user, engine = check_user_id(user_id, "user_id"), self._running()
-        engine.tell_others("disconnect", user_id=user)
-        return engine.end_user(user)
-
-    def last_id(self) -> str:
-        """Return the id of the newest event: take it before the data of a page, which then listens from there."""
-        return format_event_id(self._running().broker.newest_id())
-
-    def flush(self, timeout: float = 5.0) -> bool:
-        """Wait until all that was published before is with the sockets; False after `timeout` seconds."""
-        return self._running().flush(timeout)
-
-    def close(self, timeout: float = CLOSE_SECONDS) -> bool:
-        """End every connection with 1001, and take no more; False where some linger after `timeout` seconds."""
-        return self._engine is None or self._engine.close(timeout)
-
-    # -- starting --------------------------------------------------------------------------------------
-
-    def _registered(self, app: Flask) -> None:
-        self._settings = Settings.from_config(app.config)
-        check_key(self._settings)
-        if self._settings.redis_url is not None:
-            import_redis()
-        if self._app is not app:
-            self.close()
-            self._app, self._engine = app, None
-        _exit_on_sigterm()
-        for name in ("werkzeug", "gunicorn.access", "gunicorn.error"):
-            logging.getLogger(name).addFilter(_hide_token)
-
-    def _current_settings(self) -> Settings:
-        """Return the settings as they are at first use, when configuration is over. Raises ValueError."""
-        settings, secret_key = self._settings, None
-        if self._app is not None:
-            settings, secret_key = Settings.from_config(self._app.config), self._app.secret_key
-        for field in dataclasses.fields(settings):
-            if getattr(settings, field.name) != getattr(self._settings, field.name):
-                key = CONFIG_PREFIX + field.name.upper()
-                raise ValueError(f"config key {key} was set after the blueprint was registered; set it before")
-        redis_url = settings.redis_url or self._redis_url or os.environ.get(f"{CONFIG_PREFIX}REDIS_URL")
-        jwt_key = settings.jwt_key or secret_key or None
-        return dataclasses.replace(settings, jwt_key=jwt_key, redis_url=redis_url)
-
-    def _running(self) -> Engine:
-        """Return the engine, which starts with the first use of the hub in this process."""
-        engine = self._engine
-        if engine is None:
-            with self._starting:
-                is_new = self._engine is None
-                if self._engine is None:
-                    self._engine = self._start_engine()
-                engine = self._engine
-            if is_new:  # without the lock: a site's log handler may publish what is logged
-                self._warn_of_what_is_odd(engine.settings)
-        return engine
-
-    def _start_engine(self) -> Engine:
-        app, settings = self._app or Flask(__name__), self._current_settings()
-        check_key(settings)
-        # NaN is no JSON: the browser of everyone who gets it would throw.
-        engine = Engine(settings, lambda value: app.json.dumps(value, allow_nan=False))
-        engine.start()
-        return engine
-
-    def _warn_of_what_is_odd(self, settings: Settings) -> None:
-        _warn_of_a_short_key(settings)
-        if self._app is None and settings.redis_url is None:
-            sentence = (
-                "this hub is registered with no app, and so reaches nobody: a site with a Hub of its"
-                " own calls that one's publish(); a script gives Hub(redis_url=…)"
-            )
-            log(logging.WARNING, sentence, stack_info=True)  # which place calls the wrong one
-
-    def forget_engine(self) -> None:
-        """Start anew in a forked child, where the threads do not exist and locks may be held for ever."""
-        self._starting = threading.Lock()
-        self._engine = None
-
-    # -- the handshake ---------------------------------------------------------------------------------
-
-    def _before_request(self) -> None:
-        """Let a handshake in, or refuse it as HTTP; let other requests pass."""
+    def _check_handshake(self) -> Response | None:
+        """Refuse a handshake with HTTP, or prepare it; let other requests pass."""
         if (request.endpoint or "").rpartition(".")[2] != "websocket":
-            return
-        engine, environ = self._running(), request.environ
-        socket_key = self._check_server(engine)
-        self._check_headers(environ)
-        self._check_origin(engine)
-        began = time.monotonic()
-        user = self._find_user(engine.settings)
-        self._take_place(engine)
-        environ[socket_key] = environ[HANDSHAKE_KEY] = Handshake(environ[socket_key], user, began)
-        # No compression (PROTOCOL.md): one frame goes to all clients as it is.
+            return None
+        engine, environ = self._engine(), request.environ
+        try:
+            sock = self._find_socket(engine)
+            self._check_headers()
+            self._check_origin(engine)
+            began = time.monotonic()
+            user = self._find_user(engine)
+            self._reserve_slot(engine)
+        except HandshakeRefused as refused:
+            return refused.response
+        environ[HANDSHAKE_KEY] = environ["werkzeug.socket"] = Handshake(sock, user, began)
+        # No compression (PROTOCOL.md, Compression): one frame serves all clients as it is.
         environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
+        return None
 
-    def _check_server(self, engine: Engine) -> str:
-        """Return where the socket is, or raise where this server cannot serve a WebSocket."""
+    def _find_socket(self, engine: Engine) -> Any:
         environ = request.environ
-        socket_key = next((key for key in SOCKET_KEYS if key in environ), None)
-        if socket_key is None or not environ.get("wsgi.multithread"):
-            server = environ.get("SERVER_SOFTWARE", "this server")
-            lacks = "gives no access to the socket" if socket_key is None else "has one thread, which it would hold"
-            engine.say("refused a WebSocket: %s %s; %s", server, lacks, SERVERS_THAT_CAN)
-            self._refuse(501, "not_supported", f"{server} {lacks}; {SERVERS_THAT_CAN}")
-        if socket_key == "gunicorn.socket" and not engine.knows_its_server:
-            engine.knows_its_server = True
-            _learn_of_gunicorn(engine)
-        if environ.get("wsgi.multiprocess") and engine.settings.redis_url is None:
-            engine.say(
-                "there are several server processes, and an event reaches only the clients of the one that"
-                " publishes it: set SWIFTCMS_WS_REDIS_URL, or run one process with threads",
+        server = environ.get("SERVER_SOFTWARE", "this web server")
+        sock = find_socket(environ)
+        problem = ""
+        if sock is None:
+            problem = "gives no access to the socket"
+        elif "gunicorn.socket" not in environ and environ.get("wsgi.multiprocess"):
+            problem = "starts a process for each request"
+        elif self._needs_relay(sock) and not environ.get("wsgi.multithread"):
+            problem = "has one thread, which TLS inside the process would occupy"
+        if problem:
+            engine.warn("refused a WebSocket: %s %s; %s", server, problem, SUPPORTED_SERVERS)
+            self._refuse(501, "not_supported", f"{server} {problem}; {SUPPORTED_SERVERS}")
+        if environ.get("wsgi.multiprocess") and engine.log is None:
+            engine.warn(
+                "the web server has several processes, and an event reaches only the clients of"
+                " the process that publishes it: set SWIFTCMS_WS_REDIS_URL, or run one process",
                 once=True,
             )
-        return socket_key
+        return sock
 
-    def _check_headers(self, environ: Mapping[str, Any]) -> None:
-        """Refuse headers that no browser sends: wsproto fails on some, and all are kept with the connection."""
+    def _needs_relay(self, sock: Any) -> bool:
+        return self.FORCE_RELAY or fcntl is None or isinstance(sock, ssl.SSLSocket)
+
+    def _check_headers(self) -> None:
+        """Refuse a handshake that RFC 6455 section 4.2.1 does not allow."""
+        environ = request.environ
         headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
-        if sum(map(len, headers.values())) + len(environ.get("QUERY_STRING", "")) > HEADERS_LENGTH:
-            self._refuse(431, "bad_handshake", f"the headers are over {HEADERS_LENGTH} characters")
+        size = sum(len(key) + len(value) for key, value in headers.items())
+        if size + len(environ.get("QUERY_STRING", "")) > self.MAX_HEADERS:
+            self._refuse(431, "bad_handshake", f"the headers are over {self.MAX_HEADERS} bytes")
+        if request.method != "GET":
+            self._refuse(400, "bad_handshake", f"a handshake is a GET, not a {request.method}")
+        if environ.get("SERVER_PROTOCOL") == "HTTP/1.0":
+            self._refuse(400, "bad_handshake", "a handshake needs HTTP/1.1")
         for key, value in headers.items():
-            if not value.isascii() and (key in ("HTTP_HOST", "HTTP_CONNECTION") or "_WEBSOCKET_" in key):
-                name = key[5:].replace("_", "-").title()
-                self._refuse(400, "bad_handshake", f"{name} must be ASCII")
+            is_used = key in ("HTTP_HOST", "HTTP_CONNECTION") or "_WEBSOCKET_" in key
+            if is_used and not value.isascii():
+                name = key.removeprefix("HTTP_").replace("_", "-").title()
+                self._refuse(400, "bad_handshake", f"the header {name} must be ASCII")
+        version = headers.get("HTTP_SEC_WEBSOCKET_VERSION")
+        if version != "13":
+            self._refuse(
+                426,
+                "upgrade_required",
+                f"Sec-WebSocket-Version must be 13, not {version}",
+                **{"Sec-WebSocket-Version": "13"},
+            )
+        if not _is_handshake_key(headers.get("HTTP_SEC_WEBSOCKET_KEY", "")):
+            self._refuse(400, "bad_handshake", "Sec-WebSocket-Key must be 16 bytes in base64")
 
     def _check_origin(self, engine: Engine) -> None:
-        """Refuse pages of other sites: they come with the user's cookies (RFC 6455 section 10.2)."""
-        origin, settings = request.headers.get("Origin"), engine.settings
-        if origin is None or settings.origins == "*":  # None: not a browser
-            return
-        if settings.origins is None:
-            here = f"{origin.partition('://')[0]}://{request.host}"  # a proxy may have ended the TLS
-            page = _host_and_port(origin)
-            is_allowed = page is not None and page == _host_and_port(here)
-        else:
-            is_allowed = origin.lower() in [each.lower().rstrip("/") for each in settings.origins]
-        if not is_allowed:
-            engine.say(
-                "refused a WebSocket to a page of %r, which is not of this host (%s); if it may connect,"
-                " name it in SWIFTCMS_WS_ORIGINS; if it is this site, let its proxy pass the Host header on",
-                origin[:200], request.host,
-            )  # fmt: skip
-            self._refuse(403, "forbidden", "pages of this origin may not connect to this site")
+        """Refuse pages of other sites: a browser sends them with the visitor's cookies.
 
-    def _find_user(self, settings: Settings) -> User | None:
-        """Return the user by the token in the handshake, or as the identify hook knows her."""
+        See RFC 6455 section 10.2 and PROTOCOL.md, Handshake. Clients that are not browsers send
+        no Origin.
+        """
+        origin, host = request.headers.get("Origin"), request.environ.get("HTTP_HOST", "")
+        if origin is None or is_origin_allowed(origin, host, engine.settings.origins):
+            return
+        engine.warn(
+            "refused a WebSocket to a page of %r, because that is not the host of the request"
+            " (%s). If such pages may connect, add the origin to SWIFTCMS_WS_ORIGINS. If it is"
+            " this site, let its proxy pass the Host header on",
+            origin[:200],
+            host[:200],
+        )
+        self._refuse(403, "forbidden", "pages of this origin may not connect to this site")
+
+    def _find_user(self, engine: Engine) -> User | None:
+        """Return the user of the token in the handshake, or of the identify hook."""
         token = request.args.get("token")
-        if token is None and request.authorization is not None and request.authorization.type == "bearer":
-            token = request.authorization.token
+        is_bearer = False
+        if token is None and request.authorization and request.authorization.type == "bearer":
+            token, is_bearer = request.authorization.token or "", True
         if token is not None:
             try:
-                return check_token(settings, token)
+                return check_token(engine.settings, token)
             except ClientError as error:
-                self._refuse(401, error.code, str(error), **{"WWW-Authenticate": "Bearer"})
-        if self._identify is None:
+                # Some proxies add a Bearer header of their own.
+                if not (is_bearer and self._hub.identify_hook):
+                    self._refuse(401, error.code, str(error), **{"WWW-Authenticate": "Bearer"})
+        if self._hub.identify_hook is None:
             return None
-        with self._hook_context(request.environ):
-            user_id = self._identify()
-        return None if user_id is None else User(check_user_id(user_id, "what the identify hook returns"))
+        with hook_context(engine.app, hook_environ(request.environ)):
+            return _user_of_hook(self._hub.identify_hook())
 
-    def _take_place(self, engine: Engine) -> None:
-        limit = engine.settings.max_connections
+    def _reserve_slot(self, engine: Engine) -> None:
+        limit = engine.settings.max_connections or descriptors().max_connections
         if not engine.registry.reserve(limit):
-            cure = "raise it, and the web server's threads above it, if more are to be let in"
-            engine.say(f"refused a WebSocket: all %s of SWIFTCMS_WS_MAX_CONNECTIONS are open; {cure}", limit)
-            self._refuse(503, "too_many_connections", "too many connections", **{"Retry-After": "10"})
-        if engine.closing.is_set():  # asked with the place taken: who closes waits for all that are
+            engine.warn(
+                "refused a WebSocket: all %s slots are taken. Set SWIFTCMS_WS_MAX_CONNECTIONS and,"
+                " if need be, the limit of open files (ulimit -n, LimitNOFILE in systemd) higher",
+                limit,
+            )
+            self._refuse(503, "too_many_connections", "too many connections", **RETRY_SOON)
+        # Checked with the slot taken: closing waits until all slots are released.
+        if engine.is_closing:
             engine.registry.release()
-            self._refuse(503, "going_away", "the server is going away", **{"Retry-After": "2"})
+            self._refuse(503, "going_away", "the server is shutting down", **{"Retry-After": "2"})
 
-    def _after_handshake(self, error: BaseException | None) -> None:
-        """Give the place back where the library refused what we had let in."""
-        if request.environ.pop(HANDSHAKE_KEY, None) is not None:
-            self._running().registry.release()
-
-    def _refuse(self, status: int, code: str, message: str, **headers: str) -> NoReturn:
-        raise HandshakeRefused(response=self._refusal(status, code, message, **headers))
+    def _refuse(self, status: int, code: str, message: str, **headers: str) -> None:
+        raise HandshakeRefused(self._refusal(status, code, message, **headers))
 
     def _refusal(self, status: int, code: str, message: str, **headers: str) -> Response:
-        """Return the answer to what is no WebSocket (PROTOCOL.md, before the handshake)."""
-        self._running().counters.add(f"refused_{status}")
+        """Return an answer of PROTOCOL.md, "Before the handshake, as HTTP"."""
+        self._engine().counters.add(f"refused_{status}")
         return make_response({"code": code, "message": message}, status, headers)
 
-    def _malformed(self, error: ProtocolError) -> Response:
+    def _refuse_malformed(self, error: ProtocolError) -> Response:
         return self._refusal(400, "bad_handshake", f"not a WebSocket handshake: {error}")
 
+    # -- the handshake -----------------------------------------------------------------------------
+
+    def _websocket(self, accepted: Any) -> None:
+        """Take over the socket of a handshake that simple-websocket has accepted."""
+        # The accepted object has parsed the handshake, and would keep it.
+        accepted.ws = None
+        environ = request.environ
+        handshake: Handshake = environ[HANDSHAKE_KEY]
+        engine = self._engine()
+        self._hub.start(engine)
+        engine.has_served = True
+        try:
+            if self._needs_relay(handshake.sock):
+                handshake.relay, handshake.own = descriptors().create_pair()
+                handshake.sock.setblocking(False)
+            else:
+                handshake.own = descriptors().take_over(handshake.sock)
+        except (OSError, ValueError) as error:
+            # ValueError: the server has closed its socket, because the client has left.
+            self._log_lost_socket(engine, error)
+            return
+        handshake.read_ahead = read_server_buffers(environ)
+
+    def _log_lost_socket(self, engine: Engine, error: Exception) -> None:
+        """Log that there are too many open files; a client that has left is ordinary."""
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.EINVAL, errno.ENFILE):
+            engine.warn(
+                "refused a WebSocket: this process has %s connections and may not open more files"
+                " (its limit is %s). Raise the limit: ulimit -n, or LimitNOFILE in systemd",
+                engine.registry.slots,
+                descriptors().limit,
+            )
+
+    def _answer_handshake(self, response: Response) -> Response:
+        """Answer with a plain 101, which every server logs as such.
+
+        After the take-over it is written into a dead socket; the client gets the loop's 101.
+        """
+        handshake = request.environ.get(HANDSHAKE_KEY)
+        if not isinstance(handshake, Handshake):
+            return response
+        if handshake.own is None and (not handshake.response or response.status_code != 200):
+            return response
+        if handshake.own is None:
+            return self._refusal(503, "too_many_connections", "too many open files", **RETRY_SOON)
+        if handshake.relay is not None:
+            return RelayResponse(handshake.sock, handshake.relay)
+        return Response(status=101)
+
+    def _end_handshake(self, error: BaseException | None) -> None:
+        """Give the socket to the loop; without one, release the slot.
+
+        Only now, because the site has stored the session: a client that has the 101 may log out.
+        """
+        environ = request.environ
+        handshake = environ.get(HANDSHAKE_KEY)
+        if not isinstance(handshake, Handshake):
+            return
+        engine = self._engine()
+        if handshake.own is not None:
+            kept = None
+            if self._hub.authorize_hook or has_connection_receivers():
+                kept = hook_environ(environ)
+            address = environ.get("REMOTE_ADDR", "")
+            if engine.loop.call(Session.open, engine, handshake, kept, address):
+                return
+            handshake.own.close()
+        engine.registry.release()
+
+    # -- other requests ----------------------------------------------------------------------------
+
     def _about(self) -> ResponseReturnValue:
-        """Answer a plain GET: with the inspector, where it is on."""
-        if current_app.debug if self._settings.inspector is None else self._settings.inspector:
+        """Answer a plain GET: with the inspector, if it is switched on."""
+        inspector = self._engine().settings.inspector
+        if current_app.debug if inspector is None else inspector:
             return render_page(demo=False)
-        message = "this is a WebSocket address; connect to it with ws:// or wss://"
-        headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
-        return self._refusal(426, "upgrade_required", message, **headers)
+        return self._refusal(
+            426,
+            "upgrade_required",
+            "this is the address of a WebSocket; connect to it with ws:// or wss://",
+        )
 
     def _client_js(self) -> Response:
-        """Serve the browser client: asked for each time, sent again only once it has changed."""
+        """Serve the browser client. Browsers ask each time, and get it again if it has changed."""
         response = Response(CLIENT_JS, mimetype="text/javascript")
         response.cache_control.no_cache = True
         response.add_etag()
         return cast(Response, response.make_conditional(request))
 
-    # -- a connection's life ---------------------------------------------------------------------------
 
-    def _websocket(self, library: Any) -> None:
-        """Serve one client, in the web server's thread, until it has ended."""
-        handshake: Handshake = request.environ.pop(HANDSHAKE_KEY)
-        library.ws = None  # which has parsed it, and would keep it
-        engine, environ = self._running(), request.environ  # the server keeps it as long
-        # Leave the request that the handshake was, so that what the site opened in it is closed: a
-        # before_request function may have taken a database connection, to be given back when the
-        # request is torn down, and this one lasts for hours. Flask wants its context back after.
-        context, noted = request_ctx._get_current_object(), app_ctx.g  # type: ignore[attr-defined]
-        try:
-            context.pop()
-        except Exception:  # it is popped all the same
-            log(logging.ERROR, "a teardown function of the site failed; its client is served", exc_info=True)
-        try:
-            self._serve(engine, handshake, environ)
-        finally:
-            context.push()
-            app_ctx.g = noted  # for the site's after_request functions
-
-    def _serve(self, engine: Engine, handshake: Handshake, environ: dict[str, Any]) -> None:
-        """Greet a client, be its reader until it has ended, and tidy up after it."""
-        try:
-            connection = Connection(
-                engine.new_client_id(), handshake.sock, engine.settings.max_queue, engine.writer.attend, handshake.user
-            )
-            conversation = Conversation(engine, connection, functools.partial(self._is_allowed, environ))
-            try:
-                self._greet(engine, conversation, connection, environ, handshake.began)
-                for frame in connection.frames():
-                    conversation.take(frame)
-            except Exception as error:  # wsproto's, or ours: this client alone ends, and leaves nothing
-                conversation.fail(error)
-            finally:
-                engine.registry.remove(connection)
-        finally:
-            engine.registry.release()
-        conversation.stop_all_editing()
-        self._note_end(engine, connection, environ.get("REMOTE_ADDR", "an unknown address"))
-        try:
-            self._tell(client_disconnected, environ, connection)
-        except Exception:  # the site's; the client has gone, and cannot be told
-            log(logging.ERROR, "a receiver of client_disconnected failed", exc_info=True)
-
-    def _greet(
-        self, engine: Engine, conversation: Conversation, connection: Connection, environ: dict[str, Any], began: float
-    ) -> None:
-        try:
-            conversation.greet()
-            engine.registry.add(connection)
-            engine.end_if_signed_out(connection, began)
-            if engine.closing.is_set():  # since the handshake
-                connection.close(CloseCode.GOING_AWAY, "the server is going away; come back with since")
-            self._tell(client_connected, environ, connection)
-        except BaseException as error:  # of a signal's receiver, its SystemExit too: logged, and the end
-            conversation.fail(error)
-
-    def _note_end(self, engine: Engine, connection: Connection, address: str) -> None:
-        """Count an end that the server chose, and say why, and what a site could do about it."""
-        code = connection.close_code
-        if code is not None:
-            engine.counters.add(f"closed_{code:d}")
-            engine.counters.add("slow_clients", int(code is CloseCode.TOO_SLOW))
-            if code in WHY_ENDED:
-                engine.say(f"ended a client at %s with {code:d}: {WHY_ENDED[code]}", address)
-
-    def _is_allowed(self, environ: dict[str, Any], user: User | None, event_type: str, content_type: str) -> bool:
-        if self._authorize is None:
-            return True
-        with self._hook_context(environ):
-            return bool(self._authorize(user, event_type, content_type))
-
-    def _tell(self, what: NamedSignal, environ: dict[str, Any], connection: Connection) -> None:
-        if what.receivers:
-            with self._hook_context(environ):
-                what.send(self._app, hub=self, client_id=connection.id, user=connection.user)
-
-    def _hook_context(self, environ: dict[str, Any]) -> Any:
-        """Return a request context for one call: what the hook opens, a session say, ends with it."""
-        assert self._app is not None
-        kept = {key: value for key, value in environ.items() if isinstance(value, (str, bool, tuple))}
-        streams = {"wsgi.errors": environ["wsgi.errors"], "wsgi.input": io.BytesIO()}
-        return self._app.request_context({**kept, **streams})
-
-
-def _host_and_port(origin: str) -> tuple[str, int | None] | None:
-    """Return where a page comes from, or None for what is not scheme://host or scheme://host:port."""
+def _is_handshake_key(key: str) -> bool:
     try:
-        parts = urlsplit(origin)
-        if not parts.scheme or not parts.hostname or "@" in parts.netloc:
-            return None
-        return parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+        return len(base64.b64decode(key, validate=True)) == 16
+    except ValueError:
+        return False
+
+
+def _user_of_hook(value: Any) -> User | None:
+    """Return the user that the identify hook named: an id, (id, session id), or None."""
+    if value is None:
+        return None
+    user_id, session = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    source = "the value that the identify hook returns"
+    if session is not None:
+        session = check_user_id(session, source)
+    return User(check_user_id(user_id, source), session=session)
+
+
+# -- origins ---------------------------------------------------------------------------------------
+
+DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
+
+
+def normalise_origin(text: str) -> str | None:
+    """Return an origin as browsers write it, or None if it is not one.
+
+    That is: lower case, without the scheme's default port, international names in ASCII.
+    """
+    scheme, separator, rest = text.lower().partition("://")
+    rest = rest.removesuffix("/")
+    if not separator or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+        return None
+    # urlsplit() would accept a user, a path and more.
+    if not rest or re.search(r"[\s/\\@?#]", rest):
+        return None
+    try:
+        parts = urlsplit(f"//{rest}")
+        host, port = parts.hostname or "", parts.port
+        if ":" in host:
+            host = f"[{host}]"
+        elif not host.isascii():
+            host = host.encode("idna").decode()
     except ValueError:
         return None
+    if not host:
+        return None
+    if port is None or port == DEFAULT_PORTS.get(scheme):
+        return f"{scheme}://{host}"
+    return f"{scheme}://{host}:{port}"
 
 
-def _learn_of_gunicorn(engine: Engine) -> None:
-    """Have the end of the worker noticed, and say so where it has too few threads."""
-    worker = _gunicorn_worker()
-    if worker is None:
-        return
-    engine.server_is_stopping = lambda: not worker.alive
-    threads, limit = worker.cfg.threads, engine.settings.max_connections
-    if threads <= limit:
-        engine.say(
-            "gunicorn has %s threads and each WebSocket holds one, so %s clients would stop the"
-            " whole site: set SWIFTCMS_WS_MAX_CONNECTIONS (now %s) below --threads",
-            threads, threads, limit, once=True,
-        )  # fmt: skip
+def is_origin_entry(text: str) -> bool:
+    """Return whether an entry of SWIFTCMS_WS_ORIGINS can match an origin that a browser sends."""
+    scheme, _, host = (normalise_origin(text) or "").partition("://")
+    # A page is not served over the scheme of a WebSocket. `*.` may stand for all subdomains.
+    return scheme not in ("", "ws", "wss") and "*" not in host.removeprefix("*.")
 
 
-def _gunicorn_worker() -> Any:
-    """Return the gthread worker whose thread this is, or None. It is up the stack, and only there.
+def is_origin_allowed(origin: str, host: str, allowed: Sequence[str] | str | None) -> bool:
+    """Return whether a page of this origin may connect (PROTOCOL.md, Handshake).
 
-    Not for every connection: a frame whose locals were looked at keeps a copy of them while it lives.
+    host:    of the request
+    allowed: the setting SWIFTCMS_WS_ORIGINS
     """
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        found = frame.f_locals.get("self")
-        if type(found).__module__ == "gunicorn.workers.gthread" and hasattr(found, "alive"):
-            return found
-    return None
+    if allowed == "*":
+        return True
+    page = normalise_origin(origin)
+    if page is None or origin.endswith("/"):
+        return False
+    scheme, _, rest = page.partition("://")
+    # A proxy may have removed the TLS, so the default port is that of the page's own scheme.
+    if page == normalise_origin(f"{scheme}://{host}"):
+        return True
+    for entry in allowed or ():
+        named = normalise_origin(entry)
+        if named is None:
+            continue
+        named_scheme, _, pattern = named.partition("://")
+        if pattern.startswith("*."):
+            if scheme == named_scheme and rest.endswith(pattern[1:]):
+                return True
+        elif page == named:
+            return True
+    return False
 
 
-def _warn_of_a_short_key(settings: Settings) -> None:
-    key = settings.jwt_key or b""
-    length = len(key.encode() if isinstance(key, str) else key)
-    if 0 < length < 32 and settings.jwt_algorithms[0].startswith("HS"):
-        log(
-            logging.WARNING,
-            "the key that tokens are signed with has %s bytes and could be guessed; 32 are the least (RFC 7518"
-            " section 3.2). Set SWIFTCMS_WS_JWT_KEY or SECRET_KEY to what this prints:"
-            " python -c 'import secrets; print(secrets.token_hex())'",
-            length,
+# -- hook contexts ---------------------------------------------------------------------------------
+
+# They belong to the server and to the handshake's request, which are gone when a hook runs.
+SERVER_KEYS = {
+    "wsgi.input",
+    "wsgi.errors",
+    "wsgi.file_wrapper",
+    "werkzeug.socket",
+    "werkzeug.request",
+    "gunicorn.socket",
+    "waitress.client_disconnected",
+    HANDSHAKE_KEY,
+}
+
+
+def hook_environ(environ: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the environ for hooks: all of the handshake's, and additions of middleware."""
+    return {key: value for key, value in environ.items() if key not in SERVER_KEYS}
+
+
+@contextmanager
+def hook_context(app: Flask | None, environ: Mapping[str, Any] | None) -> Iterator[None]:
+    """A request context for one call of hooks, with a `g` of its own.
+
+    Afterwards everything that hooks have opened, such as a database session, is closed. If there
+    is no environ, because there was no hook when the client connected, it is an application
+    context only.
+    """
+    assert app is not None
+    with app.app_context():
+        if environ is None:
+            yield
+            return
+        streams = {"wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr}
+        with app.request_context({**environ, **streams}):
+            yield
+
+
+def has_connection_receivers() -> bool:
+    return bool(client_connected.receivers or client_disconnected.receivers)
+
+
+# -- taking over the socket ------------------------------------------------------------------------
+
+
+def find_socket(environ: Mapping[str, Any]) -> Any:
+    """Return the client's socket, or None if the web server gives no access to it."""
+    sock = environ.get("werkzeug.socket") or environ.get("gunicorn.socket")
+    if sock is None:
+        # waitress passes a method of its channel.
+        channel = getattr(environ.get("waitress.client_disconnected"), "__self__", None)
+        sock = getattr(channel, "socket", None)
+    if type(sock).__module__.startswith("eventlet"):
+        return None
+    return sock
+
+
+def read_server_buffers(environ: Mapping[str, Any]) -> bytes:
+    """Return the bytes after the handshake that the web server has read into its buffers.
+
+    Otherwise a client that sends its first message together with the handshake would lose it.
+    Reading does not block: the server's socket is dead now, or non-blocking for the relay. Some of
+    these attributes are private. If one is missing, no bytes are read.
+    """
+    # A server fails in its own way if the handshake claims to have a body.
+    with suppress(Exception):
+        if "gunicorn.socket" in environ:
+            return bytes(environ["wsgi.input"].reader.unreader.read())
+        if "waitress.client_disconnected" in environ:
+            return bytes(environ["waitress.client_disconnected"].__self__.request.header_plus)
+        return bytes(environ["wsgi.input"].read1())
+    return b""
+
+
+class Descriptors:
+    """The numbers of open files in this process.
+
+    Many sites and servers use select(), which fails for numbers from 1024 on, and some servers
+    stop if accept() finds no free number. So sockets that were taken over get numbers from
+    `floor` on, and the last RESERVED numbers stay free.
+    """
+
+    RESERVED = 50
+    MOST_CONNECTIONS = 10_000
+
+    def __init__(self) -> None:
+        self.limit = self._raise_limit()
+        self.floor = 1024
+        if self.limit < 4096:
+            self.floor = min(200, self.limit // 2)
+        self.max_connections = max(
+            1, min(self.MOST_CONNECTIONS, self.limit - self.floor - self.RESERVED)
         )
+        # Reading from it meets the end of the stream; writing to it fails as if the client had
+        # left, which every web server expects. Unlike a stream, this kind of socket raises no
+        # SIGPIPE, which would stop the process if the site has set that signal to its default.
+        # macOS and Windows have no such socket.
+        try:
+            self._dead, peer = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        except (OSError, ValueError):
+            self._dead, peer = socket.socketpair()
+        peer.close()
+        with suppress(OSError):
+            self._dead.shutdown(socket.SHUT_RDWR)
+
+    def _raise_limit(self) -> int:
+        """Raise the soft limit of open files towards the hard one; return it."""
+        if resource is None:
+            return 8192
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+        # macOS reports a higher hard limit than it accepts.
+        while wanted > soft:
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+                return wanted
+            except (ValueError, OSError):
+                wanted //= 2
+        return int(soft)
+
+    def take_over(self, sock: Any) -> socket.socket:
+        """Return a socket of our own for the server's connection; give the server a dead one.
+
+        Only the first step can fail. Then OSError is raised, and the socket is still the server's.
+        """
+        descriptor = sock.fileno()
+        own = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, self.floor)
+        if self._is_reserved(own):
+            os.close(own)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        os.dup2(self._dead.fileno(), descriptor, inheritable=False)
+        return socket.socket(sock.family, sock.type, sock.proto, fileno=own)
+
+    def create_pair(self) -> tuple[socket.socket, socket.socket]:
+        """Return two connected sockets for a relay, or raise OSError."""
+        relay, own = socket.socketpair()
+        if self._is_reserved(max(relay.fileno(), own.fileno())):
+            relay.close()
+            own.close()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        # Otherwise a burst of events might fill it before the relay's thread runs.
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1024 * 1024)
+        return relay, own
+
+    def _is_reserved(self, number: int) -> bool:
+        # On Windows the numbers of sockets have no limit.
+        return resource is not None and number >= self.limit - self.RESERVED
 
 
-def _hide_token(record: logging.LogRecord) -> bool:
-    """Take tokens out of an access log's line: who reads one there could sign in with it."""
-    text = record.getMessage()
+@functools.cache
+def descriptors() -> Descriptors:
+    """Return the descriptors of this process. They are the same in a forked child."""
+    return Descriptors()
+
+
+# Unlike epoll, poll() needs no descriptor of its own. Windows has neither.
+RelaySelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
+class RelayResponse(Response):
+    """Copies bytes between the server's socket and one that the loop has adopted.
+
+    For TLS inside the process and for Windows, where a socket cannot be taken over. It runs when
+    the server iterates over the response, after the request is over, and holds one thread of
+    the server as long as the WebSocket is open.
+    """
+
+    # Copied at once. Beside a busy thread each system call may take 5 ms.
+    CHUNK = 256 * 1024
+
+    def __init__(self, server: Any, ours: socket.socket) -> None:
+        super().__init__(status=101)
+        self._server = server
+        self._ours = ours
+
+    def get_app_iter(self, environ: Any) -> Iterable[bytes]:
+        # Werkzeug's own would drop the body of a 101.
+        return self._copy()
+
+    def _copy(self) -> Iterator[bytes]:
+        """Copy in both directions until one side closes. It yields no body."""
+        ends = (self._server, self._ours)
+        waiting = {self._server: b"", self._ours: b""}
+        try:
+            for end in ends:
+                end.setblocking(False)
+            while self._copy_once(ends, waiting) and self._copy_once(ends[::-1], waiting):
+                self._wait(waiting)
+            self._send_last(waiting[self._server])
+            waiting[self._server] = b""
+        except OSError:
+            # One side is gone.
+            pass
+        finally:
+            self._ours.close()
+            # The server now writes its headers, which must not reach the client.
+            with suppress(OSError):
+                socket.socket.shutdown(self._server, socket.SHUT_RDWR)
+        if waiting[self._server]:
+            # TLS could not finish a write, and would refuse a different one with an error.
+            raise BrokenPipeError(errno.EPIPE, "the client closed the connection")
+        yield from ()
+
+    def _copy_once(self, ends: tuple[Any, ...], waiting: dict[Any, bytes]) -> bool:
+        """Copy in one direction without waiting; return False at the end of the stream."""
+        source, target = ends
+        data: bytes | None = b""
+        while data is not None:
+            if not waiting[target]:
+                data = self._receive(source)
+                if data == b"":
+                    return False
+                waiting[target] = data or b""
+            sent = self._send(target, waiting[target])
+            waiting[target] = waiting[target][sent:]
+            if waiting[target]:
+                return True
+        return True
+
+    def _send_last(self, data: bytes) -> None:
+        """Send the last bytes, a close frame, within two seconds."""
+        self._server.settimeout(2.0)
+        if data:
+            self._server.sendall(data)
+
+    def _receive(self, source: Any) -> bytes | None:
+        """Return the next bytes. They are empty at the end of the stream, and None if it waits."""
+        try:
+            return cast(bytes, source.recv(self.CHUNK))
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
+
+    @staticmethod
+    def _send(target: Any, data: bytes) -> int:
+        if not data:
+            return 0
+        try:
+            return cast(int, target.send(data))
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
+
+    def _wait(self, waiting: Mapping[Any, bytes]) -> None:
+        """Wait until one of the sockets can be read, or written if data waits for it."""
+        with RelaySelector() as selector:
+            for end, other in ((self._server, self._ours), (self._ours, self._server)):
+                events = selectors.EVENT_WRITE if waiting[end] else 0
+                if not waiting[other]:
+                    events |= selectors.EVENT_READ
+                if events:
+                    selector.register(end, events)
+            # TLS may have to read before it can write, or the other way round.
+            selector.select(1.0)
+
+
+# == 9. Tokens: JWTs, signed and checked by PyJWT ================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class User:
+    """The user of a connection: an id, and the claims of the token if there was one."""
+
+    id: str
+    claims: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    #: The session id that the identify hook returned. hub.disconnect() can name it.
+    session: str | None = None
+
+    @property
+    def expires_at(self) -> float | None:
+        """When the token expires, in seconds since 1970; None without a token."""
+        return self.claims.get("exp")
+
+
+# A longer token is not decoded: that would be work for a stranger.
+MAX_TOKEN = 8 * 1024
+# Clocks differ: a token may have been issued so many seconds ahead of ours.
+TOKEN_LEEWAY = 60
+# The first second of the year 10000. A larger `exp` is in milliseconds.
+MAX_EXPIRY = 253_402_300_800
+
+# The first that fits is answered. Messages never contain the token.
+TOKEN_ERRORS: list[tuple[type[Exception], str, str]] = [
+    (jwt.ExpiredSignatureError, "token_expired", "the token has expired; get a fresh one"),
+    (
+        jwt.MissingRequiredClaimError,
+        "invalid_token",
+        "the token lacks a claim; it must have sub and exp",
+    ),
+    (jwt.InvalidAlgorithmError, "invalid_token", "the token must be signed with {algorithms}"),
+    (
+        jwt.InvalidSignatureError,
+        "invalid_token",
+        "the token's signature is wrong: it was not signed with this site's key",
+    ),
+    (jwt.InvalidAudienceError, "invalid_token", "the token's aud must name this site"),
+    (
+        jwt.InvalidIssuerError,
+        "invalid_token",
+        "the token's iss must be the issuer that this site trusts",
+    ),
+    (
+        jwt.ImmatureSignatureError,
+        "invalid_token",
+        "the token is not valid yet; compare the clocks of this server and of the issuer",
+    ),
+    (OverflowError, "invalid_token", "the token's exp must be in seconds since 1970"),
+    (Exception, "invalid_token", "the token is not a valid JWT"),
+]
+
+
+def sign_token(
+    settings: Settings, user_id: str, expires_in: float, claims: Mapping[str, Any]
+) -> str:
+    """Return a JWT that check_token() accepts with the same settings, for `expires_in` seconds."""
+    now = time.time()
+    own: dict[str, Any] = {"sub": user_id, "iat": int(now), "exp": int(now + expires_in)}
+    if settings.jwt_audience:
+        own["aud"] = settings.jwt_audience
+    if settings.jwt_issuer:
+        own["iss"] = settings.jwt_issuer
+    key = settings.jwt_key or ""
+    return jwt.encode({**claims, **own}, key, algorithm=settings.jwt_algorithms[0])
+
+
+def check_token(settings: Settings, token: str) -> User:
+    """Return the user of a token (RFC 7519 section 7.2; `exp` and `sub` are required).
+
+    Raises ClientError with a sentence about the mistake. It never contains the token.
+    """
+    if settings.jwt_key is None:
+        raise ClientError(
+            "auth_not_configured",
+            "this site has no key to check tokens with: it must set SECRET_KEY or"
+            " SWIFTCMS_WS_JWT_KEY",
+        )
+    try:
+        if len(token) > MAX_TOKEN:
+            raise ValueError
+        claims = _decode(settings, token)
+        # A string, which PyJWT accepts for a number, raises TypeError here.
+        if not 0 < claims["exp"] < MAX_EXPIRY:
+            raise OverflowError
+        # The leeway is for clocks that are ahead; the expiry is exact.
+        if claims["exp"] <= time.time():
+            raise jwt.ExpiredSignatureError
+        return User(check_user_id(claims["sub"], "sub"), claims)
+    except Warning:
+        # If the site turns warnings into errors, it wants to see PyJWT's about a short key.
+        raise
+    except Exception as error:
+        # Whatever a stranger's token makes PyJWT raise is the token's fault.
+        code, message = next(
+            (code, message) for kind, code, message in TOKEN_ERRORS if isinstance(error, kind)
+        )
+    algorithms = " or ".join(settings.jwt_algorithms)
+    raise ClientError(code, message.format(algorithms=algorithms))
+
+
+def _decode(settings: Settings, token: str) -> dict[str, Any]:
+    """Verify a token with the key or, while a site changes its key, with an older one."""
+    keys = (settings.jwt_key, *settings.old_keys)
+    for key in keys:
+        try:
+            return jwt.decode(
+                token,
+                cast(str, key),
+                algorithms=list(settings.jwt_algorithms),
+                audience=settings.jwt_audience,
+                issuer=settings.jwt_issuer,
+                leeway=TOKEN_LEEWAY,
+                # PyJWT refuses an integer `sub`, which many sites have. check_token() checks it.
+                options={"require": ["exp", "sub"], "verify_sub": False},
+            )
+        except jwt.InvalidSignatureError:
+            if key is keys[-1]:
+                raise
+    raise AssertionError("there is always a key")
+
+
+def hide_token(record: logging.LogRecord) -> bool:
+    """Filter of the servers' access logs, because a token in a log could be used to sign in."""
+    try:
+        text = record.getMessage()
+    except Exception:
+        # The site's mistake is for its own log handler to report.
+        return True
     if "token=" in text:
         record.msg, record.args = re.sub(r"token=[^&\s\"']*", "token=…", text), ()
     return True
 
 
-def _exit_on_sigterm() -> None:
-    """Make SIGTERM end the process as SIGINT does, by way of atexit, where nothing else handles it.
+# == 10. Session and workers: a client's messages, and code of the site ==========================
 
-    Its default is sudden death, and no client would hear 1001. Gunicorn has a handler of its own.
+
+class TokenBucket:
+    """The rate of one client: twice RATE tokens, which fill with RATE a second. Loop only."""
+
+    BURST = 2
+
+    __slots__ = ("_rate", "_tokens", "_updated_at")
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._tokens = rate * self.BURST
+        self._updated_at = time.monotonic()
+
+    def take(self, count: float) -> bool:
+        """Take tokens. Return whether the client is in debt now."""
+        self._fill()
+        self._tokens -= count
+        return self._tokens < 0
+
+    def seconds_to_wait(self) -> float:
+        """Return after how many seconds there is one token again."""
+        self._fill()
+        # The sum of many small numbers may be a rounding error below 1.
+        return max(0.0, (0.999 - self._tokens) / self._rate)
+
+    def _fill(self) -> None:
+        now = time.monotonic()
+        filled = self._tokens + (now - self._updated_at) * self._rate
+        self._tokens = min(self._rate * self.BURST, filled)
+        self._updated_at = now
+
+
+class Received(NamedTuple):
+    """A complete message, a control frame, or (CONTINUATION) a part of a message."""
+
+    opcode: Opcode
+    payload: Any
+    # In tokens of the bucket.
+    cost: int
+
+
+class MessageReader:
+    """Turns the bytes of one client into messages and control frames. Loop only.
+
+    wsproto parses the frames. Those that are not asked for yet stay in its buffer.
     """
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    # A message counts as one more for each 8 KiB.
+    BYTES_PER_TOKEN = 8 * 1024
+    # A smaller fragment counts as a message. Otherwise one message could cost 65,536 frames.
+    SMALL_FRAGMENT = 256
+
+    __slots__ = ("_parser", "_parts", "_size", "is_too_big", "limit")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        # The message has more bytes than `limit`. Its parts are dropped.
+        self.is_too_big = False
+        # None after a close frame, or after bytes that are not a frame: the rest is not read.
+        self._parser: FrameProtocol | None = FrameProtocol(client=False, extensions=[])
+        # Of a message that is not complete yet.
+        self._parts: list[Any] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> None:
+        if self._parser is not None:
+            self._parser.receive_bytes(data)
+
+    def read(self) -> Iterator[Received]:
+        """Yield messages and frames, one at a time. Raises ParseFailed if the bytes are wrong."""
+        if self._parser is None:
+            return
+        try:
+            for frame in self._parser.received_frames():
+                if frame.opcode is Opcode.CLOSE:
+                    self._parser = None
+                if frame.opcode.iscontrol():
+                    yield Received(frame.opcode, frame.payload, 1)
+                else:
+                    yield self._add(frame)
+        except ParseFailed:
+            self._parser = None
+            raise
+
+    def _add(self, frame: Any) -> Received:
+        """Add a frame, or a part of one, to the message; return the message if it is complete."""
+        data = frame.payload
+        self._size += len(data) if isinstance(data, bytes) else utf8_length(data)
+        if self._size > self.limit:
+            self.is_too_big = True
+            self._parts.clear()
+            return Received(Opcode.CONTINUATION, None, 0)
+        self._parts.append(data)
+        if not frame.message_finished:
+            is_small = frame.frame_finished and len(data) < self.SMALL_FRAGMENT
+            return Received(Opcode.CONTINUATION, None, int(is_small))
+        message = data[:0].join(self._parts)
+        cost = 1 + self._size // self.BYTES_PER_TOKEN
+        self._parts.clear()
+        self._size = 0
+        return Received(frame.opcode, message, cost)
 
 
-_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
+class Session:
+    """One client: its messages, handled one at a time and in order, and their answers. Loop only.
+
+    A client that sends faster than RATE is read more slowly. A message that needs a hook of the
+    site, or the shared log, becomes a task for a worker; until it is done the client is not read.
+    """
+
+    __slots__ = (
+        "_address",
+        "_bucket",
+        "_has_begun",
+        "_has_ended",
+        "_is_throttled",
+        "_reader",
+        "action",
+        "connection",
+        "engine",
+        "expiry",
+        "ref",
+        "tasks",
+    )
+
+    def __init__(
+        self, engine: Engine, connection: Connection, environ: dict[str, Any] | None, address: str
+    ) -> None:
+        self.engine = engine
+        self.connection = connection
+        # Of the message that is being handled: its answer needs them.
+        self.action: str | None = None
+        self.ref: str | float | None = None
+        self.tasks = ClientTasks(self, environ)
+        self.expiry = Expiry(self)
+        self._address = address
+        self._reader = MessageReader(engine.settings.max_message)
+        self._bucket = TokenBucket(engine.settings.rate)
+        # The client sends too fast, and is not read until the bucket has a token again.
+        self._is_throttled = False
+        # The 101 was sent, so the site may hear of this client.
+        self._has_begun = False
+        self._has_ended = False
+
+    @classmethod
+    def open(
+        cls, engine: Engine, handshake: Handshake, environ: dict[str, Any] | None, address: str
+    ) -> None:
+        """Adopt the socket of a handshake: send the 101 and the greeting, then begin to read."""
+        if engine.follower is not None and engine.follower.is_beginning():
+            # The greeting names the newest event, which will be known soon.
+            again = time.monotonic() + 0.02
+            engine.loop.call_at(again, cls.open, engine, handshake, environ, address)
+            return
+        client_id = engine.process + secrets.token_hex(6)
+        max_queue = engine.settings.max_queue
+        assert handshake.own is not None
+        connection = Connection(client_id, handshake.own, engine.loop, max_queue, handshake.user)
+        session = cls(engine, connection, environ, address)
+        connection.start_reading(session)
+        session.guarded(session._start, handshake)
+
+    def _start(self, handshake: Handshake) -> None:
+        engine, connection = self.engine, self.connection
+        connection.send(handshake.response)
+        if connection.state is State.CLOSED:
+            return
+        self._has_begun = True
+        engine.registry.add(connection)
+        engine.heartbeat.add(connection)
+        self._greet()
+        self.expiry.schedule()
+        if engine.is_closing:
+            connection.close(CloseCode.GOING_AWAY, "the server is going away; reconnect with since")
+        elif handshake.user and engine.was_signed_out(handshake.user, handshake.began):
+            close_signed_out(connection)
+        elif client_connected.receivers:
+            task = self.tasks.signal(client_connected)
+            self.tasks.start(task, self._begin, handshake.read_ahead)
+        else:
+            self._begin(handshake.read_ahead)
+
+    def _greet(self) -> None:
+        user = self.connection.user
+        payload = {
+            "clientId": self.connection.id,
+            "userId": user.id if user else None,
+            "heartbeat": self.engine.settings.heartbeat,
+            **place_fields(self.engine),
+        }
+        self.connection.send(message_frame("system.connected", payload))
+
+    def _begin(self, read_ahead: bytes, _: object = None) -> None:
+        self.receive(read_ahead)
+
+    # -- from bytes to messages --------------------------------------------------------------------
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the client is not read now: a worker is busy for it, or it sends too fast."""
+        return self.tasks.is_busy or self._is_throttled
+
+    def receive(self, data: bytes) -> None:
+        """Handle bytes from the client."""
+        self._reader.feed(data)
+        self.handle_received()
+
+    def handle_received(self) -> None:
+        """Handle received messages until the client has to wait; then update the selector."""
+        connection = self.connection
+        try:
+            for received in self._reader.read():
+                if received.opcode is Opcode.CLOSE:
+                    code, _ = received.payload
+                    # 1005 stands for a close frame without a code (RFC 6455 section 7.1.5).
+                    connection.answer_close(None if code == 1005 else code)
+                elif connection.state is State.OPEN:
+                    self._handle(received)
+                if connection.state is State.OPEN and not connection.can_read:
+                    break
+        except ParseFailed as error:
+            connection.fail(error.code, str(error))
+        except Exception as error:
+            self.fail(error)
+        connection.update_selector()
+
+    def _handle(self, received: Received) -> None:
+        self.consume(received.cost)
+        if self._reader.is_too_big:
+            self.action = self.ref = None
+            limit = self._reader.limit
+            message = f"the message is over the limit of {limit} bytes; send several smaller ones"
+            self.report_error(ClientError("message_too_big", message, CloseCode.MESSAGE_TOO_BIG))
+        elif received.opcode is Opcode.PING:
+            self.connection.send(encode_frame(Opcode.PONG, bytes(received.payload)))
+        elif received.opcode in (Opcode.TEXT, Opcode.BINARY):
+            self._handle_message(received.payload)
+
+    def consume(self, count: float) -> None:
+        """Take tokens out of the bucket. A client in debt is not read until it has one again."""
+        if not self._bucket.take(count) or self._is_throttled:
+            return
+        self._is_throttled = True
+        self.engine.counters.add("throttled")
+        self.engine.warn(
+            "client %s at %s sends more than SWIFTCMS_WS_RATE messages a second; it is read"
+            " more slowly, and nothing is lost",
+            self.connection.id,
+            self._address,
+        )
+        self._wait_for_token()
+
+    def _wait_for_token(self) -> None:
+        seconds = self._bucket.seconds_to_wait()
+        if seconds > 0:
+            self.engine.loop.call_at(time.monotonic() + seconds, self._wait_for_token)
+            return
+        self._is_throttled = False
+        if self.connection.can_read:
+            self.handle_received()
+
+    # -- from messages to answers ------------------------------------------------------------------
+
+    def _handle_message(self, data: str | bytes) -> None:
+        self.action = self.ref = None
+        self.guarded(self._do_action, data)
+
+    def _do_action(self, data: str | bytes) -> None:
+        message = parse_message(data)
+        name = message.get("action")
+        if isinstance(name, str):
+            self.action = name[:NAME_LENGTH]
+        self.ref = ref_of(message)
+        name = string_field(message, "action")
+        action = actions().get(name)
+        if action is None:
+            raise ClientError(
+                "unknown_action",
+                f"there is no action {json.dumps(name[:NAME_LENGTH])}"
+                f"{did_you_mean(name, actions())}; there are {', '.join(actions())}",
+            )
+        if self.must_sign_in() and name != "authenticate":
+            raise ClientError("auth_required", "sign in first: send authenticate with a token")
+        action(self, message)
+
+    def guarded(self, function: Callable[..., None], *args: Any) -> None:
+        """Call a function; answer a ClientError, and close the connection for any other error."""
+        try:
+            function(*args)
+        except ClientError as error:
+            self.report_error(error)
+        except LogUnavailable as error:
+            self.engine.report(logging.INFO, "closed client %s: %s", self.connection.id, error)
+            reason = "the history cannot be read now; reconnect with since"
+            self.connection.close(CloseCode.GOING_AWAY, reason)
+        except Exception as error:
+            self.fail(error)
+
+    def must_sign_in(self) -> bool:
+        return self.engine.settings.auth == "required" and self.connection.user is None
+
+    def answer(
+        self, message_type: str, payload: Mapping[str, Any], content_type: str | None = None
+    ) -> None:
+        """Answer the message that is being handled."""
+        self.connection.send(message_frame(message_type, payload, content_type, self.ref))
+
+    def report_error(self, error: ClientError) -> None:
+        """Answer with system.error, and close the connection if the error says so."""
+        self.count_error(error)
+        payload = {"code": error.code, "message": str(error), "action": self.action}
+        self.answer("system.error", payload)
+        if error.closes_with is not None:
+            self.connection.close(error.closes_with, str(error))
+
+    def count_error(self, error: ClientError) -> None:
+        self.engine.counters.add("errors")
+        self.engine.counters.add(f"error_{error.code}")
+        if error.code == "too_many_subscriptions":
+            self.engine.warn(
+                "refused a client more than the %s of SWIFTCMS_WS_MAX_SUBSCRIPTIONS",
+                self.engine.settings.max_subscriptions,
+            )
+
+    def fail(self, error: BaseException) -> None:
+        """Log an error of the server or of a hook, and close this connection with 1011."""
+        self.engine.counters.add("errors")
+        self.engine.report(
+            logging.ERROR,
+            "closed client %s with 1011 because serving it failed",
+            self.connection.id,
+            exc_info=error,
+        )
+        self.connection.close(CloseCode.INTERNAL_ERROR, "the server failed; its log has the reason")
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """The connection is not OPEN any more: forget the client, and notify the site."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        engine, connection = self.engine, self.connection
+        engine.registry.remove(connection)
+        engine.heartbeat.discard(connection)
+        engine.editing.stop_all(connection.id)
+        code = connection.close_code
+        if code is not None:
+            engine.counters.add(f"closed_{code:d}")
+            if code == CloseCode.TRY_AGAIN_LATER:
+                engine.counters.add("slow_clients")
+            if code in CLOSE_REASONS:
+                message = f"closed a client at %s with {code:d}: {CLOSE_REASONS[code]}"
+                engine.warn(message, self._address)
+        if self._has_begun and client_disconnected.receivers:
+            # After a hook of this client that may be running.
+            self.tasks.finish(self.tasks.signal(client_disconnected))
 
 
-@atexit.register
-def _close_hubs() -> None:
-    for each in list(_hubs):
-        each.close()
+class ClientTasks:
+    """The tasks of one client for the workers, one at a time. Loop only.
+
+    While a worker is busy for a client, the client is not read. So its messages stay in order, and
+    a slow hook delays no other client.
+    """
+
+    __slots__ = ("_environ", "_last_task", "_session", "is_busy")
+
+    def __init__(self, session: Session, environ: dict[str, Any] | None) -> None:
+        self._session = session
+        # Of the handshake; None if there were no hooks.
+        self._environ = environ
+        self.is_busy = False
+        # To be run after the one that is running.
+        self._last_task: Callable[[], object] | None = None
+
+    def ask(self, patterns: Sequence[Pattern], then: Callable[..., None], *args: Any) -> None:
+        """Ask the authorize hook for all patterns, then call `then(*args, answers)`."""
+        engine, user = self._session.engine, self._session.connection.user
+        hook = engine.hub.authorize_hook
+        if hook is None or not patterns:
+            then(*args, [True] * len(patterns))
+            return
+
+        def task() -> list[bool]:
+            with hook_context(engine.app, self._environ):
+                return [self._is_allowed(hook(user, *pattern), pattern) for pattern in patterns]
+
+        self.start(task, then, *args)
+
+    def _is_allowed(self, answer: object, pattern: Pattern) -> bool:
+        """Return whether the hook allowed it. Anything but True refuses."""
+        if answer is not True and answer is not False:
+            if inspect.iscoroutine(answer):
+                answer.close()
+            self._session.engine.warn(
+                "the authorize hook returned %s for %s, which refuses it: it must return True"
+                " or False, and be a plain function without a login decorator",
+                type(answer).__name__,
+                " ".join(pattern),
+            )
+        return answer is True
+
+    def read_log(self, since: EventId, then: Callable[..., None]) -> None:
+        """Read the events after `since` from the shared log, then call `then(events)`."""
+        log_ = self._session.engine.log
+        assert log_ is not None
+        self.start(functools.partial(log_.read_after, since), then)
+
+    def signal(self, named: NamedSignal) -> Callable[[], object]:
+        """Return a task that sends a signal to the site's receivers."""
+        engine, connection = self._session.engine, self._session.connection
+
+        def task() -> None:
+            with hook_context(engine.app, self._environ):
+                user = connection.user
+                named.send(engine.app, hub=engine.hub, client_id=connection.id, user=user)
+
+        return task
+
+    def start(self, task: Callable[[], object], then: Callable[..., None], *args: Any) -> None:
+        """Let a worker run a task, then call `then(*args, result)` on the loop.
+
+        If the task raises, the connection is closed.
+        """
+        self._set_busy()
+        loop = self._session.engine.loop
+
+        def run() -> None:
+            try:
+                result = task()
+            except BaseException as error:
+                # Of a hook, also its SystemExit: the worker continues.
+                loop.call(self._done, _raise, error)
+            else:
+                loop.call(self._done, then, *args, result)
+
+        self._session.engine.workers.submit(run)
+
+    def pause(self, seconds: float, then: Callable[..., None]) -> None:
+        """Call `then()` after some time; until then the client is not read."""
+        self._set_busy()
+        self._session.engine.loop.call_at(time.monotonic() + seconds, self._done, then)
+
+    def finish(self, task: Callable[[], object]) -> None:
+        """Run a last task, after the one that is running."""
+        if self.is_busy:
+            self._last_task = task
+        else:
+            self._session.engine.workers.submit(task)
+
+    def _set_busy(self) -> None:
+        self.is_busy = True
+        self._session.connection.update_selector()
+
+    def _done(self, then: Callable[..., None], *args: Any) -> None:
+        self.is_busy = False
+        session = self._session
+        if self._last_task is not None:
+            session.engine.workers.submit(self._last_task)
+        elif session.connection.state is State.OPEN:
+            session.guarded(then, *args)
+            if session.connection.can_read:
+                session.handle_received()
+            else:
+                session.connection.update_selector()
 
 
-def _forget_engines() -> None:
-    for each in list(_hubs):
-        each.forget_engine()
+def _raise(error: BaseException) -> None:
+    """Raise a task's error on the loop. It is not an Exception if a hook called sys.exit()."""
+    if isinstance(error, Exception):
+        raise error
+    raise RuntimeError(f"a hook raised {type(error).__name__}") from error
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_engines)
+class Expiry:
+    """Closes one client that is silent, stuck, or not signed in. Loop only."""
+
+    # For a client to sign in if AUTH is "required", in seconds.
+    AUTH_TIMEOUT = 10.0
+    # How late something is noticed at most, in seconds.
+    CHECK_INTERVAL = 0.5
+
+    __slots__ = ("_check_at", "_opened_at", "_session")
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._opened_at = time.monotonic()
+        # When the next check is due.
+        self._check_at = float("inf")
+
+    def schedule(self) -> None:
+        """Check when something can have expired, if that is sooner than planned."""
+        session, now = self._session, time.monotonic()
+        moments = [session.connection.idle_since(now) + self._max_silence()]
+        if session.must_sign_in():
+            moments.append(self._opened_at + self.AUTH_TIMEOUT)
+        user = session.connection.user
+        if user is not None and user.expires_at is not None:
+            moments.append(now + user.expires_at - time.time())
+        # Rounded up, so that one wake-up of the loop serves many clients.
+        rounds = max(min(moments), now) // self.CHECK_INTERVAL + 1
+        when = rounds * self.CHECK_INTERVAL
+        if when < self._check_at:
+            self._check_at = when
+            # The client's id, because a timer must not keep a closed connection in memory.
+            client_id = session.connection.id
+            session.engine.loop.call_at(when, Expiry.check, session.engine, client_id)
+
+    def _max_silence(self) -> float:
+        return self._session.engine.settings.heartbeat * MISSED_HEARTBEATS
+
+    @staticmethod
+    def check(engine: Engine, client_id: str) -> None:
+        connection = engine.registry.find(client_id)
+        now = time.monotonic()
+        if connection is None or now < connection.session.expiry._check_at:
+            return
+        expiry = connection.session.expiry
+        expiry._check_at = float("inf")
+        expiry._close_expired(now)
+        if connection.state is State.OPEN:
+            expiry.schedule()
+
+    def _close_expired(self, now: float) -> None:
+        session, limit = self._session, self._max_silence()
+        connection = session.connection
+        if now - connection.waiting_since >= limit:
+            reason = f"nothing received for {limit:g} seconds; reconnect with since"
+            connection.close(CloseCode.HEARTBEAT_TIMEOUT, reason)
+        elif connection.is_stuck(now, limit):
+            connection.close(CloseCode.TRY_AGAIN_LATER, "read too slowly; reconnect with since")
+        elif session.must_sign_in():
+            timeout = self.AUTH_TIMEOUT
+            if now - self._opened_at >= timeout:
+                message = f"no token within {timeout:g} seconds; reconnect and authenticate"
+                self._report(ClientError("auth_required", message, CloseCode.UNAUTHORIZED))
+        elif connection.user and (connection.user.expires_at or time.time() + 1) <= time.time():
+            message = "the token has expired; reconnect with a fresh one"
+            self._report(ClientError("token_expired", message, CloseCode.UNAUTHORIZED))
+
+    def _report(self, error: ClientError) -> None:
+        # It is not the answer to a message.
+        self._session.action = self._session.ref = None
+        self._session.report_error(error)
+
+
+# For the log: which setting may be too tight.
+CLOSE_REASONS: dict[int, str] = {
+    CloseCode.MESSAGE_TOO_BIG: "its message was over SWIFTCMS_WS_MAX_MESSAGE",
+    CloseCode.TRY_AGAIN_LATER: "it read too slowly, with up to SWIFTCMS_WS_MAX_QUEUE bytes unsent",
+    CloseCode.UNAUTHORIZED: (
+        "it did not sign in in time (SWIFTCMS_WS_AUTH), its token expired, or it was signed out"
+    ),
+    CloseCode.HEARTBEAT_TIMEOUT: "it sent nothing for two heartbeats (SWIFTCMS_WS_HEARTBEAT)",
+}
+
+
+def place_fields(engine: Engine) -> dict[str, Any]:
+    """Return `lastId` and `spread` of system.connected and system.heartbeat.
+
+    `spread` is 0 as long as no page refetches itself after an event.
+    """
+    return {"lastId": format_event_id(engine.history.newest_id), "spread": 0}
+
+
+def ref_of(message: Mapping[str, Any]) -> str | float | None:
+    """Return the `ref` of a client's message, or None; raise ClientError for a wrong kind."""
+    ref = message.get("ref", "")
+    if isinstance(ref, bool) or not isinstance(ref, (str, int, float)):
+        raise ClientError(
+            "invalid_message", f"`ref` must be a string or a number, not {describe(ref)}"
+        )
+    return message.get("ref")
+
+
+def string_field(message: Mapping[str, Any], name: str) -> str:
+    """Return a required string of a client's message, or raise ClientError."""
+    if name not in message:
+        hint = did_you_mean(name, message)
+        raise ClientError(
+            "invalid_message", f"the field `{name}` is missing{hint}; it must be a string"
+        )
+    value = message[name]
+    if not isinstance(value, str):
+        raise ClientError("invalid_message", f"`{name}` must be a string, not {describe(value)}")
+    return value
+
+
+# -- actions: one function for each ----------------------------------------------------------------
+
+Action = Callable[[Session, Mapping[str, Any]], None]
+# Of a `subscriptions` list.
+MAX_LIST = 1000
+AUTHENTICATE_COST = 10
+# So many items of a `subscriptions` list count as one message.
+ITEMS_PER_TOKEN = 10
+
+
+@functools.cache
+def actions() -> dict[str, Action]:
+    """Return the function of each action of PROTOCOL.md."""
+    return {
+        "subscribe": subscribe,
+        "unsubscribe": unsubscribe,
+        "authenticate": authenticate,
+        "pong": pong,
+        "heartbeat": heartbeat,
+        "editStart": edit_start,
+        "editStop": edit_stop,
+        "editChange": edit_change,
+        "presence": presence,
+    }
+
+
+class Subscribing:
+    """One `subscribe` message on its way: parsed, allowed by the hook, and answered. Loop only."""
+
+    # For an event that the shared log has, and this process not yet, in seconds.
+    SINCE_TIMEOUT = 1.0
+    # The price of a replay of the whole history: it is work that all clients wait for.
+    REPLAY_COST = 20
+
+    def __init__(self, session: Session, message: Mapping[str, Any]) -> None:
+        self.session = session
+        self.is_list = "subscriptions" in message
+        self.since = parse_event_id(message["since"]) if "since" in message else None
+        # Each once, in the order of the message.
+        self.patterns: list[Pattern] = []
+        self.refused: list[dict[str, Any]] = []
+        self._deadline = time.monotonic() + self.SINCE_TIMEOUT
+        items = subscription_list(message) if self.is_list else [message]
+        for item in items:
+            try:
+                pattern = parse_pattern(item)
+            except ClientError as error:
+                self._refuse(item.get("type", "*"), item.get("contentType", "*"), error)
+            else:
+                if pattern not in self.patterns:
+                    self.patterns.append(pattern)
+        session.consume(len(items) // ITEMS_PER_TOKEN)
+
+    def _refuse(self, event_type: object, content_type: object, error: ClientError) -> None:
+        """Name a refused item in the answer, or raise the error of a single subscription."""
+        if not self.is_list:
+            raise error
+        self.session.count_error(error)
+        self.refused.append(
+            {
+                "type": event_type if isinstance(event_type, str) else None,
+                "contentType": content_type if isinstance(content_type, str) else None,
+                "code": error.code,
+                "message": str(error),
+            }
+        )
+
+    def allowed(self, answers: list[bool]) -> None:
+        """The hook has answered: keep the allowed patterns, up to the limit, and go on."""
+        connection = self.session.connection
+        limit = self.session.engine.settings.max_subscriptions
+        count = len(connection.subscriptions)
+        accepted = []
+        for pattern, is_allowed in zip(self.patterns, answers, strict=True):
+            try:
+                if not is_allowed:
+                    raise forbidden(pattern)
+                if pattern not in connection.subscriptions:
+                    if count >= limit:
+                        raise ClientError(
+                            "too_many_subscriptions",
+                            f"limit of {limit} subscriptions reached; use a prefix such as"
+                            " content.*, or unsubscribe",
+                        )
+                    count += 1
+                accepted.append(pattern)
+            except ClientError as error:
+                self._refuse(*pattern, error)
+        self.patterns = accepted
+        self.find_missed()
+
+    def find_missed(self) -> None:
+        """Find the events after `since`: here, in a moment, or in the shared log."""
+        history, engine = self.session.engine.history, self.session.engine
+        if self.since is None or not self.patterns:
+            self.finish([])
+            return
+        events = history.after(self.since)
+        if events is not None or engine.log is None:
+            self.finish(events)
+        elif self.since <= history.newest_id:
+            self.session.tasks.read_log(self.since, self.read)
+        elif time.monotonic() < self._deadline:
+            # Another process may have published it, and the follower will read it soon.
+            self.session.tasks.pause(0.02, self.find_missed)
+        else:
+            self.finish(None)
+
+    def read(self, older: list[Event] | None) -> None:
+        """Events were read from the shared log; newer ones have been delivered meanwhile."""
+        history = self.session.engine.history
+        if older is None:
+            self.finish(None)
+        elif not older:
+            self.finish(history.after(cast(EventId, self.since)))
+        else:
+            self.finish(history.continue_after(older))
+
+    def finish(self, events: list[Event] | None) -> None:
+        """Subscribe, answer and replay, all between two events."""
+        session = self.session
+        engine, connection = session.engine, session.connection
+        missed = engine.registry.missed(connection, self.patterns, events or [])
+        start = engine.history.newest_id
+        if self.since is not None and events is not None:
+            start = self.since
+        for pattern in self.patterns:
+            engine.registry.subscribe(connection, pattern, start)
+        recovery = {"recovered": events is not None, "replayed": len(missed)}
+        session.answer("system.subscribed", {**self._describe(), **recovery})
+        connection.send_replay([event.frame for event in missed])
+        engine.counters.add("replayed", len(missed))
+        session.consume(self.REPLAY_COST * len(missed) / max(1, engine.settings.history))
+
+    def _describe(self) -> dict[str, Any]:
+        if not self.is_list:
+            event_type, content_type = self.patterns[0]
+            return {"type": event_type, "contentType": content_type}
+        return {"subscriptions": describe_patterns(self.patterns), "refused": self.refused}
+
+
+def subscribe(session: Session, message: Mapping[str, Any]) -> None:
+    subscribing = Subscribing(session, message)
+    session.tasks.ask(subscribing.patterns, subscribing.allowed)
+
+
+def unsubscribe(session: Session, message: Mapping[str, Any]) -> None:
+    registry, connection = session.engine.registry, session.connection
+    if "subscriptions" in message:
+        items = subscription_list(message)
+        # One malformed item raises, before any subscription is removed.
+        patterns = list(dict.fromkeys(map(parse_pattern, items)))
+        removed = registry.unsubscribe(connection, patterns)
+        payload: dict[str, Any] = {"subscriptions": describe_patterns(patterns), "removed": removed}
+        session.consume(len(items) // ITEMS_PER_TOKEN)
+    else:
+        pattern = parse_pattern(message)
+        is_one = "type" in message or "contentType" in message
+        removed = registry.unsubscribe(connection, [pattern] if is_one else None)
+        payload = {"type": pattern[0], "contentType": pattern[1], "removed": removed}
+    session.answer("system.unsubscribed", payload)
+
+
+def describe_patterns(patterns: Iterable[Pattern]) -> list[dict[str, str]]:
+    return [{"type": event_type, "contentType": kind} for event_type, kind in patterns]
+
+
+def subscription_list(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the items of a message's `subscriptions`, or raise ClientError."""
+    items = message["subscriptions"]
+    is_list = isinstance(items, list) and all(isinstance(item, dict) for item in items)
+    if not is_list or not 1 <= len(items) <= MAX_LIST:
+        raise ClientError(
+            "invalid_message",
+            f"`subscriptions` must be a list of 1 to {MAX_LIST} objects with `type` and"
+            f" `contentType`, not {describe(items)}",
+        )
+    if "type" in message or "contentType" in message:
+        raise ClientError(
+            "invalid_message",
+            "`type` and `contentType` belong into the items of `subscriptions`, not beside it",
+        )
+    return cast("list[dict[str, Any]]", items)
+
+
+def forbidden(pattern: Pattern) -> ClientError:
+    event_type, content_type = pattern
+    return ClientError(
+        "forbidden",
+        f"this site does not allow you {event_type} of content type {content_type}; ask for less,"
+        " or sign in as a user who may have it",
+    )
+
+
+def authenticate(session: Session, message: Mapping[str, Any]) -> None:
+    token = string_field(message, "token")
+    session.consume(AUTHENTICATE_COST - 1)
+    engine, connection = session.engine, session.connection
+    user = check_token(engine.settings, token)
+    if connection.user is not None and connection.user.id != user.id:
+        raise ClientError(
+            "invalid_token", "the token is of another user; open a new connection for that user"
+        )
+    # Between two events, so that it is known which events for this user have reached it.
+    engine.registry.sign_in(connection, user, engine.history.newest_id)
+    session.expiry.schedule()
+    expires_at = timestamp(int(user.claims["exp"] * 1000))
+    session.answer("system.authenticated", {"userId": user.id, "expiresAt": expires_at})
+
+
+def pong(session: Session, message: Mapping[str, Any]) -> None:
+    """The client's answer to a heartbeat. Anything that a client sends is a sign of life."""
+
+
+def heartbeat(session: Session, message: Mapping[str, Any]) -> None:
+    session.answer("system.heartbeat", place_fields(session.engine))
+
+
+# -- workers ---------------------------------------------------------------------------------------
+
+
+class Workers:
+    """Four threads that run code of the site: hooks, receivers of signals and log handlers.
+
+    Any thread may submit a task. The threads are started by the first one.
+    """
+
+    COUNT = 4
+    # A log handler that hangs must not fill the memory with records.
+    MAX_RECORDS = 1000
+
+    def __init__(self) -> None:
+        # Guards the threads and the number of unfinished tasks.
+        self._lock = threading.Lock()
+        # Notified when no task is left.
+        self._is_idle = threading.Condition(self._lock)
+        # Tasks that are queued or running. Reading it is atomic.
+        self.unfinished = 0
+        self._threads: list[threading.Thread] = []
+        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        # The log records of the loop, in order.
+        self.records = Lane(self, self.MAX_RECORDS)
+
+    def submit(self, task: Callable[[], object]) -> None:
+        with self._lock:
+            self.unfinished += 1
+            is_first = not self._threads
+            if is_first:
+                self._threads = [
+                    threading.Thread(
+                        target=self._run, name=f"swiftcms-ws worker {number}", daemon=True
+                    )
+                    for number in range(1, self.COUNT + 1)
+                ]
+        self._tasks.put(task)
+        if is_first:
+            # While the interpreter exits, no thread can start: stop() runs the tasks then.
+            with suppress(RuntimeError):
+                for thread in self._threads:
+                    thread.start()
+
+    def _run(self) -> None:
+        """Thread body: run tasks until None comes."""
+        while (task := self._tasks.get()) is not None:
+            self._run_task(task)
+
+    def _run_task(self, task: Callable[[], object]) -> None:
+        try:
+            task()
+        except BaseException as error:
+            # Of a receiver, also its SystemExit. No caller can receive it.
+            log(logging.ERROR, "a function of the site failed", exc_info=error)
+        with self._is_idle:
+            self.unfinished -= 1
+            if not self.unfinished:
+                self._is_idle.notify_all()
+
+    def wait_until_idle(self, deadline: float) -> bool:
+        """Wait until no task is left; return False at the deadline."""
+        if not any(thread.is_alive() for thread in self._threads):
+            self._run_left(deadline)
+        with self._is_idle:
+            return self._is_idle.wait_for(
+                lambda: not self.unfinished, max(0.0, deadline - time.monotonic())
+            )
+
+    def _run_left(self, deadline: float) -> None:
+        """Run tasks in this thread, because no worker could start."""
+        with suppress(Empty):
+            while time.monotonic() < deadline:
+                task = self._tasks.get_nowait()
+                if task is not None:
+                    self._run_task(task)
+
+    def stop(self, deadline: float) -> None:
+        """Let the threads exit after the tasks that are queued."""
+        with self._lock:
+            threads, self._threads = self._threads, []
+        for _ in threads:
+            self._tasks.put(None)
+        for thread in threads:
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+
+class Lane:
+    """Tasks that the workers run one at a time and in order. Any thread may put one.
+
+    So a slow task holds one worker at most. If too many wait, the oldest are dropped.
+    """
+
+    def __init__(self, workers: Workers, limit: int) -> None:
+        self._workers = workers
+        # Guards the tasks, and whether a worker runs them.
+        self._lock = threading.Lock()
+        self._tasks: deque[Callable[[], object]] = deque(maxlen=limit)
+        self._is_running = False
+
+    def put(self, task: Callable[[], object]) -> None:
+        with self._lock:
+            self._tasks.append(task)
+            if self._is_running:
+                return
+            self._is_running = True
+        self._workers.submit(self._run)
+
+    def _run(self) -> None:
+        """Run by one worker: run the tasks until none is left."""
+        while True:
+            with self._lock:
+                if not self._tasks:
+                    self._is_running = False
+                    return
+                task = self._tasks.popleft()
+            try:
+                task()
+            except BaseException as error:
+                log(logging.ERROR, "a background task failed", exc_info=error)
+
+
+# III  Further parts
+# == 11. Heartbeat ===============================================================================
+
+
+class Heartbeat:
+    """A thread that keeps the rhythm of heartbeats; the loop sends them.
+
+    The connections are spread over slices of the interval, so that ten thousand clients do not
+    get their heartbeats, and do not answer, in one instant. Only start(), stop() and the thread
+    body run in other threads than the loop.
+    """
+
+    # Between two slices at most, and how often gunicorn's worker is looked at, in seconds.
+    MAX_PAUSE = 0.5
+    MOST_SLICES = 100
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        interval = engine.settings.heartbeat
+        count = max(1, min(self.MOST_SLICES, round(interval / 0.25)))
+        self._pause = interval / count
+        # Dictionaries without values are sets that keep their order. Loop only.
+        self._slices: list[dict[Connection, None]] = [{} for _ in range(count)]
+        self._slice_of: dict[Connection, int] = {}
+        self._next_slice = 0
+        self._stopped = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        thread = threading.Thread(target=self._run, name="swiftcms-ws heartbeat", daemon=True)
+        thread.start()
+        self.thread = thread
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self.thread is not None and self.thread is not threading.current_thread():
+            self.thread.join(1.0)
+
+    def _run(self) -> None:
+        """Thread body: ask the loop to send each slice its heartbeat, in turn."""
+        next_beat = time.monotonic() + self._pause
+        for number in itertools.cycle(range(len(self._slices))):
+            while (left := next_beat - time.monotonic()) > 0:
+                if self._stopped.wait(min(left, self.MAX_PAUSE)):
+                    return
+                if is_gunicorn_stopping():
+                    close_engines([self._engine], timeout=2.0)
+                    return
+            if self._stopped.is_set():
+                return
+            self._engine.loop.call(self._beat, number)
+            # After the process was suspended, missed beats are not made up for.
+            next_beat = max(next_beat + self._pause, time.monotonic())
+
+    # -- the loop's thread -------------------------------------------------------------------------
+
+    def add(self, connection: Connection) -> None:
+        self._slices[self._next_slice][connection] = None
+        self._slice_of[connection] = self._next_slice
+        self._next_slice = (self._next_slice + 1) % len(self._slices)
+
+    def discard(self, connection: Connection) -> None:
+        number = self._slice_of.pop(connection, None)
+        if number is not None:
+            del self._slices[number][connection]
+
+    def _beat(self, number: int) -> None:
+        """Send both kinds of heartbeat: for scripts, and one that every library answers itself."""
+        engine = self._engine
+        if number == 0:
+            engine.editing.beat()
+        connections = list(self._slices[number])
+        if connections:
+            message = message_frame("system.heartbeat", place_fields(engine))
+            Connection.send_to_all(connections, message + encode_frame(Opcode.PING, b""))
+
+
+def is_gunicorn_stopping() -> bool:
+    """Return whether this is a gunicorn worker that has to stop.
+
+    Beside a view that runs longer than --graceful-timeout, gunicorn kills the worker and no exit
+    handler runs. Its worker object is found through its own signal handler.
+    """
+    worker = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    is_gunicorn = type(worker).__module__.startswith("gunicorn.")
+    return is_gunicorn and getattr(worker, "alive", True) is False
+
+
+# == 12. Editing: editors of entries, and what they do ===========================================
+
+# A content type and the id of one of its entries.
+Entry = tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Editor:
+    """One connection that has an entry open for editing. One person in two tabs is two editors."""
+
+    since: str
+    client_id: str
+    user_id: str | None
+    # The process of the connection.
+    process: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {"clientId": self.client_id, "userId": self.user_id, "since": self.since}
+
+
+class Editing:
+    """The editors of all entries, in this and in other processes.
+
+    The loop alone changes it, so that every message about a change is true when it is sent. With a
+    shared log each process sends a list of its own editors when they change, and once a heartbeat
+    while it has some. Other processes compare the list with the one before.
+    """
+
+    MAX_EDITORS = 50
+    MAX_ENTRIES = 200
+    MAX_PRESENCE = 256 * 1024
+    # Without a list from a process for so many heartbeats, its editors are gone.
+    MISSED_LISTS = 3
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        # Guards both indexes against readers in other threads: hub.editors() and the workers.
+        self._lock = threading.Lock()
+        # By client id.
+        self._editors: dict[Entry, dict[str, Editor]] = {}
+        self._entries: dict[str, dict[Entry, None]] = {}
+        # When another process sent its list. Loop only.
+        self._heard_at: dict[str, float] = {}
+        # Messages to other processes, in order. Only a worker waits for the shared log.
+        self._outbox = Lane(engine.workers, limit=1000)
+        # A list of our own editors waits in the outbox. Setting it is atomic.
+        self._is_list_queued = False
+
+    # -- any thread --------------------------------------------------------------------------------
+
+    def editors(self, entry: Entry) -> list[Editor]:
+        """Return an entry's editors, the first one first."""
+        with self._lock:
+            # Editors of one millisecond stay in their order.
+            return sorted(self._editors.get(entry, {}).values(), key=lambda editor: editor.since)
+
+    def find(self, entry: Entry, client_id: str) -> Editor | None:
+        with self._lock:
+            return self._editors.get(entry, {}).get(client_id)
+
+    def entries_of(self, client_id: str) -> list[Entry]:
+        """Return the entries that a client edits."""
+        with self._lock:
+            return list(self._entries.get(client_id, ()))
+
+    def entries(self) -> list[Entry]:
+        """Return all entries that are edited."""
+        with self._lock:
+            return sorted(self._editors)
+
+    def of_process(self, process: str) -> set[tuple[Entry, Editor]]:
+        with self._lock:
+            return {
+                (entry, editor)
+                for entry, editors in self._editors.items()
+                for editor in editors.values()
+                if editor.process == process
+            }
+
+    # -- the loop's thread: changes ----------------------------------------------------------------
+
+    def start(self, entry: Entry, editor: Editor) -> None:
+        """Add an editor and notify the subscribers of user.editing, unless it edits already."""
+        with self._lock:
+            editors = self._editors.setdefault(entry, {})
+            if editor.client_id in editors:
+                return
+            editors[editor.client_id] = editor
+            self._entries.setdefault(editor.client_id, {})[entry] = None
+        self._changed("user.editing", entry, editor)
+
+    def stop(self, entry: Entry, client_id: str) -> None:
+        """Remove an editor and notify the subscribers of user.stoppedEditing, if it was one."""
+        with self._lock:
+            editor = self._editors.get(entry, {}).pop(client_id, None)
+            if editor is None:
+                return
+            self._entries[client_id].pop(entry)
+            # An entry without editors takes no memory.
+            if not self._editors[entry]:
+                del self._editors[entry]
+            if not self._entries[client_id]:
+                del self._entries[client_id]
+        self._changed("user.stoppedEditing", entry, editor)
+
+    def stop_all(self, client_id: str) -> None:
+        for entry in self.entries_of(client_id):
+            self.stop(entry, client_id)
+
+    def describe(self, entry: Entry) -> dict[str, Any]:
+        """Return the fields about an entry's editors that several messages have."""
+        editors = [editor.as_json() for editor in self.editors(entry)]
+        return {"entryId": entry[1], "editors": editors, "conflict": len(editors) > 1}
+
+    def _changed(self, event_type: str, entry: Entry, editor: Editor) -> None:
+        """Broadcast a change to its subscribers, and queue our list for other processes."""
+        connections = self._engine.registry.matching(event_type, entry[0])
+        if connections:
+            payload = {**self.describe(entry), "editor": editor.as_json()}
+            Connection.send_to_all(connections, message_frame(event_type, payload, entry[0]))
+        if editor.process == self._engine.process:
+            self.queue_list()
+
+    def relay(self, entry: Entry, editor: Editor, change: object) -> None:
+        """Send a change to the other editors of this process, subscribed or not."""
+        payload = {"entryId": entry[1], "editor": editor.as_json(), "change": change}
+        frame = message_frame("user.edited", payload, entry[0])
+        for other in self.editors(entry):
+            connection = self._engine.registry.find(other.client_id)
+            if connection is not None and other.client_id != editor.client_id:
+                connection.send(frame)
+
+    # -- the loop's thread: other processes --------------------------------------------------------
+
+    def send_change(self, entry: Entry, editor: Editor, change: object) -> None:
+        """Send a change to other processes, if the entry has editors there."""
+        if any(other.process != editor.process for other in self.editors(entry)):
+            fields = {"entry": entry, "editor": dataclasses.asdict(editor), "change": change}
+            self._send("change", **fields)
+
+    def queue_list(self) -> None:
+        """Send a list of our editors soon. Several changes may become one list."""
+        if self._engine.log is not None and not self._is_list_queued:
+            self._is_list_queued = True
+            self._outbox.put(self._send_list)
+
+    def _send(self, do: str, **fields: Any) -> None:
+        message = {"do": do, "process": self._engine.process, **fields}
+        log_ = self._engine.log
+        if log_ is not None:
+            self._outbox.put(lambda: send_quietly(log_, message))
+
+    def _send_list(self) -> None:
+        """Run by a worker."""
+        # Reset first: a change from now on needs another list.
+        self._is_list_queued = False
+        engine = self._engine
+        assert engine.log is not None
+        own = [(*entry, dataclasses.asdict(e)) for entry, e in self.of_process(engine.process)]
+        send_quietly(engine.log, {"do": "editors", "process": engine.process, "editors": own})
+
+    def beat(self) -> None:
+        """Once a heartbeat: send our list if it is not empty, and forget silent processes."""
+        if self._engine.log is None:
+            return
+        if self.of_process(self._engine.process):
+            self.queue_list()
+        silence = self._engine.settings.heartbeat * self.MISSED_LISTS
+        for process, heard_at in list(self._heard_at.items()):
+            if time.monotonic() - heard_at > silence:
+                self._receive_list(process, set())
+
+    def receive(self, message: dict[str, Any]) -> None:
+        """Carry out a message from another process."""
+        process = message["process"]
+        if process == self._engine.process:
+            return
+        match message["do"]:
+            case "hello":
+                # A new process asks for all editors.
+                if self.of_process(self._engine.process):
+                    self.queue_list()
+            case "editors":
+                found = {
+                    ((content_type, entry_id), Editor(**editor))
+                    for content_type, entry_id, editor in message["editors"]
+                }
+                self._receive_list(process, found)
+            case "change":
+                content_type, entry_id = message["entry"]
+                editor = Editor(**message["editor"])
+                self.relay((content_type, entry_id), editor, message["change"])
+
+    def _receive_list(self, process: str, found: set[tuple[Entry, Editor]]) -> None:
+        """Replace the editors of another process."""
+        known = self.of_process(process)
+        if found:
+            self._heard_at[process] = time.monotonic()
+        else:
+            self._heard_at.pop(process, None)
+        for entry, editor in known - found:
+            self.stop(entry, editor.client_id)
+        for entry, editor in found - known:
+            self.start(entry, editor)
+
+
+# -- actions ---------------------------------------------------------------------------------------
+
+
+def edit_start(session: Session, message: Mapping[str, Any]) -> None:
+    entry = entry_of(message)
+    session.tasks.ask([("user.editing", entry[0])], _start_allowed, session, entry)
+
+
+def _start_allowed(session: Session, entry: Entry, answers: list[bool]) -> None:
+    check_editing_allowed(entry, answers)
+    engine, connection = session.engine, session.connection
+    editing = engine.editing
+    open_entries = editing.entries_of(connection.id)
+    if entry not in open_entries:
+        limit = engine.settings.max_subscriptions
+        if len(open_entries) >= limit:
+            raise ClientError(
+                "too_many_subscriptions",
+                f"limit of {limit} open entries reached; stop editing one of them",
+            )
+        if len(editing.editors(entry)) >= Editing.MAX_EDITORS:
+            raise ClientError(
+                "too_many_editors", f"the entry has {Editing.MAX_EDITORS} editors already"
+            )
+        user_id = connection.user.id if connection.user else None
+        since = timestamp(now_milliseconds())
+        editing.start(entry, Editor(since, connection.id, user_id, engine.process))
+    session.answer("system.editing", editing.describe(entry), entry[0])
+
+
+def edit_stop(session: Session, message: Mapping[str, Any]) -> None:
+    entry = entry_of(message)
+    session.tasks.ask([("user.editing", entry[0])], _stop_allowed, session, entry)
+
+
+def _stop_allowed(session: Session, entry: Entry, answers: list[bool]) -> None:
+    check_editing_allowed(entry, answers)
+    editing = session.engine.editing
+    editing.stop(entry, session.connection.id)
+    session.answer("system.editing", editing.describe(entry), entry[0])
+
+
+def edit_change(session: Session, message: Mapping[str, Any]) -> None:
+    entry = entry_of(message)
+    if "payload" not in message:
+        hint = did_you_mean("payload", message)
+        raise ClientError(
+            "invalid_message",
+            f"the field `payload` is missing{hint}; it is the change, any JSON value",
+        )
+    pattern = ("user.editing", entry[0])
+    session.tasks.ask([pattern], _change_allowed, session, entry, message["payload"])
+
+
+def _change_allowed(
+    session: Session, entry: Entry, change: object, answers: list[bool]
+) -> None:
+    check_editing_allowed(entry, answers)
+    editing = session.engine.editing
+    editor = editing.find(entry, session.connection.id)
+    if editor is None:
+        raise ClientError("not_editing", f"send editStart for entry {describe(entry[1])} first")
+    editing.relay(entry, editor, change)
+    editing.send_change(entry, editor, change)
+
+
+def presence(session: Session, message: Mapping[str, Any]) -> None:
+    fields = {"contentType": message["contentType"]} if "contentType" in message else {}
+    content_type = parse_pattern(fields)[1]
+    entry_id = string_field(message, "entryId") if "entryId" in message else None
+    pattern = ("user.editing", content_type)
+    session.tasks.ask([pattern], _presence_allowed, session, content_type, entry_id)
+
+
+def _presence_allowed(
+    session: Session, content_type: str, entry_id: str | None, answers: list[bool]
+) -> None:
+    check_editing_allowed((content_type, entry_id or ""), answers)
+    editing = session.engine.editing
+    if entry_id is not None and is_name(content_type):
+        # The cost of asking for one entry does not depend on the others.
+        candidates = [(content_type, entry_id)]
+    else:
+        candidates = editing.entries()
+    entries: list[dict[str, Any]] = []
+    size = 0
+    more = False
+    for entry in candidates:
+        if entry_id not in (None, entry[1]) or content_type not in _patterns_of_name(entry[0]):
+            continue
+        editors = editing.describe(entry)["editors"]
+        if not editors:
+            continue
+        shown = {"contentType": entry[0], "entryId": entry[1], "editors": editors}
+        size += len(json.dumps(shown))
+        if len(entries) >= Editing.MAX_ENTRIES or size > Editing.MAX_PRESENCE:
+            more = True
+            break
+        entries.append(shown)
+    session.answer("system.presence", {"entries": entries, "more": more})
+
+
+def check_editing_allowed(entry: Entry, answers: list[bool]) -> None:
+    if not all(answers):
+        raise forbidden(("user.editing", entry[0]))
+
+
+def entry_of(message: Mapping[str, Any]) -> Entry:
+    """Return the entry that a client's message names, or raise ClientError."""
+    content_type, entry_id = string_field(message, "contentType"), string_field(message, "entryId")
+    if not is_name(content_type):
+        raise ClientError(
+            "invalid_type",
+            "`contentType` must be that of the entry, such as posts, without *"
+            f" ({NAME_RULE}), not {describe(content_type)}",
+        )
+    if not 0 < len(entry_id) <= NAME_LENGTH:
+        raise ClientError("invalid_message", f"`entryId` must have 1 to {NAME_LENGTH} characters")
+    return content_type, entry_id
+
+
+# == 13. Shared log: Redis, for several processes and machines ===================================
+
+# A place in the shared log: the last event that was read, and the last message between processes.
+Place = tuple[EventId, str]
+# To nobody: an empty log gets it, so that there is a place to continue from.
+MARKER = Draft("system.marker", "system", "{}", frozenset())
+
+
+def import_redis() -> Any:
+    """Return the package redis, or raise ImportError that says how to get it."""
+    try:
+        # The optional extra: a site without Redis does not need it.
+        import redis  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError(
+            "SWIFTCMS_WS_REDIS_URL needs the package redis: pip install redis"
+        ) from error
+    return redis
+
+
+class RedisLog:
+    """A Redis stream that gives the ids and the one order to the events of all processes.
+
+    A second stream carries messages between processes, which nobody keeps: lists of editors,
+    changes, sign-outs. Any thread may call append(), send() and the reading methods; the client
+    of the package redis is safe to share. None of them waits longer than two seconds.
+    """
+
+    # For one step of Redis, to connect or to answer, in seconds.
+    TIMEOUT = 1.0
+    # The follower waits so long for new entries before it asks again, in milliseconds.
+    BLOCK = 500
+    # Entries read at once.
+    READ_SIZE = 256
+    # Entries that the follower may lag behind, beyond the history.
+    FOLLOWER_ROOM = 10_000
+    # Messages between processes that Redis keeps: in number, and about so many bytes.
+    MAX_MESSAGES = 1000
+    MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+    # A firewall may have dropped a pooled connection that was not used for so many seconds.
+    MAX_IDLE = 5.0
+
+    def __init__(self, settings: Settings, is_trimming: bool) -> None:
+        redis = import_redis()
+        from redis.backoff import NoBackoff  # noqa: PLC0415
+        from redis.retry import Retry  # noqa: PLC0415
+
+        self._redis: Any = redis.Redis.from_url(
+            cast(str, settings.redis_url),
+            decode_responses=True,
+            # Another program may write into the stream: one entry must not stop the follower.
+            encoding_errors="replace",
+            socket_timeout=self.TIMEOUT,
+            socket_connect_timeout=self.TIMEOUT,
+            # A page waits for publish(): it fails soon.
+            retry=Retry(NoBackoff(), 0),
+        )
+        self.errors: tuple[type[Exception], ...] = (redis.RedisError, OSError)
+        self._read_only_error: type[Exception] = redis.ReadOnlyError
+        self._events = f"{settings.redis_prefix}:events"
+        self._messages = f"{settings.redis_prefix}:messages"
+        self._history = settings.history
+        # Only a process with an app trims: a script does not know the site's HISTORY.
+        self._max_events = settings.history + self.FOLLOWER_ROOM if is_trimming else None
+        self._guard = ReentryGuard()
+        # When publish() or send() last used Redis. Setting it is atomic.
+        self._used_at = time.monotonic()
+        # The newest event of this process, for flush(). Setting it is atomic.
+        self.last_appended: EventId = (0, 0)
+
+    def append(self, drafts: Sequence[Draft]) -> list[EventId]:
+        """Add events, all or none of them, in one round trip; return their ids.
+
+        Raises PublishError within two seconds if Redis does not store them.
+        """
+        if not drafts:
+            return []
+        try:
+            with self._guard:
+                ids: list[EventId] = self._write(lambda: self._add(drafts))
+        except self.errors as error:
+            raise PublishError(
+                f"Redis did not store the event; publish it again later: {error}"
+            ) from error
+        self.last_appended = max(self.last_appended, ids[-1])
+        return ids
+
+    def _add(self, drafts: Sequence[Draft]) -> list[EventId]:
+        with self._redis.pipeline(transaction=True) as pipe:
+            for draft in drafts:
+                fields = {
+                    "type": draft.type,
+                    "contentType": draft.content_type,
+                    "payload": draft.payload,
+                }
+                if draft.to is not None:
+                    fields["to"] = json.dumps(sorted(draft.to))
+                pipe.xadd(self._events, fields, maxlen=self._max_events)
+            return [parse_event_id(event_id) for event_id in pipe.execute()]
+
+    def _write(self, write: Callable[[], Any]) -> Any:
+        """Call a function that writes to Redis, over a connection that is likely to work."""
+        pool = self._redis.connection_pool
+        if time.monotonic() - self._used_at > self.MAX_IDLE:
+            try:
+                self._redis.ping()
+            except self.errors:
+                pool.disconnect(inuse_connections=False)
+        self._used_at = time.monotonic()
+        try:
+            return write()
+        except self._read_only_error:
+            # After a failover the name leads to a new primary, but the pooled connections lead to
+            # the old one, which is a replica now and has stored nothing.
+            pool.disconnect()
+            return write()
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message to the other processes. Raises PublishError if Redis is away."""
+        text = json.dumps(message)
+        most = max(1, min(self.MAX_MESSAGES, self.MAX_MESSAGE_BYTES // len(text)))
+        try:
+            self._write(lambda: self._redis.xadd(self._messages, {"message": text}, maxlen=most))
+        except self.errors as error:
+            raise PublishError(f"Redis did not take the message: {error}") from error
+
+    def close(self) -> None:
+        """Close the pooled connections."""
+        self._redis.close()
+
+    def newest_id(self) -> EventId | None:
+        """Return the id of the newest event; None if there is none or Redis is away."""
+        with suppress(*self.errors):
+            return self._newest()
+        return None
+
+    def _newest(self) -> EventId | None:
+        newest = self._redis.xrevrange(self._events, count=1)
+        return parse_event_id(newest[0][0]) if newest else None
+
+    def read_after(self, since: EventId) -> list[Event] | None:
+        """Return the events after `since`; None if some of them are not kept any more.
+
+        Raises LogUnavailable if Redis is away.
+        """
+        start = format_event_id(since)
+        try:
+            # The history may be long: first look whether `since` is in it at all.
+            if not self._redis.xrange(self._events, start, start):
+                return None
+            entries = self._redis.xrange(self._events, start, count=self._history + 2)
+        except self.errors as error:
+            raise LogUnavailable(f"cannot read the history from Redis: {error}") from error
+        events = [self._parse_event(*entry) for entry in entries]
+        if not events or events[0].id != since or len(events) > self._history + 1:
+            return None
+        return events[1:]
+
+    @staticmethod
+    def _parse_event(event_id: str, fields: dict[str, str]) -> Event:
+        draft = MARKER
+        try:
+            to = frozenset(json.loads(fields["to"])) if "to" in fields else None
+            draft = Draft(fields["type"], fields["contentType"], fields["payload"], to)
+        except (KeyError, ValueError, TypeError):
+            log(
+                logging.ERROR,
+                "ignored the entry %s of the Redis stream, which swiftcms_ws did not write; set"
+                " SWIFTCMS_WS_REDIS_PREFIX to a name of its own",
+                event_id,
+            )
+        return Event(parse_event_id(event_id), draft)
+
+    # -- for the follower --------------------------------------------------------------------------
+
+    def find_end(self) -> Place:
+        """Return the place at which both streams end now."""
+        newest = self._newest() or self.append([MARKER])[0]
+        messages = self._redis.xrevrange(self._messages, count=1)
+        return newest, messages[0][0] if messages else "0-0"
+
+    def read_on(self, place: Place) -> tuple[list[Event], list[dict[str, Any]], Place] | None:
+        """Wait for new entries; return events, messages, and the place after them.
+
+        None if the place is not in the stream any more: it was trimmed, or this is another Redis.
+        """
+        event_id, message_id = place
+        here = format_event_id(event_id)
+        with self._redis.pipeline(transaction=False) as pipe:
+            streams = {self._events: here, self._messages: message_id}
+            pipe.xread(streams, count=self.READ_SIZE, block=self.BLOCK)
+            pipe.xrange(self._events, here, here)
+            answer, still_here = pipe.execute()
+        if not still_here:
+            return None
+        found = self._as_dict(answer)
+        events = [self._parse_event(*entry) for entry in found.get(self._events, [])]
+        messages = []
+        for number, fields in found.get(self._messages, []):
+            message_id = number
+            # Another program may have written something else.
+            with suppress(KeyError, ValueError):
+                messages.append(json.loads(fields["message"]))
+        return events, messages, (events[-1].id if events else event_id, message_id)
+
+    @staticmethod
+    def _as_dict(answer: Any) -> dict[str, list[Any]]:
+        """Return what XREAD answered, by stream: a list of pairs in RESP2, a dict in RESP3."""
+        if isinstance(answer, dict):
+            return {name: entries[0] if entries else [] for name, entries in answer.items()}
+        return dict(answer or [])
+
+
+def send_quietly(log_: RedisLog, message: Mapping[str, Any]) -> None:
+    """Send a message that repairs itself: the next list of editors contains what was lost."""
+    with suppress(PublishError):
+        log_.send(message)
+
+
+class Follower:
+    """A thread that reads the shared log, and gives the loop what any process has published.
+
+    If Redis is away it tries again, and continues at its place. If the place is not in the log any
+    more, events may be lost: then all clients are disconnected, and learn that when they resume.
+    """
+
+    # Before the next attempt, in seconds; doubled each time.
+    FIRST_PAUSE = 0.05
+    LAST_PAUSE = 1.0
+    # For a greeting to wait until the newest event is known, in seconds.
+    BEGIN_TIMEOUT = 1.0
+
+    def __init__(self, engine: Engine, log_: RedisLog) -> None:
+        self._engine = engine
+        self._log = log_
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        # Set by the follower; reading it is atomic. None until the place is known.
+        self.newest_id: EventId | None = None
+        self._begin_until = 0.0
+        # Loop only: the history has begun at the end of the log.
+        self._has_begun = False
+        # Thread only.
+        self._place: Place | None = None
+
+    def start(self) -> None:
+        self._begin_until = time.monotonic() + self.BEGIN_TIMEOUT
+        self._thread = threading.Thread(target=self._run, name="swiftcms-ws follower", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def is_beginning(self) -> bool:
+        """Return whether a greeting should wait, because the newest event will be known soon."""
+        return not self._has_begun and time.monotonic() < self._begin_until
+
+    def _run(self) -> None:
+        """Thread body: read the log until stopped. An error is logged, and it tries again."""
+        pause = self.FIRST_PAUSE
+        errors: tuple[type[Exception], ...] = (PublishError, *self._log.errors)
+        while not self._stopped.is_set():
+            try:
+                self._read()
+                if pause != self.FIRST_PAUSE:
+                    log(logging.WARNING, "Redis is back")
+                pause = self.FIRST_PAUSE
+                continue
+            except Exception as error:
+                if self._stopped.is_set():
+                    # Closing the log has interrupted the reading.
+                    return
+                if not isinstance(error, errors):
+                    log(logging.ERROR, "following Redis failed; retrying", exc_info=error)
+                elif pause == self.FIRST_PAUSE:
+                    log(
+                        logging.WARNING,
+                        "cannot reach Redis (%s). Until it is back, publish() raises PublishError"
+                        " and clients of this process get no new events. Is it running, and is"
+                        " SWIFTCMS_WS_REDIS_URL right? Retrying",
+                        error,
+                    )
+            pause = min(pause * 2, self.LAST_PAUSE)
+            self._stopped.wait(pause * random.uniform(0.5, 1))
+
+    def _read(self) -> None:
+        """Read what is new and give it to the loop, in order."""
+        loop = self._engine.loop
+        if self._place is None:
+            self._place = self._log.find_end()
+            loop.call(self._restart_history, self._place[0])
+            self.newest_id = self._place[0]
+            send_quietly(self._log, {"do": "hello", "process": self._engine.process})
+        found = self._log.read_on(self._place)
+        if found is None:
+            self._place = None
+            return
+        events, messages, self._place = found
+        if events:
+            loop.submit(events)
+            self.newest_id = events[-1].id
+        for message in messages:
+            loop.call(self._receive, message)
+
+    # -- the loop's thread -------------------------------------------------------------------------
+
+    def _restart_history(self, newest: EventId) -> None:
+        """Begin at the end of the log. Connected clients may have missed events before it."""
+        engine = self._engine
+        self._has_begun = True
+        engine.history.restart(newest)
+        connections = engine.registry.connections()
+        if connections:
+            engine.report(
+                logging.WARNING,
+                "Redis lost events (does it keep them on disk?), or was away too long: %s clients"
+                " are disconnected, and reconnect",
+                len(connections),
+            )
+        engine.loop.close_all(CloseCode.GOING_AWAY, "events may be lost; reconnect with since")
+
+    def _receive(self, message: dict[str, Any]) -> None:
+        if message["do"] == "disconnect":
+            self._engine.sign_out(message["user"], message["session"])
+        else:
+            self._engine.editing.receive(message)
+
+
+# == 14. The ready-made hub ======================================================================
 
 hub = Hub()
 blueprint = hub.blueprint
 publish = hub.publish
 publish_many = hub.publish_many
 
-# == 12. Browser: client.js, and the page of the inspector and the demo ==============================
 
-CLIENT_JS = r"""// SwiftCMS in the browser: live events, across broken lines too.
+# IV  Around it
+# == 15. Command line ============================================================================
+
+# Seconds to wait for each answer of a server.
+REPLY_TIMEOUT = 10.0
+# Clients that check() connects at once: enough to reach several server processes, if there are any.
+CONCURRENT_CLIENTS = 8
+CONNECTION_ERRORS = (
+    OSError,
+    simple_websocket.ConnectionError,
+    simple_websocket.ConnectionClosed,
+    ProtocolError,
+)
+# Hints by the HTTP status of a refused handshake. 0 stands for no HTTP answer at all.
+HINTS = {
+    0: "Is the site running, and is this its port?"
+    " A proxy must pass the headers Upgrade and Connection (see README).",
+    401: "The token in the address is not a valid token of this site.",
+    403: "Pages of this site may not connect."
+    " Configure the proxy to pass the Host header, or set SWIFTCMS_WS_ORIGINS.",
+    404: "Is this the right address, including its path? With a url_prefix it is /url_prefix/ws.",
+    426: "A proxy removes the headers Upgrade and Connection (see README).",
+    500: "The site failed, or the proxy cannot reach it. Their logs have the reason.",
+    501: "The web server gives no access to the socket."
+    " Serve the site with gunicorn, waitress or `flask run`.",
+    503: "The limit SWIFTCMS_WS_MAX_CONNECTIONS is reached: raise it."
+    " Or the server is shutting down: try again.",
+}
+
+
+class Client(simple_websocket.Client):  # type: ignore[misc]
+    """A connection of listen() or check() to a server.
+
+    `greeting` is the payload of its system.connected. The constructor raises one of
+    CONNECTION_ERRORS if there is no connection within REPLY_TIMEOUT.
+    """
+
+    def __init__(self, url: str, **headers: str) -> None:
+        daemon_thread = functools.partial(threading.Thread, daemon=True)
+        super().__init__(url, headers=headers, thread_class=daemon_thread)
+        # The library does not look at frames that arrive together with the handshake's response
+        # until more data arrives. The pong makes it look.
+        self.sock.send(self.ws.send(Ping()))
+        greeting = self.receive(REPLY_TIMEOUT)
+        if not isinstance(greeting, str) or '"system.connected"' not in greeting:
+            self.close()
+            raise OSError("this is a WebSocket, but not one of swiftcms-ws: it sends no greeting")
+        self.greeting: dict[str, Any] = json.loads(greeting)["payload"]
+
+    def handshake(self) -> None:
+        self.sock.settimeout(REPLY_TIMEOUT)
+        super().handshake()
+        # The library's thread takes a timeout for a closed connection.
+        self.sock.settimeout(None)
+
+    def close(self, reason: int | None = None, message: str | None = None) -> None:
+        """Close the connection, unless it is closed already."""
+        with suppress(*CONNECTION_ERRORS):
+            super().close(reason, message)
+
+
+def status_of(error: BaseException) -> int:
+    """Return the HTTP status of a refused handshake, or 0 if there is none."""
+    return int(getattr(error, "status_code", None) or 0)
+
+
+def hint_for(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return "The server accepts connections but does not answer. Is it overloaded?"
+    status = status_of(error)
+    return HINTS.get(status, HINTS[404 if status < 500 else 500])
+
+
+def websocket_url(text: str) -> str:
+    """Return the address of a WebSocket. The path may be missing, and the scheme may be http."""
+    scheme, _, rest = text.rpartition("://")
+    host, _, path = rest.partition("/")
+    secure = "s" if scheme in ("https", "wss") else ""
+    return f"ws{secure}://{host}/{path or 'ws'}"
+
+
+class PermanentError(Exception):
+    """Connecting again would fail in the same way. The message is printed."""
+
+
+class Listener:
+    """Prints events on standard output, and resumes after the event with `last_id`."""
+
+    MAX_PAUSE = 30.0
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.last_id: str | None = None
+        # Seconds to wait before the next attempt to connect.
+        self.pause = 1.0
+        # A heartbeat moves `last_id` only if the server has accepted the subscription.
+        # Otherwise a connection that breaks before its replay would skip the rest.
+        self.is_subscribed = False
+
+    def run(self) -> None:
+        """Connect, and print events until the connection is lost.
+
+        Raises one of CONNECTION_ERRORS, or PermanentError if connecting again would not help.
+        """
+        self.is_subscribed = False
+        client = self._connect()
+        try:
+            timeout = MISSED_HEARTBEATS * client.greeting["heartbeat"] + REPLY_TIMEOUT
+            self._subscribe(client)
+            while (data := client.receive(timeout)) is not None:
+                self._handle(client, data)
+            raise TimeoutError("the server sent nothing for too long")
+        except simple_websocket.ConnectionClosed as error:
+            if error.reason in (CloseCode.UNAUTHORIZED, CloseCode.MESSAGE_TOO_BIG):
+                raise PermanentError(str(error)) from error
+            raise
+        finally:
+            client.close()
+
+    def _connect(self) -> Client:
+        try:
+            return Client(self.options.url)
+        except CONNECTION_ERRORS as error:
+            # A proxy answers 502, 503 or 504 while the site restarts.
+            if status_of(error) in (0, 502, 503, 504):
+                raise
+            message = f"cannot connect to {self.options.url}: {error}\n{hint_for(error)}"
+            raise PermanentError(message) from error
+
+    def _subscribe(self, client: Client) -> None:
+        if self.options.token is not None:
+            client.send(json.dumps({"action": "authenticate", "token": self.options.token}))
+        if self.last_id is None:
+            self.last_id = client.greeting["lastId"]
+        message = {
+            "action": "subscribe",
+            "type": self.options.type,
+            "contentType": self.options.content_type,
+            "since": self.last_id,
+        }
+        client.send(json.dumps(message))
+
+    def _handle(self, client: Client, data: str) -> None:
+        message = json.loads(data)
+        payload = message["payload"]
+        if "id" in message:
+            print(data, flush=True)
+            self.last_id = message["id"]
+        elif message["type"] == "system.subscribed":
+            print(f"listening to {self.options.url}", file=sys.stderr)
+            self.is_subscribed = True
+            if not payload["recovered"]:
+                print("some events were missed and are lost", file=sys.stderr)
+                self.last_id = client.greeting["lastId"]
+        elif message["type"] == "system.heartbeat":
+            client.send('{"action": "pong"}')
+            self.pause = 1.0
+            if self.is_subscribed:
+                self.last_id = payload["lastId"]
+        elif message["type"] == "system.error":
+            raise PermanentError(payload["message"])
+
+    def wait(self) -> None:
+        # A random time, because all clients of a server that restarts lose it at the same moment.
+        time.sleep(self.pause * random.uniform(0.5, 1))
+        self.pause = min(self.pause * 2, self.MAX_PAUSE)
+
+
+def listen(options: argparse.Namespace) -> int:
+    """Print events until Ctrl+C. Return 1 if connecting again would not help."""
+    listener = Listener(options)
+    while True:
+        try:
+            listener.run()
+        except PermanentError as error:
+            print(error, file=sys.stderr)
+            return 1
+        except CONNECTION_ERRORS as error:
+            print(f"no connection to {options.url} ({error}); retrying", file=sys.stderr)
+        listener.wait()
+
+
+class Finding(NamedTuple):
+    """One line that check() prints, with a hint if `is_ok` is False."""
+
+    is_ok: bool
+    message: str
+    hint: str
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print a tick or a cross for each check. Return 1 if there is a cross."""
+    exit_code = 0
+    for finding in find_problems(options.url):
+        if finding.is_ok:
+            print(f"✓ {finding.message}", flush=True)
+        else:
+            print(f"✗ {finding.message}\n    {finding.hint}", flush=True)
+            exit_code = 1
+    return exit_code
+
+
+def find_problems(url: str) -> Iterator[Finding]:
+    """Check the things that often go wrong in a deployment."""
+    try:
+        client = Client(url)
+    except CONNECTION_ERRORS as error:
+        yield Finding(False, f"cannot connect to {url}: {error}", hint_for(error))
+        return
+    yield Finding(True, "the handshake succeeds, and the server sends its greeting", "")
+    yield from _check_refusals(url)
+    yield from _check_concurrent_clients(url)
+    hint = "A proxy does not pass close frames."
+    yield Finding(_is_close_answered(client), "the server answers a close frame", hint)
+
+
+def _check_refusals(url: str) -> Iterator[Finding]:
+    """Connect as a page of the site, as a page of another site, and with an invalid token."""
+
+    def connect(url: str, **headers: str) -> int:
+        """Return 101, or the HTTP status of the refusal."""
+        try:
+            Client(url, **headers).close()
+        except CONNECTION_ERRORS as error:
+            return status_of(error)
+        return 101
+
+    # The library sends a Host header without the port, so the origin has none either.
+    parts = urlsplit(url)
+    own = f"{parts.scheme.replace('ws', 'http')}://{parts.hostname}"
+    yield Finding(connect(url, Origin=own) == 101, f"a page of {own} may connect", HINTS[403])
+    hint = "Pages of all sites may connect with your visitors' cookies: set SWIFTCMS_WS_ORIGINS."
+    is_refused = connect(url, Origin="https://swiftcms-ws-check.example") == 403
+    yield Finding(is_refused, "a page of another site is refused", hint)
+    separator = "&" if "?" in url else "?"
+    hint = "The answer should be 401. Does a proxy remove the query?"
+    is_refused = connect(f"{url}{separator}token=bad") == 401
+    yield Finding(is_refused, "an invalid token is refused", hint)
+
+
+def _check_concurrent_clients(url: str) -> Iterator[Finding]:
+    """Connect several clients at once, and use them to check the server processes they reach."""
+    with ThreadPoolExecutor(CONCURRENT_CLIENTS) as pool:
+        attempts = [pool.submit(Client, url) for _ in range(CONCURRENT_CLIENTS)]
+    errors = [error for attempt in attempts if (error := attempt.exception())]
+    clients = [attempt.result() for attempt in attempts if not attempt.exception()]
+    if errors:
+        message = f"of {CONCURRENT_CLIENTS} clients at once, only {len(clients)} are accepted"
+        yield Finding(False, message, hint_for(errors[0]))
+    else:
+        yield Finding(True, f"{CONCURRENT_CLIENTS} clients at once are accepted", "")
+    if clients:
+        yield _check_processes(clients)
+    for client in clients:
+        client.close()
+
+
+def _check_processes(clients: list[Client]) -> Finding:
+    """Check that an event reaches the clients of all server processes."""
+    of_process = {client.greeting["clientId"][:PROCESS_LENGTH]: client for client in clients}
+    one_each = list(of_process.values())
+    seen = f"server processes seen: {len(one_each)}"
+    # No process has such an old event in memory, so it looks into Redis, if it has one.
+    is_answered = [_is_known(client, "1-0") is not None for client in one_each]
+    # Ask each process for the newest event of the next one. A single process is asked for its own.
+    neighbours = zip(one_each, one_each[1:] + one_each[:1], strict=True)
+    is_known = [_is_known(client, next_one.greeting["lastId"]) for client, next_one in neighbours]
+    if not all(is_answered):
+        hint = "Is Redis running, and is SWIFTCMS_WS_REDIS_URL right? The site's log has more."
+        return Finding(False, f"{seen}; they cannot reach Redis, so no event arrives", hint)
+    if not all(is_known):
+        hint = "Set SWIFTCMS_WS_REDIS_URL, or run one process."
+        return Finding(False, f"{seen}; an event reaches only the clients of one", hint)
+    return Finding(True, f"{seen}; an event reaches the clients of all of them", "")
+
+
+def _is_known(client: Client, event_id: str) -> bool | None:
+    """Return whether this client could resume after the event, or None if it gets no answer."""
+    message = {
+        "action": "subscribe",
+        "type": "swiftcms_ws.check",
+        "contentType": "none",
+        "since": event_id,
+        "ref": "check",
+    }
+    try:
+        client.send(json.dumps(message))
+        while (data := client.receive(REPLY_TIMEOUT)) is not None:
+            answer = json.loads(data)
+            if answer.get("ref") == "check":
+                # An error has no `recovered`: this client may not ask.
+                return bool(answer["payload"].get("recovered", True))
+    except CONNECTION_ERRORS:
+        pass
+    return None
+
+
+def _is_close_answered(client: Client) -> bool:
+    try:
+        client.sock.send(client.ws.send(CloseConnection(code=1000)))
+        while client.receive(REPLY_TIMEOUT):
+            pass
+    except CONNECTION_ERRORS as error:
+        return getattr(error, "reason", None) == 1000
+    return False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="swiftcms-ws",
+        description="Real-time push for small Flask sites. Without a command, serve the demo.",
+    )
+    parser.set_defaults(run=serve_demo)
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--host", default="localhost", help="address of the demo (%(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="port of the demo (%(default)s)")
+    commands = parser.add_subparsers(title="commands")
+
+    listener = commands.add_parser("listen", help="print events as lines of JSON, and reconnect")
+    listener.set_defaults(run=listen)
+    listener.add_argument("url", type=websocket_url, help="such as ws://localhost:8080/ws")
+    listener.add_argument("--type", default="*", help="event type or prefix (%(default)s)")
+    listener.add_argument(
+        "--content-type", default="*", help="content type or prefix (%(default)s)"
+    )
+    listener.add_argument("--token", help="a JWT to sign in with")
+
+    checker = commands.add_parser("check", help="check a deployed site, and say what to change")
+    checker.set_defaults(run=check)
+    checker.add_argument("url", type=websocket_url, help="such as wss://example.org/ws")
+
+    options = parser.parse_args(argv)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        return 130
+
+
+# == 16. Demo ====================================================================================
+
+# The longest text of each field of a request, in characters.
+DEMO_LENGTHS = {"title": 200, "body": 10_000, "line": 40, "to": 40, "user": 40, "text": 500}
+
+
+class DemoEntries:
+    """The demo's posts and pages, in memory.
+
+    Called from the web server's threads. An entry in the dictionary is never changed, only
+    replaced, so it may be returned without a copy.
+    """
+
+    def __init__(self) -> None:
+        # Guards the entries. A change also publishes its event under it, so that events have the
+        # order of the changes.
+        self._lock = threading.Lock()
+        self._entries: dict[tuple[str, int], dict[str, Any]] = {}
+        # Posts and pages share one counter, and an id is never used again.
+        self._ids = itertools.count(1)
+        for content_type, title, body, state in (
+            ("posts", "Hello, class", "Open a second window and edit this post.", "published"),
+            ("posts", "Nothing is lost", "Cut the connection, edit elsewhere, and wait.", "draft"),
+            ("pages", "About us", "We are the people at the other end.", "published"),
+        ):
+            self._add(content_type, title, body, state, "SwiftCMS")
+
+    def _add(
+        self, content_type: str, title: str, body: str, state: str, user: str
+    ) -> dict[str, Any]:
+        entry_id = next(self._ids)
+        entry = {
+            "id": entry_id,
+            "title": title,
+            "body": body,
+            "state": state,
+            "version": 1,
+            "updated_by": user,
+        }
+        self._entries[content_type, entry_id] = entry
+        return entry
+
+    def all(self, content_type: str) -> list[dict[str, Any]]:
+        with self._lock:
+            return [entry for key, entry in self._entries.items() if key[0] == content_type]
+
+    def get(self, content_type: str, entry_id: int) -> dict[str, Any]:
+        entry = self._entries.get((content_type, entry_id))
+        if entry is None:
+            abort(404, f"there is no {content_type}/{entry_id}, or it was deleted")
+        return entry
+
+    def create(self, content_type: str, title: str, body: str, user: str) -> dict[str, Any]:
+        with self._lock:
+            entry = self._add(content_type, title, body, "draft", user)
+            publish("content.created", content_type, entry)
+        return entry
+
+    def change(
+        self,
+        event_type: str,
+        content_type: str,
+        entry_id: int,
+        values: Mapping[str, str],
+        version: int | None = None,
+    ) -> dict[str, Any]:
+        """Change an entry. Answer 409 if `version` is given and is not the entry's version."""
+        with self._lock:
+            entry = self.get(content_type, entry_id)
+            if version is not None and version != entry["version"]:
+                message = f"{entry['updated_by']} saved version {entry['version']} in the meantime"
+                abort(make_response({"message": message, "entry": entry}, 409))
+            entry = {**entry, **values, "version": entry["version"] + 1}
+            self._entries[content_type, entry_id] = entry
+            publish(event_type, content_type, entry)
+        return entry
+
+    def delete(self, content_type: str, entry_id: int) -> dict[str, Any]:
+        with self._lock:
+            entry = self.get(content_type, entry_id)
+            del self._entries[content_type, entry_id]
+            publish("content.deleted", content_type, entry)
+        return entry
+
+
+class DemoCuts:
+    """Cuts connections, so that a class can watch a client reconnect and resume.
+
+    A page names its connection in the address: /ws?line=NAME. Called from the web server's
+    threads and from workers; each step on one of its dictionaries is atomic.
+    """
+
+    SECONDS = 5.0
+
+    def __init__(self, app: Flask) -> None:
+        self._client_ids: dict[str, str] = {}
+        self._cut_until: dict[str, float] = {}
+        # This keeps the object alive. The signal only has a weak reference to it.
+        app.before_request(self._delay_handshake)
+        client_connected.connect(self._note_name, sender=app)
+
+    def _note_name(self, sender: Flask, client_id: str, **details: Any) -> None:
+        """Signal receiver, in a request context of the client's handshake."""
+        if "line" in request.args:
+            self._client_ids[request.args["line"]] = client_id
+
+    def _delay_handshake(self) -> None:
+        """Leave the handshake of a cut connection without an answer, as a broken network would.
+
+        The web server has a thread for each request, so this delays no other client. If the
+        connection is cut again meanwhile, the client gets 503 and has to try again.
+        """
+        name = request.args.get("line", "")
+        time.sleep(max(0.0, self._cut_until.get(name, 0.0) - time.monotonic()))
+        if self._cut_until.get(name, 0.0) > time.monotonic():
+            abort(503, "the connection was cut again")
+
+    def cut(self, name: str) -> None:
+        """Break a connection without a close frame, as if its cable were pulled."""
+        client_id = self._client_ids.get(name)
+        if client_id is None:
+            abort(404, "there is no connection of this name")
+        self._cut_until[name] = time.monotonic() + self.SECONDS
+        engine = hub._engine()
+        connection = engine.registry.find(client_id)
+        if connection is not None:
+            engine.loop.call(connection.abort)
+
+
+def request_text(name: str, default: str | None = None) -> str:
+    """Return a text from the request's JSON object, or from the query of a GET. Else answer 400."""
+    fields = request.args if request.method == "GET" else request.get_json()
+    value = fields.get(name, default) if isinstance(fields, Mapping) else None
+    shortest, longest = 0 if default is not None else 1, DEMO_LENGTHS[name]
+    if not isinstance(value, str) or not shortest <= len(value.strip()) <= longest:
+        abort(400, f"`{name}` must be a string of {shortest} to {longest} characters")
+    return value.strip()
+
+
+def demo_app() -> Flask:
+    """Return a small CMS with a REST API. Its pages show each other's changes."""
+    app = Flask(__name__)
+    app.config.update(
+        # A new key, so that tokens of other sites are not accepted here.
+        SWIFTCMS_WS_JWT_KEY=secrets.token_hex(),
+        SWIFTCMS_WS_INSPECTOR=True,
+        # The demo must not join the Redis of a site.
+        SWIFTCMS_WS_REDIS_URL=None,
+    )
+    # Fields in their own order are easier to read in the inspector.
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.register_blueprint(blueprint)
+    settings = Settings.from_config(app.config)
+    entries = DemoEntries()
+    cuts = DemoCuts(app)
+    list_url = "/api/<any(posts, pages):content_type>"
+    entry_url = f"{list_url}/<int:entry_id>"
+
+    def user_id() -> str:
+        """Return the user of this request, by the same token that the page uses for /ws."""
+        if request.authorization is None:
+            return "nobody"
+        try:
+            return check_token(settings, request.authorization.token or "").id
+        except ClientError as error:
+            abort(401, str(error))
+
+    @app.errorhandler(HTTPException)
+    def error_as_json(error: HTTPException) -> ResponseReturnValue:
+        return {"message": error.description}, error.code or 500
+
+    @app.get("/")
+    def page() -> ResponseReturnValue:
+        return render_page(demo=True)
+
+    @app.get(list_url)
+    def list_entries(content_type: str) -> ResponseReturnValue:
+        return entries.all(content_type)
+
+    @app.post(list_url)
+    def create_entry(content_type: str) -> ResponseReturnValue:
+        title, body = request_text("title"), request_text("body", "")
+        return entries.create(content_type, title, body, user_id()), 201
+
+    @app.get(entry_url)
+    def get_entry(content_type: str, entry_id: int) -> ResponseReturnValue:
+        return entries.get(content_type, entry_id)
+
+    @app.put(entry_url)
+    def update_entry(content_type: str, entry_id: int) -> ResponseReturnValue:
+        values = {
+            "title": request_text("title"),
+            "body": request_text("body", ""),
+            "updated_by": user_id(),
+        }
+        version = request.get_json().get("version")
+        if not isinstance(version, int):
+            abort(400, "`version` must be the number of the version that was changed")
+        return entries.change("content.updated", content_type, entry_id, values, version)
+
+    @app.delete(entry_url)
+    def delete_entry(content_type: str, entry_id: int) -> ResponseReturnValue:
+        # An invalid token is refused here too.
+        user_id()
+        return entries.delete(content_type, entry_id)
+
+    @app.post(f"{entry_url}/publish")
+    def publish_entry(content_type: str, entry_id: int) -> ResponseReturnValue:
+        # A form on another site cannot send JSON.
+        request.get_json()
+        values = {"state": "published", "updated_by": user_id()}
+        return entries.change("content.published", content_type, entry_id, values)
+
+    @app.get("/api/token")
+    def token() -> ResponseReturnValue:
+        # A class has no passwords, so a visitor may have any name. A site checks its login here.
+        return {"token": hub.issue_token(request_text("user"))}
+
+    @app.post("/api/notices")
+    def notify() -> ResponseReturnValue:
+        recipient = request_text("to")
+        notice = {"from": user_id(), "text": request_text("text")}
+        return {"id": publish("notification", "users", notice, to=recipient)}, 201
+
+    @app.post("/api/cut")
+    def cut() -> ResponseReturnValue:
+        cuts.cut(request_text("line"))
+        return {"seconds": cuts.SECONDS}
+
+    return app
+
+
+def serve_demo(options: argparse.Namespace) -> int:
+    """Serve the demo until Ctrl+C or SIGTERM. Return the exit code."""
+    host, port = options.host, options.port
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = str(error)
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            reason = "another program uses it; choose another port with --port"
+        print(f"swiftcms-ws cannot listen on {host} port {port}: {reason}", file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Otherwise the hub would use the Redis that the environment names.
+    os.environ.pop(f"{CONFIG_PREFIX}REDIS_URL", None)
+    with listener:
+        server = make_server(host, port, demo_app(), threaded=True, fd=listener.fileno())
+    shown_host = f"[{host}]" if ":" in host else host
+    print(f"SwiftCMS demo: http://{shown_host}:{server.port}/ (press Ctrl+C to stop)", flush=True)
+    try:
+        server.serve_forever()
+    finally:
+        hub.close()
+    return 0
+
+
+# == 17. client.js and pages =====================================================================
+
+
+def render_page(*, demo: bool) -> str:
+    """Return the inspector: alone for GET /ws, or beside the demo's CMS."""
+    if not demo:
+        return render_template_string(PAGE, demo=False, ws_url=request.root_path + request.path)
+    return render_template_string(
+        PAGE,
+        demo=True,
+        ws_url=url_for("swiftcms_ws.about"),
+        client_js_url=url_for("swiftcms_ws.client_js"),
+    )
+
+
+CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resumes where it was.
 //
-//   const cms = new SwiftCMS()                    // or ({url, token}); token: a text or a function
+//   const cms = new SwiftCMS()              // or new SwiftCMS({url, token, since})
 //   const stop = cms.subscribe("content.*", "posts", event => show(event.payload))
-//   cms.onstatus = status => …                    // "connecting", "online", "offline"
-//   cms.ongap = subscription => …                 // too much was missed: load afresh what you show
-//   const edit = cms.edit("posts", "42")          // who else edits it, and what they type
+//   cms.onstatus = status => …              // "connecting", "online" or "offline"
+//   cms.ongap = subscription => …           // events are lost: load the page's data again
+//   const edit = cms.edit("posts", "42")    // the entry's other editors, and their changes
 //   cms.close()
 //
 // There is no cms.publish(): only the site's server knows what has been saved.
 (() => {
   "use strict";
-  const HERE = document.currentScript?.src ?? new URL("/ws/client.js", location).href;
-  const OPENING = 10_000; // milliseconds after which an attempt to connect has failed
-  const PROBING = 5_000; // ... after which a line that may have died in our sleep has
-  const RENEWAL = 60_000; // ... before a token runs out, to fetch the next
-  const LONGEST_WAIT = 30_000; // ... between two attempts
-  const PAUSE = { 1001: 1_000, 4429: 60_000 }; // ... at least, after a close with these codes
+  const SCRIPT_URL = document.currentScript?.src ?? new URL("/ws/client.js", location).href;
+  // All times are in milliseconds.
+  const CONNECT_TIMEOUT = 10_000;
+  // A connection may have died while the device was asleep. This is its time to prove otherwise.
+  const PROBE_TIMEOUT = 5_000;
+  // A new token is fetched this long before the old one expires.
+  const RENEWAL_LEAD = 60_000;
+  const UNSENT_TIMEOUT = 2_000;
+  const MAX_WAIT = 30_000;
+  const MAX_TIMEOUT = 2 ** 31 - 1;
+  const SHUTTING_DOWN = 1001;
+  const MESSAGE_TOO_BIG = 1009;
+  const UNAUTHORIZED = 4401;
   const EDITING = ["user.editing", "user.stoppedEditing", "user.edited", "system.editing"];
 
-  const isLater = (one, other) => { // ids are two numbers: milliseconds and a counter
-    const [[ms, count], [otherMs, otherCount]] = [one, other].map(id => id.split("-").map(Number));
-    return ms > otherMs || (ms === otherMs && count > otherCount);
-  };
-  const fits = (pattern, name) =>
-    pattern === name || pattern === "*" || (pattern.endsWith(".*") && name.startsWith(pattern.slice(0, -1)));
-  const call = (handler, ...values) => { // one that fails must not take the others with it
+  const matches = (pattern, name) => pattern === name || pattern === "*"
+    || (pattern.endsWith(".*") && name.startsWith(pattern.slice(0, -1)));
+  // A handler that throws must not affect other handlers.
+  const call = (handler, ...values) => {
     try { handler?.(...values); } catch (error) { reportError(error); }
   };
 
   globalThis.SwiftCMS = class SwiftCMS {
     onstatus = null;
     ongap = null;
-    onframe = null; // (way, text) => …: each frame, "in" and "out"; for an inspector
-    clientId = null; // which of an entry's editors this page is
-    #url; #token;
-    #seen; // the id of the newest event handed over
-    #subscriptions = new Set(); // {type, contentType, handler}
-    #edits = new Set(); // {contentType, entryId, take}
+    // (direction, text) => …, for an inspector: every message, "in" or "out".
+    onframe = null;
+    // Identifies this page among the editors of an entry.
+    clientId = null;
+    #url;
+    #token;
+    // The next connection resumes after the event with this id.
+    #lastId;
+    // The newest event's id at the start of this connection.
+    #greetedId;
+    // Objects {type, contentType, handler}.
+    #subscriptions = new Set();
+    // Objects {contentType, entryId, update}.
+    #edits = new Set();
     #socket = null;
     #status = "offline";
-    #isReady = false; // greeted and signed in
-    #resuming = null; // while subscriptions come back: {until, unanswered, replaying, held}
-    #silence = OPENING; // milliseconds after which the line is dead
+    // The server has greeted this client and has been sent its token.
+    #isReady = false;
+    // A connection that is silent for longer is lost.
+    #maxSilence = CONNECT_TIMEOUT;
     #timers = {};
     #attempts = 0;
-    #refs = 0;
 
-    // since: the id of the newest event that the page shows already; left out: the newest there is
+    // since: the id of the newest event that the page shows already; by default the newest of all.
     constructor({ url, token, since, ...others } = {}) {
       const [unknown] = Object.keys(others);
-      if (unknown !== undefined) throw new TypeError(`SwiftCMS has no option ${unknown}, but url, token and since`);
-      this.#url = url === undefined ? new URL("../ws", HERE) : new URL(url, location);
+      if (unknown !== undefined)
+        throw new TypeError(`SwiftCMS has no option ${unknown}, only url, token and since`);
+      this.#url = url === undefined ? new URL("../ws", SCRIPT_URL) : new URL(url, location);
       this.#url.protocol = this.#url.protocol.replace("http", "ws");
       this.#token = token;
-      this.#seen = since;
-      addEventListener("online", this.#hurry);
-      document.addEventListener("visibilitychange", this.#hurry);
-      this.#later("connect", 0, this.#connect); // once the page has set its handlers
+      this.#lastId = since;
+      addEventListener("online", this.#wakeUp);
+      document.addEventListener("visibilitychange", this.#wakeUp);
+      // Not now, because the page has not set its handlers yet.
+      this.#later("connect", 0, this.#connect);
     }
 
-    // Has handler(event) called for each event from now on; returns a function that ends this.
+    // Call handler(event) for each event from now on. Returns a function that unsubscribes.
     subscribe(type, contentType, handler) {
       if (typeof handler !== "function")
         throw new TypeError("subscribe(type, contentType, handler): handler must be a function");
       const own = { type, contentType, handler };
       this.#subscriptions.add(own);
-      this.#send({ action: "subscribe", type, contentType }); // the same twice is one to the server
+      this.#send({ action: "subscribe", type, contentType });
       return () => {
         this.#subscriptions.delete(own);
         const isSame = other => other.type === type && other.contentType === contentType;
-        if (![...this.#subscriptions].some(isSame)) this.#send({ action: "unsubscribe", type, contentType });
+        if (![...this.#subscriptions].some(isSame))
+          this.#send({ action: "unsubscribe", type, contentType });
       };
     }
 
-    // Makes this page an editor of an entry, until edit.stop().
+    // Make this page an editor of an entry, until edit.stop().
     edit(contentType, entryId) {
       const entry = { contentType, entryId: String(entryId) };
-      const stops = ["user.editing", "user.stoppedEditing"].map(type => this.subscribe(type, contentType, () => {}));
+      const unsubscribe = ["user.editing", "user.stoppedEditing"]
+        .map(type => this.subscribe(type, contentType, () => {}));
       const edit = {
-        editors: [], // {clientId, userId, since}, this page among them
-        oneditors: null, // (editors, conflict) => …
-        onchange: null, // (change, editor) => …: what another gave to edit.send()
+        // Objects {clientId, userId, since}, including this page.
+        editors: [],
+        // (editors, conflict) => …
+        oneditors: null,
+        // (change, editor) => …, with the argument of another editor's edit.send().
+        onchange: null,
         send: change => this.#send({ action: "editChange", ...entry, payload: change }),
         stop: () => {
           this.#edits.delete(own);
           this.#send({ action: "editStop", ...entry });
-          stops.forEach(stop => stop());
+          unsubscribe.forEach(stop => stop());
         },
       };
-      const own = { ...entry, take: (type, { editors, conflict, change, editor }) => {
-        if (type === "user.edited") call(edit.onchange, change, editor);
-        else call(edit.oneditors, (edit.editors = editors), conflict);
-      } };
+      const update = (type, { editors, conflict, change, editor }) => {
+        if (type === "user.edited") return call(edit.onchange, change, editor);
+        edit.editors = editors;
+        call(edit.oneditors, editors, conflict);
+      };
+      const own = { ...entry, update };
       this.#edits.add(own);
       this.#send({ action: "editStart", ...entry });
       return edit;
     }
 
     close() {
-      removeEventListener("online", this.#hurry);
-      document.removeEventListener("visibilitychange", this.#hurry);
+      removeEventListener("online", this.#wakeUp);
+      document.removeEventListener("visibilitychange", this.#wakeUp);
       this.#subscriptions.clear();
       this.#edits.clear();
-      this.#hangUp("offline");
+      this.#disconnect("offline");
     }
 
-    // -- the line: connect, lose, come back --
+    // -- Connect and reconnect --
 
     #connect = () => {
-      this.#hangUp("connecting");
+      this.#disconnect("connecting");
       this.#socket = new WebSocket(this.#url);
-      this.#socket.onclose = ({ code }) => this.#lose(code);
+      this.#socket.onclose = ({ code }) => this.#reconnect(code);
       this.#socket.onmessage = ({ data }) => this.#receive(data);
-      this.#later("silence", OPENING, this.#lose);
+      this.#later("silence", CONNECT_TIMEOUT, this.#reconnect);
     };
 
-    #hangUp(status) {
+    #disconnect(status) {
       Object.values(this.#timers).forEach(clearTimeout);
       this.#timers = {};
       if (this.#socket) this.#socket.onclose = this.#socket.onmessage = null;
-      this.#socket?.close(); // on a dead line this takes its time; nobody waits for it
-      this.#socket = this.#resuming = null;
+      // If the network is gone, this takes a while. Do not wait for it.
+      this.#socket?.close();
+      this.#socket = null;
       this.#isReady = false;
       this.#setStatus(status);
     }
 
-    #lose = code => {
-      this.#hangUp("offline");
-      if (code === 1009 || (code === 4401 && typeof this.#token !== "function"))
-        return console.error(`SwiftCMS: closed with ${code}; to come back with the same would not help`);
-      const longest = Math.min(LONGEST_WAIT, 1_000 * 2 ** this.#attempts++);
-      const wait = (PAUSE[code] ?? 0) + Math.random() * longest; // not all clients at the same moment
-      this.#later(code === 4429 ? "penance" : "connect", wait, this.#connect);
+    #reconnect = code => {
+      this.#disconnect("offline");
+      if (code === MESSAGE_TOO_BIG || (code === UNAUTHORIZED && typeof this.#token !== "function"))
+        return console.error(`SwiftCMS: the server closed the connection with ${code}.`
+          + " It will not reconnect, because the same message or token would be refused again.");
+      // A random time, so that not all clients of a server reconnect at once.
+      const wait = Math.random() * Math.min(MAX_WAIT, 1_000 * 2 ** this.#attempts++);
+      this.#later("connect", wait + (code === SHUTTING_DOWN ? 1_000 : 0), this.#connect);
     };
 
-    // The network or the tab is back: connect at once, or find out whether the line outlived it.
-    #hurry = ({ type }) => {
+    // The network or the tab is back: connect now, or check that the connection is still alive.
+    #wakeUp = ({ type }) => {
       if (type === "visibilitychange" && document.hidden) return;
       if (this.#timers.connect) this.#connect();
       if (!this.#isReady) return;
       this.#send({ action: "heartbeat" });
-      this.#later("silence", PROBING, this.#lose);
+      this.#later("silence", PROBE_TIMEOUT, this.#reconnect);
     };
 
     #later(timer, milliseconds, action) {
@@ -2848,45 +5605,43 @@ CLIENT_JS = r"""// SwiftCMS in the browser: live events, across broken lines too
     #setStatus(status) {
       if (status === this.#status) return;
       this.#status = status;
-      queueMicrotask(() => call(this.onstatus, status)); // who closes then, finds all in order
+      // A handler may call close(), which must not happen in the middle of #connect().
+      queueMicrotask(() => call(this.onstatus, status));
     }
 
-    // -- the conversation: sign in, resume, receive --
+    // -- Messages --
 
-    #send(message) { // before the line is ready nothing needs to be: #resume() sends all that stands
+    // Until the client is ready, messages are dropped: #resume() then sends the current state.
+    #send(message) {
       if (this.#isReady) this.#write(message);
     }
 
     #write(message) {
       const text = JSON.stringify(message);
+      // Started by the first message that has to wait: the others find the buffer filled.
+      if (!this.#socket.bufferedAmount) this.#later("unsent", UNSENT_TIMEOUT, this.#warnIfUnsent);
       this.#socket.send(text);
       call(this.onframe, "out", text);
     }
 
+    #warnIfUnsent = () => {
+      if (this.#socket.bufferedAmount)
+        console.warn("SwiftCMS: messages have been waiting to be sent for two seconds."
+          + " The server slows a client down that sends too fast.");
+    };
+
     #receive(text) {
       call(this.onframe, "in", text);
       const message = JSON.parse(text);
-      const { type, payload, ref, id } = message;
-      const resuming = this.#resuming;
-      this.#later("silence", this.#silence, this.#lose);
+      const { type, payload, ref } = message;
+      this.#later("silence", this.#maxSilence, this.#reconnect);
       if (type === "system.connected") this.#resume(payload);
-      else if (type === "system.authenticated") this.#renewLater(message);
-      else if (type === "system.heartbeat") {
-        this.#attempts = 0; // a line that has lived for a heartbeat is a good one
-        this.#send({ action: "pong" });
-      } else if (type === "system.error") {
-        console.error(`SwiftCMS: ${payload.message} (${payload.code})`);
-        resuming?.unanswered.delete(ref);
-        if (payload.action === "authenticate") this.#lose(4401);
-      } else if (type === "system.subscribed" && resuming?.unanswered.delete(ref)) {
-        const { type, contentType, recovered, replayed } = payload;
-        resuming.replaying += replayed;
-        if (!recovered && !EDITING.includes(type)) call(this.ongap, { type, contentType });
-      } else if (id && resuming) {
-        resuming.held.push(message);
-        if (resuming.replaying) resuming.replaying--;
-      } else this.#handOver(message);
-      this.#endResuming();
+      else if (type === "system.authenticated") this.#scheduleRenewal(message);
+      else if (type === "system.heartbeat") this.#answerHeartbeat(payload);
+      else if (type === "system.error") this.#reportError(payload);
+      else if (type === "system.subscribed" && ref === "resume") this.#reportLosses(payload);
+      else this.#dispatch(message);
+      if (ref === "resume" && this.#isReady) this.#setStatus("online");
     }
 
     async #signIn() {
@@ -2895,56 +5650,76 @@ CLIENT_JS = r"""// SwiftCMS in the browser: live events, across broken lines too
       if (token && socket === this.#socket) this.#write({ action: "authenticate", token });
     }
 
-    #renewLater({ payload, timestamp }) {
+    #scheduleRenewal({ payload, timestamp }) {
       if (typeof this.#token !== "function") return;
-      const left = Date.parse(payload.expiresAt) - Date.parse(timestamp); // both by the server's clock
-      const wait = Math.min(Math.max(left - RENEWAL, left * 0.8), 2 ** 31 - 1); // a timer's longest
-      this.#later("renewal", wait, () => this.#signIn().catch(reportError)); // failed: 4401 will follow
+      // Both times are by the server's clock.
+      const left = Date.parse(payload.expiresAt) - Date.parse(timestamp);
+      const wait = Math.min(Math.max(left - RENEWAL_LEAD, left * 0.8), MAX_TIMEOUT);
+      // If it fails, the server closes the connection, and the next one asks for a token again.
+      this.#later("renewal", wait, () => this.#signIn().catch(reportError));
     }
 
     async #resume({ clientId, heartbeat, lastId }) {
       const socket = this.#socket;
       this.clientId = clientId;
-      this.#silence = 2_500 * heartbeat; // two, and half a one for being late
-      this.#later("silence", this.#silence, this.#lose);
-      const signedIn = await this.#signIn().then(() => true, error =>
-        console.error("SwiftCMS: no token came, and it will be asked for again:", error));
-      if (socket !== this.#socket) return; // lost meanwhile
-      if (!signedIn) return this.#lose();
-      this.#isReady = true;
-      this.#seen ??= lastId;
-      this.#resuming = { until: lastId, unanswered: new Set(), replaying: 0, held: [] };
-      const each = new Map([...this.#subscriptions].map(one => [`${one.type} ${one.contentType}`, one]));
-      for (const { type, contentType } of each.values()) {
-        this.#resuming.unanswered.add(++this.#refs);
-        this.#send({ action: "subscribe", type, contentType, since: this.#seen, ref: this.#refs });
+      this.#greetedId = lastId;
+      this.#lastId ??= lastId;
+      // Two heartbeats, and half of one for delays.
+      this.#maxSilence = 2_500 * heartbeat;
+      this.#later("silence", this.#maxSilence, this.#reconnect);
+      try {
+        await this.#signIn();
+      } catch (error) {
+        console.error("SwiftCMS: no token came, will ask for it again:", error);
+        if (socket === this.#socket) this.#reconnect();
       }
+      // The connection may have been lost in the meantime.
+      if (socket !== this.#socket) return;
+      this.#isReady = true;
+      // JSON leaves out their handlers, because they are functions.
+      const subscriptions = [...this.#subscriptions];
+      if (subscriptions.length)
+        this.#send({ action: "subscribe", subscriptions, since: this.#lastId, ref: "resume" });
+      else this.#setStatus("online");
       for (const { contentType, entryId } of this.#edits)
         this.#send({ action: "editStart", contentType, entryId });
-      this.#endResuming();
     }
 
-    // Replays come one subscription after the other, so that only together are they in order.
-    #endResuming() {
-      if (!this.#resuming || this.#resuming.replaying || this.#resuming.unanswered.size) return;
-      const { until, held } = this.#resuming;
-      this.#resuming = null;
-      held.sort((one, other) => isLater(one.id, other.id) ? 1 : -1);
-      for (const event of held) this.#handOver(event);
-      if (!held.length || isLater(until, this.#seen)) this.#seen = until;
-      if (this.#isReady) this.#setStatus("online");
+    #reportLosses({ subscriptions, refused, recovered }) {
+      for (const { code, message } of refused) this.#reportError({ code, message });
+      if (recovered) return;
+      // The server does not know the old id, so the next connection must not send it again.
+      this.#lastId = this.#greetedId;
+      for (const { type, contentType } of subscriptions)
+        if (!EDITING.includes(type)) call(this.ongap, { type, contentType });
     }
 
-    #handOver(event) {
-      const { type, contentType, payload } = event;
+    #answerHeartbeat({ lastId }) {
+      // A connection that lives for a heartbeat is a good one.
+      this.#attempts = 0;
+      // Before the server has accepted the subscriptions, there may be older events to replay.
+      if (this.#status === "online") this.#lastId = lastId;
+      this.#send({ action: "pong" });
+    }
+
+    #reportError({ code, message, action }) {
+      console.error(`SwiftCMS: ${message} (${code})`);
+      if (action === "authenticate") this.#reconnect(UNAUTHORIZED);
+    }
+
+    #dispatch(event) {
+      const { type, contentType, payload, id } = event;
       if (EDITING.includes(type))
         for (const edit of [...this.#edits])
-          if (edit.contentType === contentType && edit.entryId === payload.entryId) edit.take(type, payload);
+          if (edit.contentType === contentType && edit.entryId === payload.entryId)
+            edit.update(type, payload);
       if (type.startsWith("system.")) return;
+      // Events arrive in the order of their ids, those of a replay too.
+      this.#lastId = id ?? this.#lastId;
       for (const each of [...this.#subscriptions])
-        if (this.#subscriptions.has(each) && fits(each.type, type) && fits(each.contentType, contentType))
+        if (this.#subscriptions.has(each)
+            && matches(each.type, type) && matches(each.contentType, contentType))
           call(each.handler, event);
-      this.#seen = event.id ?? this.#seen;
     }
   };
 })();
@@ -2966,7 +5741,8 @@ PAGE = r"""<!doctype html>
   --in: light-dark(#00458f, #93c7ff); --out: light-dark(#8a3a00, #ffbd80);
   --good: light-dark(#005c2a, #7ce8a6); --bad: light-dark(#a3001b, #ffa3a3);
 }
-html { font-size: clamp(100%, 1.15vw, 180%); } /* a projector is wide: let it show large */
+/* On a projector, which is wide, the text is larger. */
+html { font-size: clamp(100%, 1.15vw, 180%); }
 * { box-sizing: border-box; margin: 0; }
 body { background: var(--ground); color: var(--ink); font: 1.2rem/1.35 system-ui, sans-serif; }
 main { display: grid; gap: 1.5rem; padding: 1rem; }
@@ -2995,14 +5771,18 @@ button:hover, [aria-pressed=true] { background: var(--panel); }
 .state { font-weight: 700; color: var(--out); }
 .online, .published { color: var(--good); }
 .offline { color: var(--bad); }
-#log { height: 60vh; overflow: auto; padding: .5rem; background: var(--panel); border-radius: .4rem; }
-#log li { margin-bottom: .6rem; padding-left: .6rem; border-left: 5px solid; font-family: monospace; }
+#log {
+  height: 60vh; overflow: auto; padding: .5rem; background: var(--panel); border-radius: .4rem;
+}
+#log li {
+  margin-bottom: .6rem; padding-left: .6rem; border-left: 5px solid; font-family: monospace;
+}
 #log code { display: block; font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }
 #log .in { color: var(--in); } #log .out { color: var(--out); } #log .note { color: var(--quiet); }
 #log.calm .heartbeat { display: none; }
 .entries li {
-  display: flex; flex-wrap: wrap; gap: .3rem .7rem; align-items: center; justify-content: space-between;
-  padding: .4rem 0; border-top: 1px solid var(--edge);
+  display: flex; flex-wrap: wrap; gap: .3rem .7rem; padding: .4rem 0;
+  align-items: center; justify-content: space-between; border-top: 1px solid var(--edge);
 }
 .entries small { display: block; color: var(--quiet); font-size: 1rem; }
 #editor, #typing li, .notice { padding: .5rem .7rem; margin-bottom: .7rem; border-radius: .4rem; }
@@ -3027,10 +5807,12 @@ button:hover, [aria-pressed=true] { background: var(--panel); }
   <header class="row">
     <h1 id="cms">A tiny CMS</h1>
     <output id="line" class="state"></output>
-    <button id="cut">Cut the line</button>
+    <button id="cut">Cut the connection</button>
   </header>
   <form id="sign-in" class="row" autocomplete="off">
-    <label>You are (in this half) <input name="user" required maxlength="40" pattern=".*\S.*"></label>
+    <label>Your name, on this side
+      <input name="user" required maxlength="40" pattern=".*\S.*">
+    </label>
     <button>Sign in</button>
   </form>
   <p id="news" class="notice" role="status"></p>
@@ -3045,7 +5827,8 @@ button:hover, [aria-pressed=true] { background: var(--panel); }
     <div id="conflict" class="notice" role="alert" hidden>
       <p id="refusal"></p>
       <p id="theirs"></p>
-      <button type="button" id="take">Take theirs</button> <button type="button" id="keep">Keep mine</button>
+      <button type="button" id="take">Take theirs</button>
+      <button type="button" id="keep">Keep mine</button>
     </div>
     <ul id="typing" aria-label="What others are typing"></ul>
   </form>
@@ -3061,15 +5844,15 @@ button:hover, [aria-pressed=true] { background: var(--panel); }
   <h2>Pages</h2>
   <ul id="pages" class="entries"></ul>
   <form id="tell" class="row" autocomplete="off">
-    <label>Tell <input name="to" value="ana" required maxlength="40"></label>
-    <label>that <input name="text" required maxlength="500"></label>
-    <button>Tell</button>
+    <label>Notice to <input name="to" value="ana" required maxlength="40"></label>
+    <label>Text <input name="text" required maxlength="500"></label>
+    <button>Send</button>
   </form>
 </section>
 {% endif %}
-<section id="inspector" aria-labelledby="wire">
+<section id="inspector" aria-labelledby="heading">
   <header class="row">
-    <h1 id="wire">{{ "The wire" if demo else "WebSocket inspector" }}</h1>
+    <h1 id="heading">WebSocket inspector</h1>
     <output id="state" class="state"></output>
     <button id="toggle">Connect</button>
   </header>
@@ -3077,7 +5860,10 @@ button:hover, [aria-pressed=true] { background: var(--panel); }
     <label>type <input name="type" value="content.*"></label>
     <label>contentType <input name="contentType" value="posts"></label>
     <label>since <input name="since" placeholder="an id"></label>
-    <span><button value="subscribe">Subscribe</button> <button value="unsubscribe">Unsubscribe</button></span>
+    <span>
+      <button value="subscribe">Subscribe</button>
+      <button value="unsubscribe">Unsubscribe</button>
+    </span>
   </form>
   <form id="sign" class="row" autocomplete="off">
     {% if demo %}
@@ -3109,13 +5895,14 @@ button:hover, [aria-pressed=true] { background: var(--panel); }
     <button id="pause" aria-pressed="false">Pause</button>
     <button id="clear">Clear</button>
   </div>
-  <ol id="log" role="log" aria-label="Frames" tabindex="0"></ol>
+  <ol id="log" role="log" aria-label="Messages" tabindex="0"></ol>
 </section>
 </main>
 <script>
 "use strict";
 const $ = id => document.getElementById(id);
-const make = (tag, properties, ...children) => { // a child that is a text stays one: it is no markup
+// Children that are strings become text, never markup.
+const make = (tag, properties, ...children) => {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
   return element;
@@ -3125,67 +5912,76 @@ const onSubmit = (id, action) => on(id, "submit", event => {
   event.preventDefault();
   action(Object.fromEntries(new FormData(event.target)), event);
 });
-const showState = (id, state) => Object.assign($(id), { textContent: state, className: `state ${state}` });
+const showState = (id, state) =>
+  Object.assign($(id), { textContent: state, className: `state ${state}` });
 
-// -- The inspector: a plain WebSocket, and all that goes over it ------------------------------------
+// -- The inspector: a WebSocket of its own, and all of its messages --
 
-const MOST_FRAMES = 500;
-const LONGEST_FRAME = 1_000; // characters that are shown without a click
-const WAYS = { in: "← in", out: "→ out", note: "•" };
-const CLOSE_CODES = { // that come without a reason
+const MAX_MESSAGES = 500;
+// Of longer messages the rest is shown after a click.
+const MAX_LENGTH = 1_000;
+const DIRECTIONS = { in: "← in", out: "→ out", note: "•" };
+// Close codes that the browser reports without a reason.
+const CLOSE_REASONS = {
   1000: "closed as asked",
   1005: "closed without a code",
-  1006: "no close frame came: the line broke, or never stood",
+  1006: "no close frame: the connection broke, or there was none",
 };
 const address = new URL({{ ws_url | tojson }}, location);
 address.protocol = address.protocol.replace("http", "ws");
 let socket = null;
-let fresh = []; // frames to show when the browser draws next: one by one, a burst of them would jam it
+// Messages to show in the next animation frame. A burst that is shown one by one blocks the page.
+let waiting = [];
 let isPaused = false;
 
 const embolden = text => text.split(/("(?:action|type)": ?"[^"]*")/)
   .map((part, index) => index % 2 ? make("b", {}, part) : part);
 
-function log(way, text, whose = "") {
+function log(direction, text, source = "") {
   const now = new Date();
-  const time = `${now.toTimeString().slice(0, 8)}.${String(now.getMilliseconds()).padStart(3, "0")}`;
-  const code = make("code", {}, ...embolden(text.slice(0, LONGEST_FRAME)));
-  const frame = make("li", { className: way }, make("time", {}, `${WAYS[way]} ${time} ${whose}`), code);
-  frame.classList.toggle("heartbeat", /"(system\.heartbeat|pong)"/.test(text));
-  if (text.length > LONGEST_FRAME) {
+  const milliseconds = String(now.getMilliseconds()).padStart(3, "0");
+  const time = `${now.toTimeString().slice(0, 8)}.${milliseconds}`;
+  const code = make("code", {}, ...embolden(text.slice(0, MAX_LENGTH)));
+  const heading = make("time", {}, `${DIRECTIONS[direction]} ${time} ${source}`);
+  const message = make("li", { className: direction }, heading, code);
+  message.classList.toggle("heartbeat", /"(system\.heartbeat|pong)"/.test(text));
+  if (text.length > MAX_LENGTH) {
     const showAll = () => code.replaceChildren(...embolden(text));
-    code.append(make("button", { onclick: showAll }, `… ${text.length - LONGEST_FRAME} characters more`));
+    const label = `… ${text.length - MAX_LENGTH} more characters`;
+    code.append(make("button", { onclick: showAll }, label));
   }
-  fresh.push(frame);
-  if (fresh.length > MOST_FRAMES) fresh.shift();
-  if (fresh.length === 1) requestAnimationFrame(showFresh); // once: a page that is hidden is not drawn for hours
+  waiting.push(message);
+  if (waiting.length > MAX_MESSAGES) waiting.shift();
+  // A hidden page gets no animation frames, so it must not ask for more and more of them.
+  if (waiting.length === 1) requestAnimationFrame(showWaiting);
 }
 
-function showFresh() {
-  if (isPaused || !fresh.length) return;
+function showWaiting() {
+  if (isPaused || !waiting.length) return;
   const list = $("log");
   const isAtEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 50;
-  list.append(...fresh);
-  fresh = [];
-  while (list.children.length > MOST_FRAMES) list.firstChild.remove();
+  list.append(...waiting);
+  waiting = [];
+  while (list.children.length > MAX_MESSAGES) list.firstChild.remove();
   if (isAtEnd) list.scrollTop = list.scrollHeight;
 }
 
 function connect() {
-  const showLine = () => {
+  const showConnection = () => {
     const state = ["connecting", "online", "closing", "offline"][socket.readyState];
     showState("state", state);
     $("toggle").textContent = state === "offline" ? "Connect" : "Disconnect";
   };
   log("note", `connecting to ${address}`);
   socket = new WebSocket(address);
-  socket.onopen = showLine;
+  socket.onopen = showConnection;
   socket.onmessage = ({ data }) => log("in", data);
   socket.onclose = ({ code, reason }) => {
-    log("note", `closed with ${code}: ${reason || CLOSE_CODES[code] || "see RFC 6455 section 7.4"}`);
-    showLine();
+    const explanation = reason || CLOSE_REASONS[code] || "see RFC 6455 section 7.4";
+    log("note", `closed with ${code}: ${explanation}`);
+    showConnection();
   };
-  showLine();
+  showConnection();
 }
 
 function send(message) {
@@ -3196,37 +5992,42 @@ function send(message) {
 }
 
 onSubmit("subscriptions", (fields, { submitter }) => {
-  const given = Object.entries(fields).filter(([, value]) => value); // what is left empty is left out
-  send({ action: submitter.value, ...Object.fromEntries(given) });
+  const filled = Object.entries(fields).filter(([, value]) => value);
+  send({ action: submitter.value, ...Object.fromEntries(filled) });
 });
 onSubmit("sign", ({ token }) => send({ action: "authenticate", token }));
 onSubmit("free", ({ text }) => send(text));
-on("toggle", "click", () => socket.readyState < WebSocket.CLOSING ? socket.close(1000) : connect());
+on("toggle", "click", () =>
+  socket.readyState < WebSocket.CLOSING ? socket.close(1000) : connect());
 on("calm", "change", ({ target }) => $("log").classList.toggle("calm", target.checked));
 on("clear", "click", () => $("log").replaceChildren());
 on("pause", "click", ({ target }) => {
   isPaused = !isPaused;
   target.ariaPressed = isPaused;
-  showFresh();
+  showWaiting();
 });
 connect();
-log("note", "to see events, subscribe");
+log("note", "subscribe to see events");
 </script>
 {% if demo %}
 <script src="{{ client_js_url }}"></script>
 <script>
 "use strict";
-// -- The demo: a CMS whose lists change by events alone, even after what is done here ---------------
+// -- The demo: a CMS. Only events change its lists, also if this page has changed an entry --
 
-const lineName = Math.random().toString(36).slice(2); // by which the server can cut it
-const rows = new Map(); // "posts/7" -> {entry, element, …}
-const deleted = new Set(); // keys that a late answer must not bring back
+// The server cuts the connection with this name.
+const connectionName = Math.random().toString(36).slice(2);
+// "posts/7" -> {entry, element, …}
+const rows = new Map();
+// Keys of deleted entries, which a late response must not bring back.
+const deleted = new Set();
 let cms, user, token;
-let opened = null; // in the editor: {key, version, theirs, presence, typed, cameFrom}
+// The entry in the editor: {key, version, theirs, presence, typed, focused}
+let opened = null;
 
-const say = text => { $("news").textContent = text; };
+const showNews = text => { $("news").textContent = text; };
 const attempt = action => async (...values) => {
-  try { await action(...values); } catch (error) { say(error.message); }
+  try { await action(...values); } catch (error) { showNews(error.message); }
 };
 
 async function api(method, path, body) {
@@ -3237,36 +6038,41 @@ async function api(method, path, body) {
   if (!response.ok) throw Object.assign(new Error(answer.message), answer);
   return answer;
 }
-const getToken = async name => (await api("GET", `token?user=${encodeURIComponent(name)}`)).token;
+const getToken = async name =>
+  (await api("GET", `token?user=${encodeURIComponent(name)}`)).token;
 
 function signIn(name) {
   leave();
   cms?.close();
   user = sessionStorage.user = $("sign-in").elements.user.value = name;
   cms = new SwiftCMS({
-    url: `{{ ws_url }}?line=${lineName}`,
+    url: `{{ ws_url }}?line=${connectionName}`,
     token: async () => (token = await getToken(user)),
   });
   let isFirst = true, hasGap = false, replayed = 0;
-  cms.subscribe("content.*", "*", event => { replayed++; take(event); });
-  cms.subscribe("notification", "users", event => { replayed++; notify(event.payload); });
+  cms.subscribe("content.*", "*", take);
+  cms.subscribe("notification", "users", ({ payload }) => notify(payload));
   cms.ongap = () => { hasGap = true; };
-  cms.onframe = (way, text) => { if ($("both").checked) log(way, text, "client.js"); };
+  cms.onframe = (direction, text) => {
+    if ($("both").checked) log(direction, text, "client.js");
+    const { type, payload } = JSON.parse(text);
+    if (type === "system.subscribed") replayed = payload.replayed;
+  };
   cms.onstatus = state => {
     showState("line", state);
-    if (state === "offline") {
-      replayed = 0; // what is handed over from now until the line is back, is replayed
-      say("The line is down. What happens now will be here once it is back.");
-    } else if (state === "online") {
-      if (isFirst || hasGap) load();
-      const what = `${replayed} event${replayed === 1 ? "" : "s"} replayed.`;
-      say(isFirst ? "" : `Line back: ${hasGap ? "too much was missed, so all is loaded afresh." : what}`);
-      isFirst = hasGap = false;
-    }
+    if (state === "offline")
+      showNews("The connection is lost. Changes made now will arrive when it is back.");
+    if (state !== "online") return;
+    if (isFirst || hasGap) load();
+    const count = `${replayed} event${replayed === 1 ? "" : "s"} replayed`;
+    if (isFirst) showNews("");
+    else if (hasGap) showNews("Connected again: some events are lost, so everything was reloaded.");
+    else showNews(`Connected again: ${count}.`);
+    isFirst = hasGap = false;
   };
 }
 
-// -- lists --
+// -- Lists --
 
 const load = attempt(async () => {
   for (const { element } of rows.values()) element.remove();
@@ -3313,16 +6119,18 @@ function addRow(contentType, key) {
   $(contentType).prepend(row.element);
 }
 
-// -- the editor --
+// -- Editor --
 
 function openEditor(key, entry) {
   leave();
   const presence = cms.edit(...key.split("/"));
-  opened = { key, presence, typed: new Map(), cameFrom: document.activeElement };
+  opened = { key, presence, typed: new Map(), focused: document.activeElement };
   presence.oneditors = showOthers;
   presence.onchange = (change, { clientId }) => {
-    const isText = typeof change?.title === "string"; // somebody may try others from the inspector
-    opened.typed.set(clientId, isText ? `${change.title}\n${change.body}` : JSON.stringify(change));
+    // A change that was sent from the inspector may be any JSON.
+    const isText = typeof change?.title === "string";
+    const text = isText ? `${change.title}\n${change.body}` : JSON.stringify(change);
+    opened.typed.set(clientId, text);
     showOthers();
   };
   showOthers();
@@ -3335,7 +6143,7 @@ function leave() {
   if (!opened) return;
   opened.presence.stop();
   $("editor").hidden = true;
-  opened.cameFrom.focus();
+  opened.focused.focus();
   opened = null;
 }
 
@@ -3355,7 +6163,7 @@ const save = attempt(async () => {
   } catch (error) {
     if (!error.entry) throw error;
     opened.theirs = error.entry;
-    $("refusal").textContent = `Not saved: ${error.message}. It says:`;
+    $("refusal").textContent = `Not saved: ${error.message}. That version is:`;
     $("theirs").textContent = `${error.entry.title}\n${error.entry.body}`;
     $("conflict").hidden = false;
   }
@@ -3363,14 +6171,15 @@ const save = attempt(async () => {
 
 const nameOf = ({ userId, clientId }) => {
   const hue = parseInt(clientId.slice(-4), 16) % 360;
-  return make("span", { className: "name", style: `background: hsl(${hue} 70% 28%)` }, userId ?? "somebody");
+  const style = `background: hsl(${hue} 70% 28%)`;
+  return make("span", { className: "name", style }, userId ?? "somebody");
 };
 
 function showOthers() {
   const others = opened.presence.editors.filter(({ clientId }) => clientId !== cms.clientId);
   $("editors").className = others.length ? "notice row" : "row";
   $("editors").replaceChildren(...others.length
-    ? ["Also editing this:", ...others.map(nameOf), "Who saves second will be asked."]
+    ? ["Also editing this:", ...others.map(nameOf), "The second to save will be asked."]
     : ["Nobody else is editing this."]);
   const typing = others.filter(({ clientId }) => opened.typed.has(clientId));
   $("typing").replaceChildren(...typing.map(other =>
@@ -3383,10 +6192,10 @@ on("leave", "click", leave);
 on("take", "click", () => { fill(opened.theirs); opened.presence.send(written()); });
 on("keep", "click", () => { opened.version = opened.theirs.version; save(); });
 
-// -- the rest --
+// -- Other forms --
 
 function notify({ from, text }) {
-  $("notices").prepend(make("li", { className: "notice" }, make("b", {}, from), ` tells you: ${text}`));
+  $("notices").prepend(make("li", { className: "notice" }, make("b", {}, from), `: ${text}`));
   while ($("notices").children.length > 3) $("notices").lastChild.remove();
 }
 
@@ -3398,523 +6207,22 @@ onSubmit("create", attempt(async ({ contentType, title }, { target }) => {
 onSubmit("tell", attempt(async ({ to, text }, { target }) => {
   await api("POST", "notices", { to, text });
   target.elements.text.value = "";
-  say(`Told ${to}, in every window where ${to} is signed in.`);
+  showNews(`Sent to ${to}, in every window where ${to} is signed in.`);
 }));
 on("cut", "click", attempt(async () => {
-  const { seconds } = await api("POST", "cut", { line: lineName });
-  say(`The line is cut for ${seconds} seconds. What happens now will be here once it is back.`);
+  const { seconds } = await api("POST", "cut", { line: connectionName });
+  showNews(`The connection is cut for ${seconds} seconds. Changes made now will arrive after it.`);
 }));
 on("get-token", "click", attempt(async () => {
   $("sign").elements.token.value = await getToken($("whose").value);
 }));
-signIn(sessionStorage.user ?? ["ana", "ben", "cleo", "dario", "eva"][Math.floor(Math.random() * 5)]);
+const NAMES = ["ana", "ben", "cleo", "dario", "eva"];
+signIn(sessionStorage.user ?? NAMES[Math.floor(Math.random() * NAMES.length)]);
 </script>
 {% endif %}
 </body>
 </html>
 """
-
-
-def render_page(*, demo: bool) -> str:
-    """Return the inspector: alone for GET /ws, or beside the demo's CMS."""
-    return render_template_string(
-        PAGE,
-        demo=demo,
-        ws_url=url_for("swiftcms_ws.about") if demo else request.root_path + request.path,
-        client_js_url=url_for("swiftcms_ws.client_js") if demo else None,
-    )
-
-
-# == 13. Demo and command line =======================================================================
-
-DEMO_CONTENT = """
-CREATE TABLE IF NOT EXISTS entries (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,  -- so that none is used twice
-    content_type TEXT NOT NULL,
-    title TEXT NOT NULL,
-    body TEXT NOT NULL,
-    state TEXT NOT NULL DEFAULT 'draft',
-    version INTEGER NOT NULL DEFAULT 1,
-    updated_by TEXT NOT NULL DEFAULT 'SwiftCMS'
-);
-INSERT INTO entries (content_type, title, body, state) SELECT * FROM (VALUES
-    ('posts', 'Hello, class', 'Open this page in a second window and change something.', 'published'),
-    ('posts', 'Nothing is lost', 'Cut the line, change something elsewhere, and wait.', 'draft'),
-    ('pages', 'About us', 'We are the ones on the other end of the wire.', 'published')
-) WHERE NOT EXISTS (SELECT 1 FROM entries);
-"""
-DEMO_LENGTHS = {"title": 200, "body": 10_000, "line": 40, "to": 40, "user": 40, "text": 500}
-DEMO_CUT_SECONDS = 5.0
-
-
-class DemoEntries:
-    """The demo's posts and pages. What changes one commits, and only then publishes."""
-
-    def __init__(self, path: str) -> None:
-        # SQLite's connection is for one thread at a time. Held until the event is published, too, so
-        # that events come in the order of their commits.
-        self._lock = threading.RLock()
-        self._db = sqlite3.connect(path, check_same_thread=False)
-        self._db.row_factory = sqlite3.Row
-        self._db.executescript(DEMO_CONTENT)
-
-    def all(self, content_type: str) -> list[dict[str, Any]]:
-        columns = "id, title, body, state, version, updated_by"
-        query = f"SELECT {columns} FROM entries WHERE content_type = ? ORDER BY id"
-        with self._lock:
-            return [dict(row) for row in self._db.execute(query, [content_type])]
-
-    def get(self, content_type: str, entry_id: int) -> dict[str, Any]:
-        for entry in self.all(content_type):
-            if entry["id"] == entry_id:
-                return entry
-        abort(404, f"there is no {content_type}/{entry_id}, or not any more")
-
-    def create(self, content_type: str, title: str, body: str, user: str) -> dict[str, Any]:
-        values = [content_type, title, body, user]
-        with self._lock:
-            with self._db:
-                self._db.execute(
-                    "INSERT INTO entries (content_type, title, body, updated_by) VALUES (?, ?, ?, ?)", values
-                )
-            entry = self.all(content_type)[-1]
-            publish("content.created", content_type, entry)
-            return entry
-
-    def change(
-        self, event_type: str, content_type: str, entry_id: int, version: int | None = None, **values: str
-    ) -> dict[str, Any]:
-        """Give an entry new values; answer 409 where it is not at `version` any more."""
-        with self._lock:
-            with self._db:
-                self._db.execute("BEGIN IMMEDIATE")  # another demo may share the file
-                entry = self.get(content_type, entry_id)
-                if version is not None and version != entry["version"]:
-                    message = f"{entry['updated_by']} has saved version {entry['version']} since you opened this"
-                    abort(make_response({"message": message, "entry": entry}, 409))
-                entry |= {**values, "version": entry["version"] + 1}
-                self._db.execute(
-                    "UPDATE entries SET title = :title, body = :body, state = :state, version = :version,"
-                    " updated_by = :updated_by WHERE id = :id",
-                    entry,
-                )
-            publish(event_type, content_type, entry)
-            return entry
-
-    def delete(self, content_type: str, entry_id: int) -> dict[str, Any]:
-        with self._lock:
-            entry = self.get(content_type, entry_id)
-            with self._db:
-                self._db.execute("DELETE FROM entries WHERE id = ?", [entry_id])
-            publish("content.deleted", content_type, entry)
-            return entry
-
-
-def _given(name: str, default: str | None = None) -> str:
-    """Return a text of the request's JSON object, or of a GET's query; anything else is a 400."""
-    given = request.args if request.method == "GET" else request.get_json()
-    value = given.get(name, default) if isinstance(given, Mapping) else None
-    shortest, longest = 0 if default is not None else 1, DEMO_LENGTHS[name]
-    if not isinstance(value, str) or not shortest <= len(value.strip()) <= longest:
-        abort(400, f"`{name}` must be a text of {shortest} to {longest} characters")
-    return value.strip()
-
-
-def demo_app(redis_url: str | None = None) -> Flask:
-    """Return a tiny CMS with a REST API, whose pages show each other what happens."""
-    app = Flask(__name__)
-    # A key of its own, so that nothing from elsewhere is signed in here.
-    app.config.update(SWIFTCMS_WS_JWT_KEY=secrets.token_hex(), SWIFTCMS_WS_INSPECTOR=True)
-    app.config["SWIFTCMS_WS_REDIS_URL"] = redis_url
-    app.json.sort_keys = False  # type: ignore[attr-defined]  # a frame is easier to read as written
-    app.register_blueprint(blueprint)
-    settings = Settings.from_config(app.config)
-    # In memory; or, for all demos that run on one Redis, in a file that they share.
-    shared = Path(tempfile.gettempdir(), f"swiftcms-ws-demo-{zlib.crc32((redis_url or '').encode())}.sqlite")
-    entries = DemoEntries(str(shared) if redis_url else ":memory:")
-    entry_url = "/api/<any(posts, pages):content_type>/<int:entry_id>"
-
-    def user() -> str:
-        """Return who makes this request, by the token that the page has for its socket."""
-        if request.authorization is None:
-            return "nobody"
-        try:
-            return check_token(settings, request.authorization.token or "").id
-        except ClientError as error:
-            abort(401, str(error))
-
-    @app.errorhandler(HTTPException)
-    def sentence(error: HTTPException) -> ResponseReturnValue:
-        return {"message": error.description}, error.code or 500
-
-    @app.get("/")
-    def page() -> ResponseReturnValue:
-        return render_page(demo=True)
-
-    @app.get("/api/<any(posts, pages):content_type>")
-    def list_entries(content_type: str) -> ResponseReturnValue:
-        return entries.all(content_type)
-
-    @app.post("/api/<any(posts, pages):content_type>")
-    def create_entry(content_type: str) -> ResponseReturnValue:
-        return entries.create(content_type, _given("title"), _given("body", ""), user()), 201
-
-    @app.get(entry_url)
-    def get_entry(content_type: str, entry_id: int) -> ResponseReturnValue:
-        return entries.get(content_type, entry_id)
-
-    @app.put(entry_url)
-    def update_entry(content_type: str, entry_id: int) -> ResponseReturnValue:
-        values = {"title": _given("title"), "body": _given("body", ""), "updated_by": user()}
-        version = request.get_json().get("version")
-        if not isinstance(version, int):
-            abort(400, "`version` must be the number of the version that you have changed")
-        return entries.change("content.updated", content_type, entry_id, version, **values)
-
-    @app.delete(entry_url)
-    def delete_entry(content_type: str, entry_id: int) -> ResponseReturnValue:
-        user()
-        return entries.delete(content_type, entry_id)
-
-    @app.post(f"{entry_url}/publish")
-    def publish_entry(content_type: str, entry_id: int) -> ResponseReturnValue:
-        request.get_json()  # a form of another site cannot send any
-        return entries.change(
-            "content.published", content_type, entry_id, state="published", updated_by=user()
-        )
-
-    @app.get("/api/token")
-    def token() -> ResponseReturnValue:
-        # Whoever asks may be anyone: a class has no passwords. A site asks its own login instead.
-        return {"token": hub.issue_token(_given("user"))}
-
-    @app.post("/api/notices")
-    def notify() -> ResponseReturnValue:
-        recipient = _given("to")
-        notice = {"from": user(), "text": _given("text")}
-        return {"id": publish("notification", "users", notice, to=recipient)}, 201
-
-    _let_lines_be_cut(app)
-    return app
-
-
-def _let_lines_be_cut(app: Flask) -> None:
-    """Let a page that names its line, /ws?line=NAME, have it broken and kept down for a while."""
-    sockets: weakref.WeakValueDictionary[str, socket.socket] = weakref.WeakValueDictionary()
-    down_until: dict[str, float] = {}
-
-    @app.before_request
-    def hold_handshakes() -> None:
-        line, sock = request.args.get("line"), request.environ.get("werkzeug.socket")
-        if line and sock and request.endpoint == "swiftcms_ws.websocket":
-            time.sleep(max(0.0, down_until.pop(line, 0.0) - time.monotonic()))
-            sockets[line] = sock
-
-    @app.post("/api/cut")
-    def cut() -> ResponseReturnValue:
-        line = _given("line")
-        sock = sockets.get(line)
-        if sock is None:
-            abort(404, "there is no such line, or it is down already")
-        down_until[line] = time.monotonic() + DEMO_CUT_SECONDS
-        with suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)  # no close frame, as when a cable is pulled
-        return {"seconds": DEMO_CUT_SECONDS}
-
-
-def serve_demo(options: argparse.Namespace) -> int:
-    host, port, debug = options.host, options.port, options.debug
-    level = logging.DEBUG if debug else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("werkzeug").setLevel(level)
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        is_taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-        why = "another program has it; choose another with --port" if is_taken else str(error)
-        print(f"swiftcms-ws cannot listen on {host} port {port}: {why}", file=sys.stderr)
-        return 1
-    app = demo_app(options.redis)
-    app.debug = debug
-    with listener:
-        server = make_server(
-            host, port, DebuggedApplication(app) if debug else app, threaded=True, fd=listener.fileno()
-        )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the server as Ctrl+C does
-    shown_host = f"[{host}]" if ":" in host else host
-    print(f"SwiftCMS demo: http://{shown_host}:{server.port}/ (Ctrl+C ends it)", flush=True)
-    try:
-        hub.last_id()  # starts the hub, so that a Redis that is away is told of now
-        server.serve_forever()
-    finally:
-        hub.close()
-    return 0
-
-
-REPLY_SECONDS = 10.0  # for a server to answer a command line
-LONG_SECONDS = 75.0  # longer than nginx's time-out of 60
-LINE_FAULTS = (OSError, simple_websocket.ConnectionError, simple_websocket.ConnectionClosed, ProtocolError)
-CURES = {  # by the HTTP status that a handshake is refused with; 0: it did not come so far
-    0: "Does the site run, and is this the port? A proxy must pass Upgrade and Connection on (see README).",
-    401: "The token in the address is not one of this site's.",
-    403: "Pages of this site may not connect: let the proxy pass the Host header on, or set SWIFTCMS_WS_ORIGINS.",
-    404: "Is this the address, with its path? With a url_prefix it is …/prefix/ws.",
-    426: "A proxy drops the headers Upgrade and Connection (see README).",
-    500: "The site failed, or the proxy does not reach it: their logs say why.",
-    501: f"The web server cannot hold WebSockets: {SERVERS_THAT_CAN}.",
-    503: "All of SWIFTCMS_WS_MAX_CONNECTIONS are taken: raise it, and the web server's threads above it.",
-}
-CROWD = 20  # clients that check() is at once
-
-
-def websocket_url(text: str) -> str:
-    """Return an address as a client needs it; people leave out the path, or copy one with http."""
-    scheme, _, rest = text.rpartition("://")
-    host, slash, path = rest.partition("/")
-    secure = "s" if scheme in ("https", "wss") else ""
-    return f"ws{secure}://{host}/{path if slash and path else 'ws'}"
-
-
-class Line(simple_websocket.Client):  # type: ignore[misc]
-    """A client's line, whose handshake does not wait for ever."""
-
-    def handshake(self) -> None:
-        self.sock.settimeout(REPLY_SECONDS)
-        super().handshake()
-        self.sock.settimeout(None)  # the library takes a time-out for the end
-
-
-def open_line(url: str, **headers: str) -> tuple[Line, dict[str, Any]]:
-    """Connect as a client; return the line, and the payload of its greeting. Raises one of LINE_FAULTS."""
-    line = Line(url, headers=headers, thread_class=functools.partial(threading.Thread, daemon=True))
-    # The library overlooks what came in one piece with the handshake's answer until more comes: a pong.
-    line.sock.send(line.ws.send(Ping()))
-    greeting = line.receive(REPLY_SECONDS)
-    if not isinstance(greeting, str) or '"system.connected"' not in greeting:
-        hang_up(line)
-        raise OSError("it is a WebSocket, but no swiftcms-ws: that one would greet us")
-    return line, json.loads(greeting)["payload"]
-
-
-def hang_up(line: Line) -> None:
-    with suppress(*LINE_FAULTS):  # it is down already
-        line.close()
-
-
-def status_of(error: BaseException) -> int:
-    """Return the HTTP status that a handshake was refused with, or 0."""
-    return int(getattr(error, "status_code", None) or 0)
-
-
-def cure_of(error: BaseException) -> str:
-    if isinstance(error, TimeoutError):
-        return (
-            "Each WebSocket holds a thread of the web server: are all taken? Give it more (gunicorn: --threads),"
-            " and set SWIFTCMS_WS_MAX_CONNECTIONS below that, or enough visitors stop the whole site."
-        )
-    status = status_of(error)
-    return CURES.get(status, CURES[404 if status < 500 else 500])
-
-
-def listen(options: argparse.Namespace) -> int:
-    """Print events until Ctrl+C, across broken lines; return 1 where coming back would not help."""
-    last_id = None
-    pause = 1.0
-    while True:
-        try:
-            line, greeting = open_line(options.url)
-            patience = MISSED_HEARTBEATS * greeting["heartbeat"] + REPLY_SECONDS
-            if options.token is not None:
-                line.send(json.dumps({"action": "authenticate", "token": options.token}))
-            last_id = last_id or greeting["lastId"]
-            wish = {"type": options.type, "contentType": options.content_type, "since": last_id}
-            line.send(json.dumps({"action": "subscribe", **wish}))
-            while (data := line.receive(patience)) is not None:
-                message = json.loads(data)
-                if message["type"] == "system.error":
-                    print(message["payload"]["message"], file=sys.stderr)
-                    if message["payload"]["code"] != "rate_limited":
-                        return 1
-                elif message["type"] == "system.heartbeat":
-                    line.send('{"action": "pong"}')
-                    pause = 1.0
-                elif message["type"] == "system.subscribed":
-                    print(f"listening to {options.url}", file=sys.stderr)
-                    if not message["payload"]["recovered"]:
-                        print("some events were missed, and cannot be had any more", file=sys.stderr)
-                elif "id" in message:
-                    print(data, flush=True)
-                    last_id = message["id"]
-            why = "nothing was heard for too long"
-        except LINE_FAULTS as error:
-            why = str(error)
-            if getattr(error, "reason", None) in (CloseCode.SIGN_IN_AGAIN, CloseCode.MESSAGE_TOO_BIG):
-                print(why, file=sys.stderr)
-                return 1
-            if status_of(error) not in (0, 502, 503, 504):  # those pass
-                print(f"no handshake with {options.url}: {why}\n{cure_of(error)}", file=sys.stderr)
-                return 1
-        print(f"no line to {options.url} ({why}); trying again", file=sys.stderr)
-        time.sleep(pause * random.uniform(0.5, 1))
-        pause = min(pause * 2, 30.0)
-
-
-def print_token(options: argparse.Namespace) -> int:
-    key = os.environ.get(f"{CONFIG_PREFIX}JWT_KEY") or os.environ.get("SECRET_KEY")
-    if not key or len(key.encode()) < 32:
-        print("set SWIFTCMS_WS_JWT_KEY or SECRET_KEY, in the environment, to the site's key", file=sys.stderr)
-        print(f"(of 32 bytes or more: it has {len(key.encode())})" if key else "(there is none)", file=sys.stderr)
-        return 1
-    if not options.user or options.expires_in <= 0:
-        print("the user's id must not be empty, and --expires-in be more than 0 seconds", file=sys.stderr)
-        return 1
-    print(sign_token(Settings(jwt_key=key), options.user, time.time(), options.expires_in, {}))
-    return 0
-
-
-def check(options: argparse.Namespace) -> int:
-    """Print a tick or a cross, with the cure, for each thing that goes wrong with deployments; 1 for a cross."""
-    is_well = True
-    for is_right, what, cure in examine(options.url, options.long):
-        print(f"✓ {what}" if is_right else f"✗ {what}\n    {cure}", flush=True)
-        is_well = is_well and is_right
-    return 0 if is_well else 1
-
-
-Finding = tuple[bool, str, str]  # is it right, what, and the cure if it is not
-
-
-def examine(url: str, is_long: bool) -> Iterator[Finding]:
-    """Try all that goes wrong with deployments; end at once where there is nobody to try it with."""
-    try:
-        line, _ = open_line(url)
-    except LINE_FAULTS as error:
-        yield False, f"no handshake with {url}: {error}", cure_of(error)
-        return
-    yield True, "the handshake, and a greeting", ""
-    yield from _examine_refusals(url)
-    yield from _examine_a_crowd(url)
-    if is_long:
-        cure = "A proxy cuts silent lines: raise its time-out, or lower SWIFTCMS_WS_HEARTBEAT below it."
-        yield _lives_on(line), f"a line that sends nothing lives for {LONG_SECONDS:g} seconds", cure
-    yield _is_closing_answered(line), "closing is answered", "Something on the way swallows close frames."
-
-
-def _examine_refusals(url: str) -> Iterator[Finding]:
-    """Come as a page of the site, as one of another, and with a bad token."""
-
-    def answer(url: str, **headers: str) -> int:
-        """Return 101, or the HTTP status that the handshake is refused with."""
-        try:
-            hang_up(open_line(url, **headers)[0])
-        except LINE_FAULTS as error:
-            return status_of(error)
-        return 101
-
-    parts = urlsplit(url)  # without the port, which the library leaves out of its Host, too
-    own = f"{parts.scheme.replace('ws', 'http')}://{parts.hostname}"
-    yield answer(url, Origin=own) == 101, f"a page of {own} may connect", CURES[403]
-    cure = "Pages of any site may connect with your visitors' cookies: set SWIFTCMS_WS_ORIGINS."
-    yield answer(url, Origin="https://swiftcms-ws-check.example") == 403, "a foreign page is refused", cure
-    has_query = "&" if "?" in url else "?"
-    cure = "A bad token should be a 401. Does a proxy drop the query?"
-    yield answer(f"{url}{has_query}token=bad") == 401, "a bad token is refused", cure
-
-
-def _examine_a_crowd(url: str) -> Iterator[Finding]:
-    """Be many clients at once: are all let in?"""
-    with ThreadPoolExecutor(CROWD) as pool:
-        attempts = [pool.submit(open_line, url) for _ in range(CROWD)]
-    faults = [fault for attempt in attempts if (fault := attempt.exception())]
-    crowd = [attempt.result() for attempt in attempts if not attempt.exception()]
-    count = "all" if not faults else f"{len(crowd)}, beside this one,"
-    yield not faults, f"of {CROWD} clients at once {count} are let in", cure_of(faults[0]) if faults else ""
-    yield from _examine_processes(crowd)
-    for line, _ in crowd:
-        hang_up(line)
-
-
-def _examine_processes(crowd: list[tuple[Line, dict[str, Any]]]) -> Iterator[Finding]:
-    """Find out whether all server processes that some of many clients are with have the same events."""
-    one_each = list({hello["clientId"][:PROCESS_LENGTH]: (line, hello["lastId"]) for line, hello in crowd}.values())
-    neighbours = zip(one_each, one_each[1:] + one_each[:1], strict=True)  # each process, and the next
-    known = [_is_known(line, last_id) for (line, _), (_, last_id) in neighbours]
-    seen = f"server processes seen: {len(known)}"
-    if None in known:
-        cure = "Does Redis run, and is SWIFTCMS_WS_REDIS_URL right? The site's log has more."
-        yield False, f"{seen}; without their Redis, and so an event reaches nobody", cure
-    elif known:
-        cure = "Set SWIFTCMS_WS_REDIS_URL, or run one process with threads."
-        reached = "the clients of all of them" if all(known) else "only the clients of one"
-        yield all(known), f"{seen}; an event reaches {reached}", cure
-
-
-def _is_known(line: Line, event_id: str) -> bool | None:
-    """Ask the process at the other end to resume from an event; None where it cannot, for its Redis is away."""
-    try:
-        wish = {"action": "subscribe", "type": "swiftcms_ws.check", "contentType": "none", "since": event_id}
-        line.send(json.dumps({**wish, "ref": "check"}))
-        while (data := line.receive(REPLY_SECONDS)) is not None:
-            message = json.loads(data)
-            if message.get("ref") == "check":
-                return bool(message["payload"].get("recovered", True))  # an error: it does not let us ask
-    except LINE_FAULTS:
-        pass
-    return None
-
-
-def _lives_on(line: Line) -> bool:
-    """Return whether a line that we leave alone is there for longer than proxies wait."""
-    deadline = time.monotonic() + LONG_SECONDS
-    with suppress(simple_websocket.ConnectionClosed):
-        while (left := deadline - time.monotonic()) > 0 and line.receive(left):
-            pass
-    return bool(line.connected)
-
-
-def _is_closing_answered(line: Line) -> bool:
-    try:
-        line.sock.send(line.ws.send(CloseConnection(code=1000)))
-        while line.receive(REPLY_SECONDS):
-            pass
-    except LINE_FAULTS as end:
-        return getattr(end, "reason", None) == 1000
-    return False
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(prog="swiftcms-ws", description="Real-time push for small Flask sites.")
-    parser.set_defaults(run=serve_demo)
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--host", default="localhost", help="address that the demo listens on (%(default)s)")
-    parser.add_argument("--port", type=int, default=8080, help="port that it listens on (%(default)s)")
-    parser.add_argument("--redis", metavar="URL", help="run the demo on Redis, twice on two ports if you like")
-    parser.add_argument("--debug", action="store_true", help="log everything; tracebacks in the browser")
-    commands = parser.add_subparsers(title="commands", description="Without one, the demo is served.")
-
-    listener = commands.add_parser("listen", help="print events, one JSON line each; reconnect and resume")
-    listener.set_defaults(run=listen)
-    listener.add_argument("url", type=websocket_url, help="such as ws://localhost:8080/ws")
-    listener.add_argument("--type", default="*", help="event type or prefix (%(default)s)")
-    listener.add_argument("--content-type", default="*", help="content type (%(default)s)")
-    listener.add_argument("--token", help="a JWT to sign in with")
-
-    signer = commands.add_parser("token", help="sign a token with the key in $SWIFTCMS_WS_JWT_KEY or $SECRET_KEY")
-    signer.set_defaults(run=print_token)
-    signer.add_argument("user", help="the user's id")
-    signer.add_argument("--expires-in", type=float, default=3600, help="seconds that it is valid for (%(default)s)")
-
-    doctor = commands.add_parser("check", help="examine a deployed address, and say what to change")
-    doctor.set_defaults(run=check)
-    doctor.add_argument("url", type=websocket_url, help="such as wss://example.org/ws")
-    doctor.add_argument("--long", action="store_true", help="also wait past a proxy's time-out, 75 seconds")
-    options = parser.parse_args(argv)
-    try:
-        return int(options.run(options))
-    except KeyboardInterrupt:
-        return 130
 
 
 if __name__ == "__main__":
