@@ -1,36 +1,49 @@
-"""Measures how fast swiftcms_ws pushes events, beside what else there is: `python3 .ci/bench.py`.
+"""Measure swiftcms_ws and its peers: `python3 .ci/bench.py`. BENCHMARK.md explains the method.
 
-It needs Python 3.10+ with pip, Linux, and better a C compiler. It makes its own environment, in
-~/.cache/swiftcms-ws-bench (or under $XDG_CACHE_HOME), and uses it again the next time.
+It needs Python 3.10+ with pip, Linux, and preferably a C compiler and redis-server. It makes its
+own environment in ~/.cache/swiftcms-ws-bench (or under $XDG_CACHE_HOME) and uses it again.
 
-Each server (bench_servers.py) and the load client (loadclient.c) run in a process of their own,
-each on a core of its own where there are two, and talk over 127.0.0.1. The servers take turns, one
-round of all of them after another, and a ratio is always between two figures of the same round, so
-that a machine that is slow for a minute is slow for both. The client does not sleep while it
-expects events, or servers would be charged for waking it. What other processes disturbed is
-measured again, up to twice. Tables show the median of the rounds, and (least..most). All messages
-are equally long (300 bytes unless it says otherwise).
+    bench.py                                    everything, three rounds of about 15 minutes
+    bench.py --against ../1.0.0                 in turns with the swiftcms_ws.py of that directory
+    bench.py --measure single,many --rounds 5   only these measurements
+    bench.py --only raw_python,swiftcms_ws      only these servers (and the one of --against)
+    bench.py --quick                            small sizes and one round, to try the code
+    bench.py --report                           print the tables of earlier runs, measure nothing
+    bench.py --write                            put the tables into .ci/BENCHMARK.md too
 
-fan-out     from the first publish of a burst until the last client has its last event
-latency     one event; when all have it, the next: until half of the clients, and the last, have it
-publish     one call of publish(), back to back, with 1 and with 1000 clients subscribed
-memory      the server process's PSS for each of 200 clients that offer compression
-stuck       how much longer a burst takes the others when one of 200 clients never reads
+Results are kept in .ci/bench.json, measurement by measurement: a run replaces the measurements it
+made and leaves the others, so they can be made in several runs. With --quick they are kept apart.
+
+burst       from the first publish of a burst until the last client has its last event
+single      one event alone, in turns with the raw loop: until half of the clients have it
+publish     one call of publish(), back to back, with 1 and with 1000 subscribers in turns
+memory      the server process's memory per client, for 200 and for 1000 clients
+stuck       how much longer a burst takes for the others if one of 200 clients never reads
+matching    one subscriber, while others subscribe to something else
 redis       200 clients of another process than the one that publishes, beside one process alone
-matching    one subscriber of what is published, while others subscribed to something else
-ceiling     what the load client can count: it must be more than any server sends
+deploy      3,000 clients connect to gunicorn, with few threads, while pages are fetched
+many        15,000 clients of one process: one event, in turns with the raw loop
+idle_cpu    processor time for a connection that only answers pings
+return      1,000 clients reconnect with ten patterns each, while `authorize` looks something up
+ceiling     how much the load client can count: it must be more than any server sends
 
-The client checks that everybody gets every event, whole and in order; if not, this ends with 1.
+The load client checks that every client gets every event, complete and in order. If not, or if a
+process fails, the measurement is reported as failed and the exit status is 1. No figure is compared
+with a limit.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import dataclasses
 import hashlib
+import http.client
 import json
 import os
 import platform
+import re
 import resource
 import select
 import shutil
@@ -40,41 +53,94 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_JSON = HERE / "bench.json"
-PACKAGES = ["flask", "flask-sock", "simple-websocket", "pyjwt", "flask-socketio", "websockets", "redis"]
-RAW, OURS = "raw_python", "swiftcms_ws"
-SOCKET_IO_PATH = "/socket.io/?EIO=4&transport=websocket"
-# How a client joins each server: the path, and what else the load client must know.
-# They are measured in this order, which puts ours next to the raw loop it is compared with.
-JOIN = {
-    RAW: ["/ws"],
-    OURS: ["/ws", "--send", '{"action":"subscribe","type":"content.*"}', "--answers", "2"],
-    "websockets": ["/ws"],
-    "flask-sock": ["/ws"],
-    "Flask-SocketIO": [SOCKET_IO_PATH, "--engineio", "--send", "40", "--answers", "2"],
-}
-ELSEWHERE = '{"action":"subscribe","type":"content.created","contentType":"elsewhere-#"}'
-COLUMNS = [(200, False), (200, True), (1000, False), (1000, True)]
-SMALL_BURST = 10  # warms up, and tells how many events a slow server can be asked for
-PATIENCE_S = 60  # for any one answer: longer means that it hangs
-STUCK_LIMIT_S = 10
-DISTURBED = 0.15  # of a core's time, taken by other processes: then a measurement is repeated
-ATTEMPTS, CALM_WAIT_S = 3, 20  # how often, and how long to wait for them to finish
-ROUND_LIMIT_S = 600  # a round takes 4 minutes; nothing is repeated once they take longer than this
+BENCHMARK_MD = HERE / "BENCHMARK.md"
+MARKERS = ("<!-- tables: written by bench.py --write -->", "<!-- end of the tables -->")
+PACKAGES = [
+    "flask",
+    "flask-sock",
+    "simple-websocket",
+    "pyjwt",
+    "gunicorn",
+    "flask-socketio",
+    "websockets",
+    "redis",
+]
+# The longest wait for one answer. A process that takes longer hangs.
+PATIENCE_S = 60
+LIFETIME_S = 600
 
 
-class Wrong(Exception):
+class Failure(Exception):
     """A server lost, repeated, reordered or damaged an event, or a process failed."""
 
 
-# --- An environment of its own ------------------------------------------------------------------
+# --- Servers --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """A server to measure: its name in the tables, and how clients join it."""
+
+    name: str
+    # Path and further options of the load client.
+    join: tuple[str, ...]
+    # The directory of swiftcms_ws.py; None for the peers.
+    checkout: Path | None = None
+
+    @property
+    def arguments(self) -> list[str]:
+        """Return the arguments of bench_servers.py."""
+        if self.checkout is None:
+            return [self.name]
+        return ["swiftcms_ws", "--checkout", str(self.checkout)]
+
+    @property
+    def holds_threads(self) -> bool:
+        """Return whether each WebSocket occupies a thread of the web server: before 2.0.0."""
+        return self.checkout is not None and int(version_in(self.checkout).partition(".")[0]) < 2
+
+    @property
+    def sends_pings(self) -> bool:
+        """Return whether `--heartbeat` is implemented for it in bench_servers.py."""
+        return self.checkout is not None or self.name in ("websockets", "flask-sock")
+
+    @property
+    def has_publish(self) -> bool:
+        """Return whether it has a call that publishes one event."""
+        return self.name not in ("raw_python", "websockets")
+
+
+def version_in(checkout: Path) -> str:
+    source = (checkout / "swiftcms_ws.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"', source, re.M)
+    return found[1] if found else "0"
+
+
+def swiftcms_ws(checkout: Path, name: str) -> Server:
+    subscribe = '{"action":"subscribe","type":"content.*"}'
+    return Server(name, ("/ws", "--send", subscribe, "--answers", "2"), checkout)
+
+
+OURS = "swiftcms_ws"
+RAW = Server("raw_python", ("/ws",))
+SOCKET_IO_PATH = "/socket.io/?EIO=4&transport=websocket"
+PEERS = [
+    Server("websockets", ("/ws",)),
+    Server("flask-sock", ("/ws",)),
+    Server("Flask-SocketIO", (SOCKET_IO_PATH, "--engineio", "--send", "40", "--answers", "2")),
+]
+
+
+# --- An environment of its own --------------------------------------------------------------------
 
 
 def cache_directory() -> Path:
@@ -83,13 +149,14 @@ def cache_directory() -> Path:
 
 
 def enter_environment() -> None:
-    """Starts this program again in its virtual environment, made first where there is none."""
+    """Start this program again in its virtual environment, which is made if it is missing."""
     kind = hashlib.sha256(" ".join([sys.version, *PACKAGES]).encode()).hexdigest()[:12]
     home = cache_directory() / kind
     if Path(sys.prefix) == home:
         return
     python = home / "bin" / "python"
-    finished = home / "complete"  # an interrupted installation is begun again
+    # Without this file an installation was interrupted, and is started again.
+    finished = home / "complete"
     if not finished.exists():
         print(f"making an environment in {home}", file=sys.stderr)
         venv.create(home, clear=True, with_pip=True)
@@ -99,87 +166,290 @@ def enter_environment() -> None:
 
 
 def build_client(directory: Path) -> tuple[list[str], str]:
-    """The command that runs the load client, and what to say about it."""
+    """Return the command that runs the load client, and its description."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     program = str(directory / "loadclient")
     attempts = {
-        "C, looks into compressed frames too": ["-DWITH_ZLIB", "-lz"],
-        "C, without zlib: it only counts compressed frames": [],
+        "C, reads compressed frames too": ["-DWITH_ZLIB", "-lz"],
+        "C without zlib, which only counts compressed frames": [],
     }
-    for about, extra in attempts.items() if compiler else ():
+    for description, extra in attempts.items() if compiler else ():
         command = [compiler, "-O2", "-o", program, str(HERE / "loadclient.c"), *extra]
         if subprocess.run(command, check=False, capture_output=True).returncode == 0:
-            return [program], about
-    about = "Python, as there is no C compiler: IT MAY BE THE BOTTLENECK, see its ceiling"
-    return [sys.executable, str(HERE / "loadclient.py")], about
+            return [program], description
+    description = "Python, for lack of a C compiler: IT MAY BE THE BOTTLENECK, see its ceiling"
+    return [sys.executable, str(HERE / "loadclient.py")], description
 
 
-# --- Processes ----------------------------------------------------------------------------------
+# --- Processes ------------------------------------------------------------------------------------
 
 
 class Process:
-    """A child that takes a line and answers with lines of JSON."""
+    """A child process that reads commands from its standard input and answers in lines of JSON."""
 
     def __init__(self, command: list[str], core: int | None) -> None:
-        self.name = Path(command[0]).name if len(command) < 3 else " ".join(command[1:3])
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
-        pipe = subprocess.PIPE
-        self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors)
+        self.name = " ".join(Path(part).name for part in command[:3])
+        # Closed by stop().
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self.child = self.start(command)
         if core is not None:
-            os.sched_setaffinity(self.child.pid, {core})  # before it starts a thread: they inherit
+            # It has no thread yet. Threads inherit this.
+            os.sched_setaffinity(self.child.pid, {core})
         self.unread = b""
 
-    def tell(self, line: str) -> None:
-        self.child.stdin.write(line.encode() + b"\n")
-        self.child.stdin.flush()
+    def start(self, command: list[str]) -> subprocess.Popen:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors)
 
-    def hear(self, patience: float = PATIENCE_S) -> dict:
+    @property
+    def pid(self) -> int:
+        return self.child.pid
+
+    def send(self, line: str) -> None:
+        try:
+            self.child.stdin.write(line.encode() + b"\n")
+            self.child.stdin.flush()
+        except OSError as error:
+            raise Failure(f"{self.name} has exited: {self.stderr_tail()}") from error
+
+    def receive(self, patience: float = PATIENCE_S) -> dict:
         deadline = time.monotonic() + patience
         output = self.child.stdout.fileno()
         while b"\n" not in self.unread:
             left = max(0.0, deadline - time.monotonic())
             data = os.read(output, 65536) if select.select([output], [], [], left)[0] else b""
             if not data:
-                raise Wrong(f"{self.name} gave no answer: {self.complaint()}")
+                raise Failure(f"{self.name} gave no answer: {self.stderr_tail()}")
             self.unread += data
         line, _, self.unread = self.unread.partition(b"\n")
         return json.loads(line)
 
-    def ask(self, line: str, patience: float = PATIENCE_S) -> dict:
-        self.tell(line)
-        return self.hear(patience)
+    def request(self, line: str, patience: float = PATIENCE_S) -> dict:
+        self.send(line)
+        return self.receive(patience)
 
-    def complaint(self) -> str:
+    def stderr_tail(self) -> str:
         self.errors.seek(0)
         return self.errors.read().decode(errors="replace")[-2000:] or "nothing on standard error"
 
-    def pss_kib(self) -> int:
-        """Its memory; what it shares with other processes counts in part."""
-        for line in Path(f"/proc/{self.child.pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1])
-        raise Wrong("the kernel does not tell the PSS")
+    def memory_kib(self) -> int:
+        """Return its own memory, without the files that it maps.
 
-    def end(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # it, or this very call, came before
-            self.tell("exit")
+        The proportional size of mapped files changes whenever another Python process starts.
+        """
+        return self.number_in("smaps_rollup", "Pss_Anon:")
+
+    def threads(self) -> int:
+        return self.number_in("status", "Threads:")
+
+    def number_in(self, file: str, field: str) -> int:
+        for line in Path(f"/proc/{self.pid}/{file}").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1])
+        raise Failure(f"/proc/{self.pid}/{file} has no {field}")
+
+    def stop(self) -> None:
+        # It may have exited already.
+        with contextlib.suppress(Failure, ValueError):
+            self.send("exit")
+        self.wait(2)
+        for stream in (self.child.stdin, self.child.stdout, self.errors):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def wait(self, patience: float) -> None:
         try:
-            self.child.wait(2)
+            self.child.wait(patience)
         except subprocess.TimeoutExpired:
             self.child.kill()
             self.child.wait()
-        for stream in (self.child.stdin, self.child.stdout, self.errors):
-            with contextlib.suppress(OSError):
-                stream.close()
+
+
+class Gunicorn(Process):
+    """gunicorn with one worker, which executes the same commands over HTTP."""
+
+    def __init__(self, options: list[str], app: str, core: int | None) -> None:
+        self.port = free_port()
+        bind = f"127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "gunicorn", "--workers", "1", "--bind", bind]
+        command += ["--chdir", str(HERE), "--no-control-socket", "--log-level", "warning"]
+        super().__init__([*command, *options, app], core)
+        self.worker_pid = 0
+
+    def start(self, command: list[str]) -> subprocess.Popen:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self.errors,
+            stderr=self.errors,
+            preexec_fn=limit_lifetime,  # noqa: PLW1509 - no other thread runs now
+        )
+
+    @property
+    def pid(self) -> int:
+        """Return the worker's process id: its memory and threads are measured."""
+        return self.worker_pid
+
+    def wait_until_up(self) -> None:
+        wait_for_port(self.port, self.child)
+        self.worker_pid = self.request("process")["pid"]
+
+    def send(self, line: str) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+        try:
+            connection.request("POST", "/command", line)
+        except OSError as error:
+            raise Failure(f"{self.name} has exited: {self.stderr_tail()}") from error
+        self.connection = connection
+
+    def receive(self, patience: float = PATIENCE_S) -> dict:
+        self.connection.sock.settimeout(patience)
+        try:
+            response = self.connection.getresponse()
+            body = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise Failure(f"{self.name} gave no answer: {self.stderr_tail()}") from error
+        finally:
+            self.connection.close()
+        if response.status != 200:
+            raise Failure(f"{self.name} answered {response.status}: {self.stderr_tail()}")
+        return json.loads(body)["answer"]
+
+    def stop(self) -> None:
+        # Whatever happens to the master, its worker notices that it is gone and exits.
+        self.child.terminate()
+        self.wait(10)
+        self.errors.close()
+
+
+def limit_lifetime() -> None:
+    """Let SIGALRM stop a child process that outlives this program, if this one was killed."""
+    signal.alarm(LIFETIME_S)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def wait_for_port(port: int, child: subprocess.Popen) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline and child.poll() is None:
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.02)
+    raise Failure(f"{child.args[0]} did not open its port")
+
+
+@contextlib.contextmanager
+def redis_server() -> Iterator[str]:
+    """Run a Redis server in memory."""
+    program = shutil.which("redis-server") or shutil.which("valkey-server")
+    port = free_port()
+    with tempfile.TemporaryDirectory() as directory:
+        command = [program, "--bind", "127.0.0.1", "--port", str(port), "--save", ""]
+        child = subprocess.Popen(
+            [*command, "--dir", directory],
+            stdout=subprocess.DEVNULL,
+            preexec_fn=limit_lifetime,  # noqa: PLW1509 - no other thread runs now
+        )
+        try:
+            wait_for_port(port, child)
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            child.kill()
+            child.wait()
+
+
+class PageFetcher(threading.Thread):
+    """Thread: fetches the site's page every 10 ms, whether the last one has arrived or not.
+
+    A latency is counted from the time at which the request was due, so a request that had to
+    wait for anything counts with its wait.
+    """
+
+    INTERVAL_S = 0.01
+    LIMIT_S = 60
+
+    def __init__(self, port: int, core: int | None) -> None:
+        super().__init__(daemon=True)
+        self.port, self.core = port, core
+        self.seconds: list[float] = []
+        self.failures: list[str] = []
+        self.is_stopping = threading.Event()
+
+    def __enter__(self) -> PageFetcher:
+        self.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.is_stopping.set()
+        self.join(2 * self.LIMIT_S)
+
+    def run(self) -> None:
+        if self.core is not None:
+            os.sched_setaffinity(0, {self.core})
+        asyncio.run(self.fetch_pages())
+
+    async def fetch_pages(self) -> None:
+        start, fetches = time.monotonic(), []
+        for number in range(int(self.LIMIT_S / self.INTERVAL_S)):
+            due = start + number * self.INTERVAL_S
+            await asyncio.sleep(due - time.monotonic())
+            if self.is_stopping.is_set():
+                break
+            fetches.append(asyncio.create_task(self.fetch(due)))
+        await asyncio.gather(*fetches)
+
+    async def fetch(self, due: float) -> None:
+        try:
+            page = await asyncio.wait_for(self.get(), self.LIMIT_S)
+        except (OSError, TimeoutError, asyncio.TimeoutError) as error:
+            self.failures.append(repr(error))
+            return
+        self.seconds.append(time.monotonic() - due)
+        if not page.startswith(b"HTTP/1.1 200 "):
+            self.failures.append(page[:60].decode(errors="replace"))
+
+    async def get(self) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+            return await reader.read(-1)
+        finally:
+            writer.close()
+
+    def report(self) -> dict:
+        if self.failures:
+            raise Failure(f"{len(self.failures)} pages failed, the first: {self.failures[0]}")
+        ordered = sorted(self.seconds)
+        return {
+            "pages": len(ordered),
+            "page_p50_ms": ordered[len(ordered) // 2] * 1000,
+            "page_p99_ms": ordered[len(ordered) * 99 // 100] * 1000,
+        }
 
 
 class Session:
-    """One server with its clients, and what can be measured of them."""
+    """One server with its clients."""
 
-    def __init__(self, bench: Bench, name: str, redis_url: str | None = None) -> None:
-        """With Redis a second process of the same kind, which has no clients, is the one that publishes."""
-        self.bench, self.name = bench, name
-        command = [sys.executable, str(HERE / "bench_servers.py"), name, *([redis_url] if redis_url else [])]
+    def __init__(
+        self,
+        bench: Bench,
+        server: Server,
+        *,
+        redis_url: str | None = None,
+        heartbeat: float | None = None,
+    ) -> None:
+        """With Redis, a second process of the same server publishes, and it has no clients."""
+        self.bench, self.kind, self.name = bench, server, server.name
+        command = [sys.executable, str(HERE / "bench_servers.py"), *server.arguments]
+        if redis_url:
+            command += ["--redis", redis_url]
+        if heartbeat:
+            command += ["--heartbeat", str(heartbeat)]
         self.server = self.publisher = Process(command, bench.server_core)
         self.processes = [self.server]
         if redis_url:
@@ -187,27 +457,31 @@ class Session:
             self.processes.append(self.publisher)
 
     def __enter__(self) -> Session:
-        ports = [process.hear()["port"] for process in self.processes]
+        try:
+            ports = [process.receive()["port"] for process in self.processes]
+        except BaseException:
+            self.__exit__()
+            raise
         self.port = ports[0]
         return self
 
     def __exit__(self, *_exception: object) -> None:
         for process in reversed(self.processes):
-            process.end()
+            process.stop()
 
-    def join(self, count: int, *options: str, join: list[str] | None = None) -> Process:
-        """Connects clients, and waits until the server knows them all."""
-        path, *more = join or JOIN[self.name]
+    def join(self, count: int, *options: str, join: Iterable[str] | None = None) -> Process:
+        """Connect clients, and wait until the server has registered them all."""
+        path, *more = join or self.kind.join
         command = [*self.bench.client, str(self.port), path, str(count), *more, *options]
         command += self.bench.spin
         client = Process(command, self.bench.client_core)
         self.processes.append(client)
         client.count, client.stuck = count, "--stuck" in options
-        client.hear()
+        client.ready = client.receive(PATIENCE_S + count / 50)
         deadline = time.monotonic() + PATIENCE_S
-        while self.server.ask("clients") not in (None, count):
+        while self.server.request("clients") not in (None, count):
             if time.monotonic() > deadline:
-                raise Wrong(f"{self.name} does not see its {count} clients")
+                raise Failure(f"{self.name} does not see its {count} clients")
             time.sleep(0.01)
         return client
 
@@ -221,225 +495,585 @@ class Session:
         size: int = 300,
         limit: float = PATIENCE_S,
     ) -> dict:
-        """Publishes, and returns what the server and the client say of it, checked."""
-        client.ask(f"expect {events} {int(limit * 1000)}")
-        self.publisher.tell(f"{command} {events} {extra}")
-        report = client.hear(limit + 5)
-        everybody = client.count - client.stuck
+        """Publish, and return the checked reports of the server and of the load client."""
+        client.request(f"expect {events} {int(limit * 1000)}")
+        self.publisher.send(f"{command} {events} {extra}")
+        report = client.receive(limit + 5)
+        readers = client.count - client.stuck
         if report["order_errors"] or report["bad_frames"]:
-            raise Wrong(f"{self.name}: events out of order or damaged: {report}")
-        if report["complete"] < everybody:
+            raise Failure(f"{self.name}: events out of order or damaged: {report}")
+        if report["complete"] < readers:
             if client.stuck:
                 return {"stops": True}
-            complaint = self.server.complaint()
-            raise Wrong(f"{self.name}: not all got {events} events: {report}; server: {complaint}")
+            tail = self.server.stderr_tail()
+            raise Failure(f"{self.name}: lost some of {events} events: {report}; server: {tail}")
         if report["most"] != events or report["closed"]:
-            raise Wrong(f"{self.name}: too many events, or connections lost: {report}")
+            raise Failure(f"{self.name}: too many events, or connections lost: {report}")
         if not size * 0.95 <= report["smallest"] <= report["largest"] <= size * 1.05:
-            raise Wrong(f"{self.name}: messages should have {size} bytes: {report}")
-        report |= self.publisher.hear()
+            raise Failure(f"{self.name}: messages should have {size} bytes: {report}")
+        report |= self.publisher.receive()
         if "start_ns" in report:
             report["seconds"] = (report["last_ns"] - report["start_ns"]) / 1e9
-            report["per_second"] = events * everybody / report["seconds"]
-        # How much of the time the client's core was at work: near 1, it was the bottleneck.
+            report["per_second"] = events * readers / report["seconds"]
+        # The share of the time in which the client's core was busy. Near 1 it was the bottleneck.
         span = report["last_ns"] - report["first_ns"]
         report["client_busy"] = report["busy_ns"] / span if span > 1e6 else 0.0
         return report
 
     def affordable(self, client: Process, wanted: int, budget: float) -> int:
-        """How many of the wanted events this server delivers within the budget, in seconds."""
-        rate = self.publish(client, SMALL_BURST)["per_second"]
-        return max(SMALL_BURST, min(wanted, int(rate * budget / client.count)))
+        """Return how many of the wanted events this server delivers in `budget` seconds."""
+        few = 10
+        rate = self.publish(client, few)["per_second"]
+        return max(few, min(wanted, int(rate * budget / client.count)))
+
+    def alone(self, client: Process, wanted: int, budget: float) -> dict:
+        """Publish events one at a time: how long until half of the clients, and the last, have it.
+
+        The first event finds cold caches and is not counted.
+        """
+        self.publish(client, 1)
+        deadline = time.monotonic() + budget
+        events: list[dict] = []
+        while len(events) < wanted and (time.monotonic() < deadline or len(events) < 3):
+            events.append(self.publish(client, 1))
+        half, last = (statistics.median(e[key] for e in events) for key in ("p50_ns", "max_ns"))
+        return {"half_us": half / 1000, "last_us": last / 1000}
 
 
-# --- Measurements: each returns its figures of one round ------------------------------------------
+class Deployment(Session):
+    """swiftcms_ws under gunicorn, in a small site."""
+
+    def __init__(
+        self, bench: Bench, server: Server, options: list[str], lookup_s: float = 0.0
+    ) -> None:
+        self.bench, self.kind, self.name = bench, server, server.name
+        app = f"bench_servers:deployed({str(server.checkout)!r}, {lookup_s})"
+        self.server = self.publisher = Gunicorn(options, app, bench.server_core)
+        self.processes = [self.server]
+
+    def __enter__(self) -> Deployment:
+        try:
+            self.server.wait_until_up()
+        except BaseException:
+            self.__exit__()
+            raise
+        self.port = self.server.port
+        return self
+
+
+# --- Measurements: each returns the figures of one round, by server -------------------------------
+
+Figures = dict[str, dict]
+# What a measurement consists of: the variant's name in the results, and a function.
+Variants = Iterator[tuple[str, Callable[[], Figures]]]
+MEASUREMENTS = [
+    "ceiling",
+    "burst",
+    "single",
+    "publish",
+    "memory",
+    "stuck",
+    "matching",
+    "redis",
+    "deploy",
+    "many",
+    "idle_cpu",
+    "return",
+]
+BURST_COLUMNS = [(200, False), (200, True), (1000, False), (1000, True)]
+# The ten patterns of a client that reconnects. Events have the content type of the last one.
+CONTENT_TYPES = [*(f"section-{number}" for number in range(9)), "posts"]
+ELSEWHERE = '{"action":"subscribe","type":"content.created","contentType":"elsewhere-#"}'
+
+
+def burst_column(clients: int, deflate: bool) -> str:
+    return f"{clients} clients" + (", deflate offered" if deflate else "")
 
 
 class Bench:
-    """The machine, the options, and the measurements."""
+    """The measurements, for the machine and the options of this run."""
 
-    def __init__(self, client: list[str], quick: bool) -> None:
-        self.client, self.quick = client, quick
+    # Alternating pairs or rounds, and events in each turn of one.
+    PAIRS = 10
+    STUCK_LIMIT_S = 10
+    # Seconds between heartbeats for which processor time is reported.
+    HEARTBEAT_S = 25
+    LOOKUP_S = 0.01
+
+    def __init__(self, client: list[str], servers: list[Server], quick: bool) -> None:
+        self.client, self.servers, self.quick = client, servers, quick
         cores = sorted(os.sched_getaffinity(0))
-        self.server_core, self.client_core = cores[:2] if len(cores) > 1 else (None, None)
-        self.spin = ["--spin"] if len(cores) > 1 else []  # on one core it would starve the server
-        self.burst = 100 if quick else 400
+        self.server_core = self.client_core = None
+        # On a single core a spinning client would take the server's time.
+        self.spin: list[str] = []
+        if len(cores) > 1:
+            self.server_core, self.client_core = cores[:2]
+            self.spin = ["--spin"]
+        self.burst_size = 100 if quick else 400
         self.repeats = 3 if quick else 9
-        self.budget = 1.0 if quick else 3.0  # seconds, for what is repeated
+        # Seconds for measurements that are repeated as often as there is time.
+        self.budget = 1.0 if quick else 3.0
+        self.pairs = 3 if quick else self.PAIRS
+        self.turn_size = 5 if quick else 30
+        self.deploy_count = 300 if quick else 3000
 
-    def fan_out(self, name: str, clients: int, deflate: bool) -> dict:
-        """Bursts; without compression also events one at a time, and at 1000 publish()'s cost."""
-        with Session(self, name) as session:
+    def plan(self, name: str, round_number: int) -> Iterator[tuple[str, Callable[[], Figures]]]:
+        """Yield the variants of a measurement: a key for the results, and a function.
+
+        The servers change places in every second round, so that none always comes first.
+        """
+        servers = self.servers[:: 1 if round_number % 2 else -1]
+        for variant, measure in getattr(self, f"{name}_variants")(servers):
+            yield f"{name}: {variant}" if variant else name, measure
+
+    def ceiling_variants(self, servers: list[Server]) -> Variants:
+        if RAW in servers:
+            yield "", self.ceiling
+
+    def burst_variants(self, servers: list[Server]) -> Variants:
+        for clients, deflate in BURST_COLUMNS:
+            for server in servers:
+                yield burst_column(clients, deflate), bind(self.burst, server, clients, deflate)
+
+    def single_variants(self, servers: list[Server]) -> Variants:
+        for clients in (200, 1000):
+            for server in servers:
+                if server != RAW:
+                    yield f"{clients} clients", bind(self.single, server, clients)
+
+    def publish_variants(self, servers: list[Server]) -> Variants:
+        for server in servers:
+            if server.has_publish:
+                yield "", bind(self.publish, server)
+
+    def memory_variants(self, servers: list[Server]) -> Variants:
+        for clients in (200, 1000):
+            for server in servers:
+                yield f"{clients} clients", bind(self.memory, server, clients)
+
+    def stuck_variants(self, servers: list[Server]) -> Variants:
+        for server in servers:
+            yield "", bind(self.stuck, server)
+
+    def matching_variants(self, servers: list[Server]) -> Variants:
+        for server in servers:
+            if server.checkout:
+                yield "", bind(self.matching, server)
+
+    def redis_variants(self, servers: list[Server]) -> Variants:
+        if not (shutil.which("redis-server") or shutil.which("valkey-server")):
+            print("redis is not measured: there is no redis-server", file=sys.stderr)
+            return
+        for server in servers:
+            if server.checkout:
+                yield "one process, no Redis", bind(self.redis, server, "burst", alone=True)
+                yield "publish_many", bind(self.redis, server, "burst_many")
+            if server.checkout or server.name == "Flask-SocketIO":
+                yield "publish", bind(self.redis, server, "burst")
+
+    def deploy_variants(self, servers: list[Server]) -> Variants:
+        count = self.deploy_count
+        workers = {"sync": [], "gthread --threads 2": ["-k", "gthread", "--threads", "2"]}
+        for server in servers:
+            if server.checkout is None:
+                continue
+            for parallel, how in ((100, "100 at a time"), (count, "all at once")):
+                if server.holds_threads:
+                    # The only way in which 1.0.0 can serve as many clients.
+                    options = threads_for(server, count)
+                    yield f"a thread each, {how}", bind(self.deploy, server, options, parallel)
+                    continue
+                for name, options in workers.items():
+                    yield f"{name}, {how}", bind(self.deploy, server, options, parallel)
+
+    def many_variants(self, servers: list[Server]) -> Variants:
+        for server in servers:
+            # The others need one or two threads for each client.
+            if server.name == "websockets" or (server.checkout and not server.holds_threads):
+                yield "", bind(self.many, server)
+
+    def idle_cpu_variants(self, servers: list[Server]) -> Variants:
+        if pinging := [server for server in servers if server.sends_pings]:
+            yield "", bind(self.idle_cpu, pinging)
+
+    def return_variants(self, servers: list[Server]) -> Variants:
+        for server in servers:
+            if server.checkout:
+                yield "", bind(self.come_back, server)
+
+    def burst(self, server: Server, clients: int, deflate: bool) -> Figures:
+        with Session(self, server) as session:
             client = session.join(clients, *["--deflate"] * deflate)
-            events = session.affordable(client, self.burst, self.budget)
+            events = session.affordable(client, self.burst_size, self.budget)
             deadline = time.monotonic() + self.budget
             bursts = [session.publish(client, events)]
             while len(bursts) < self.repeats and time.monotonic() < deadline:
                 bursts.append(session.publish(client, events))
-            rates = [burst["per_second"] for burst in bursts]
-            middle = bursts[rates.index(statistics.median_low(rates))]
-            wanted = ("per_second", "client_busy", "wire_bytes")
-            figures = {"events": events} | {key: middle[key] for key in wanted}
-            if not deflate:
-                figures |= self.latency(session, client)
-            if clients == 1000 and not deflate and name not in (RAW, "websockets"):
-                figures |= self.publish_cost(session, client, events)
-        return figures
+        rates = [burst["per_second"] for burst in bursts]
+        middle = bursts[rates.index(statistics.median_low(rates))]
+        wanted = ("per_second", "client_busy", "wire_bytes")
+        return {server.name: {"events": events} | {key: middle[key] for key in wanted}}
 
-    def latency(self, session: Session, client: Process) -> dict:
-        deadline = time.monotonic() + self.budget
-        events = []
-        while len(events) < self.burst // 2 and (time.monotonic() < deadline or len(events) < 5):
-            events.append(session.publish(client, 1))
-        half, last = (statistics.median(e[k] for e in events) / 1000 for k in ("p50_ns", "max_ns"))
-        return {"half_us": half, "last_us": last, "latency_events": len(events)}
+    def single(self, server: Server, clients: int) -> Figures:
+        with Session(self, RAW) as raw, Session(self, server) as session:
+            return self.take_turns(raw, raw.join(clients), session, session.join(clients))
 
-    def publish_cost(self, session: Session, client: Process, calls: int) -> dict:
-        report = session.publish(client, calls, command="publish_cost")
-        return {"publish_us": report["p50_us"], "publish_max_us": report["max_us"]}
+    def take_turns(
+        self, raw: Session, raw_client: Process, session: Session, client: Process
+    ) -> Figures:
+        """Publish events one at a time, in turns with the raw loop, which changes places too."""
+        pairs = []
+        for number in range(self.pairs):
+            pair = {}
+            turns = [(raw, raw_client), (session, client)]
+            for turn, joined in turns if number % 2 else reversed(turns):
+                pair[turn.name] = turn.alone(joined, self.turn_size, 0.7)
+            pairs.append(pair)
+        both = {}
+        for name in (raw.name, session.name):
+            half, last = ([pair[name][key] for pair in pairs] for key in ("half_us", "last_us"))
+            both[name] = {"half_us": statistics.median(half), "last_us": statistics.median(last)}
+        for key in ("half", "last"):
+            ratios = [p[session.name][f"{key}_us"] / p[raw.name][f"{key}_us"] for p in pairs]
+            both[session.name] |= {f"{key}_ratio": statistics.median(ratios)}
+            both[session.name] |= {f"{key}_ratios": ratios}
+        return both
 
-    def publish_alone(self, name: str) -> dict:
-        with Session(self, name) as session:
-            client = session.join(1)
-            session.publish(client, SMALL_BURST)
-            return self.publish_cost(session, client, self.burst)
+    def publish(self, server: Server) -> Figures:
+        """Measure publish() in two processes in turns, one with 1 and one with 1000 subscribers."""
+        counts, costs = (1, 1000), {1: [], 1000: []}
+        with Session(self, server) as one, Session(self, server) as many:
+            sessions = {1: one, 1000: many}
+            clients = {count: sessions[count].join(count) for count in counts}
+            calls = many.affordable(clients[1000], 2 * self.burst_size, 1.0)
+            deadline = time.monotonic() + 10 * self.budget
+            for number in range(self.pairs):
+                if number >= 3 and time.monotonic() > deadline:
+                    break
+                for count in counts if number % 2 else reversed(counts):
+                    session, client = sessions[count], clients[count]
+                    report = session.publish(client, calls, command="publish_cost")
+                    costs[count].append(report["publish_us"])
+        figures = {f"us_{count}": statistics.median(costs[count]) for count in counts}
+        ratio = figures["us_1000"] / figures["us_1"]
+        return {server.name: figures | {"calls": calls, "ratio": ratio}}
 
-    def memory(self, name: str) -> dict:
-        clients, settle_s = 200, 0.5
-        with Session(self, name) as session:
-            # The first client makes the server import and start what it needs for any client.
-            session.publish(first := session.join(1, "--deflate"), 5)
-            first.end()
+    def memory(self, server: Server, clients: int) -> Figures:
+        """Measure how much the server's memory grows per client.
+
+        The first few hundred clients of a server that needs little partly use memory that was
+        freed after its start. `many` shows the memory of clients to which this does not apply.
+        """
+        settle_s = 0.5
+        with Session(self, server) as session:
+            # The first client makes the server import and start everything that one client needs.
+            first = session.join(1, "--deflate")
+            session.publish(first, 5)
+            first.stop()
             time.sleep(settle_s)
-            before = session.server.pss_kib()
+            before, threads = session.server.memory_kib(), session.server.threads()
             client = session.join(clients, "--deflate")
-            figures = {}
-            for moment, events in (("idle", 0), ("after_20", 20), ("after_400", 380)):
-                if events:
-                    session.publish(client, events)
+            time.sleep(settle_s)
+            figures = {
+                "idle": (session.server.memory_kib() - before) / clients,
+                "threads": (session.server.threads() - threads) / clients,
+            }
+            # A server that would need minutes for 400 events has no figure for them.
+            if session.affordable(client, 400, 40.0) == 400:
+                session.publish(client, 390)
                 time.sleep(settle_s)
-                figures[moment] = (session.server.pss_kib() - before) / clients
-        return figures
+                figures["after_400"] = (session.server.memory_kib() - before) / clients
+        with Session(self, server) as session:
+            client = session.join(1)
+            session.publish(client, 5)
+            before = session.server.memory_kib()
+            session.publish(client, 400)
+            time.sleep(settle_s)
+            figures["events_kib"] = session.server.memory_kib() - before
+        return {server.name: figures}
 
-    def stuck(self, name: str) -> dict:
-        """Messages of 4 KiB, 2.4 MB for each client: more than kernel and queue hold for one."""
+    def stuck(self, server: Server) -> Figures:
+        """Messages of 4 KiB, 2.4 MB for each client: more than is buffered for one."""
         events, size = 600, 4096
-        figures = {}
-        for who in ("without", "with"):
-            with Session(self, name) as session:
-                client = session.join(200, *["--stuck"] * (who == "with"))
-                session.server.ask(f"resize {size}")
-                limit = max(STUCK_LIMIT_S, 3 * figures.get("without", 0))
-                limit = limit if client.stuck else PATIENCE_S
+        figures: dict = {}
+        for which in ("without", "with"):
+            with Session(self, server) as session:
+                client = session.join(200, *["--stuck"] * (which == "with"))
+                session.server.request(f"resize {size}")
+                limit = float(PATIENCE_S)
+                if client.stuck:
+                    limit = max(self.STUCK_LIMIT_S, 3 * figures["without"])
                 report = session.publish(client, events, size=size, limit=limit)
                 if "stops" in report:
-                    if name == OURS:
-                        raise Wrong(f"{name}: one client that does not read stops the others")
-                    return figures | {"stops": True}
-                figures[who] = report["seconds"]
+                    if server.checkout:
+                        raise Failure(f"{server.name}: one client stops the others")
+                    return {server.name: figures | {"stops": True}}
+                figures[which] = report["seconds"]
                 if client.stuck:
-                    figures["end"] = client.ask("stuck")
-        return figures | {"ratio": figures["with"] / figures["without"]}
+                    figures["end"] = client.request("stuck")
+        return {server.name: figures | {"ratio": figures["with"] / figures["without"]}}
 
-    def redis(self, name: str, redis_url: str | None, command: str = "burst") -> dict:
-        with Session(self, name, redis_url) as session:
-            client = session.join(200)
-            session.publish(client, SMALL_BURST)
-            bursts = [session.publish(client, self.burst, command=command) for _ in range(self.repeats)]
-            per_second = statistics.median(burst["per_second"] for burst in bursts)
-            return {"per_second": per_second} | self.latency(session, client)
-
-    def matching(self, name: str) -> dict:
-        """The same server, with 10 and then 10,000 subscriptions that do not match."""
+    def matching(self, server: Server) -> Figures:
+        """Measure the same server with 10, then 10,000 subscriptions that do not match."""
+        events = 5 * self.burst_size
         figures = {}
-        with Session(self, name) as session:
+        with Session(self, server) as session:
             client = session.join(1)
             for others, count, each in ((10, 10, 1), (10_000, 100, 100)):
                 joining = ["/ws", "--send", ELSEWHERE, "--repeat", str(each)]
                 bystanders = session.join(count, join=[*joining, "--answers", str(1 + each)])
-                session.publish(client, SMALL_BURST)
-                bursts = [session.publish(client, 5 * self.burst)["seconds"] for _ in range(3)]
-                figures[str(others)] = {
-                    "burst_us": statistics.median(bursts) / (5 * self.burst) * 1e6,
-                    "alone_us": self.latency(session, client)["half_us"],
-                }
+                session.publish(client, 10)
+                bursts = [session.publish(client, events)["seconds"] for _ in range(3)]
+                figures[f"burst_us_{others}"] = statistics.median(bursts) / events * 1e6
+                alone = session.alone(client, self.burst_size // 2, self.budget)
+                figures[f"alone_us_{others}"] = alone["half_us"]
                 if others == 10:
-                    bystanders.end()
-        return figures
+                    bystanders.stop()
+        return {server.name: figures}
 
-    def ceiling(self) -> dict:
+    def redis(self, server: Server, command: str, *, alone: bool = False) -> Figures:
+        with contextlib.ExitStack() as stack:
+            url = None if alone else stack.enter_context(redis_server())
+            session = stack.enter_context(Session(self, server, redis_url=url))
+            client = session.join(200)
+            session.publish(client, 10)
+            bursts = [
+                session.publish(client, self.burst_size, command=command)["per_second"]
+                for _ in range(self.repeats)
+            ]
+            figures = session.alone(client, self.burst_size // 2, self.budget)
+        return {server.name: {"per_second": statistics.median(bursts)} | figures}
+
+    def deploy(self, server: Server, options: list[str], parallel: int) -> Figures:
+        """Connect clients to gunicorn as fast as it can, and fetch pages meanwhile."""
+        count = self.deploy_count
+        with Deployment(self, server, options) as session:
+            with PageFetcher(session.port, self.client_core) as quiet:
+                time.sleep(1)
+            threads, memory = session.server.threads(), session.server.memory_kib()
+            with PageFetcher(session.port, self.client_core) as busy:
+                client = session.join(count, "--parallel", str(parallel))
+            connected = session.server.request("status")["connections"]
+            if connected != count:
+                raise Failure(f"{server.name}: {connected} of {count} clients are connected")
+            alone = session.alone(client, self.turn_size, self.budget)
+            figures = {
+                "clients": count,
+                "seconds": client.ready["ready_ns"] / 1e9,
+                "more_threads": session.server.threads() - threads,
+                "kib": (session.server.memory_kib() - memory) / count,
+                "quiet_p99_ms": quiet.report()["page_p99_ms"],
+            }
+        return {server.name: figures | alone | busy.report()}
+
+    def many(self, server: Server) -> Figures:
+        """Measure one event for as many clients as one process can have here."""
+        wanted = 1500 if self.quick else 15_000
+        # Each client needs a file in its server and one in the load client.
+        count = min(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 2000)
+        with Session(self, RAW) as raw, Session(self, server) as session:
+            raw_client = raw.join(count, "--parallel", "16")
+            before, threads = session.server.memory_kib(), session.server.threads()
+            client = session.join(count, "--parallel", "16")
+            both = self.take_turns(raw, raw_client, session, client)
+            both[server.name] |= {
+                "clients": count,
+                "kib": (session.server.memory_kib() - before) / count,
+                "more_threads": session.server.threads() - threads,
+            }
+        return both
+
+    def idle_cpu(self, servers: list[Server]) -> Figures:
+        """Measure processor time during two heartbeats, of all servers in the same minute.
+
+        Each server runs twice, with many clients and with one. The difference of their processor
+        times is divided by the difference of the pings that their clients answered, which gives
+        the cost of one heartbeat of one connection, and that by the seconds between heartbeats.
+        With --quick the heartbeats come faster, and the result is scaled to 25 s.
+        """
+        count = 200 if self.quick else 1000
+        interval = 2.5 if self.quick else float(self.HEARTBEAT_S)
+        with contextlib.ExitStack() as stack:
+            pairs = {}
+            for server in servers:
+                sessions = []
+                for clients in (count, 1):
+                    new = Session(self, server, heartbeat=interval)
+                    session = stack.enter_context(new)
+                    sessions.append((session, session.join(clients)))
+                pairs[server.name] = sessions
+            time.sleep(1)
+            before = {name: self.idle_counts(sessions) for name, sessions in pairs.items()}
+            time.sleep(2 * interval)
+            after = {name: self.idle_counts(sessions) for name, sessions in pairs.items()}
+        found = {}
+        for name in pairs:
+            cpu_ns, pings = (after[name][n] - before[name][n] for n in (0, 1))
+            if pings < 1.5 * count:
+                raise Failure(f"{name}: {pings} pings for {count} clients in two heartbeats")
+            per_second = cpu_ns / 1000 / pings / self.HEARTBEAT_S
+            found[name] = {"us_per_second": per_second, "pings": pings, "cpu_ms": cpu_ns / 1e6}
+        return found
+
+    @staticmethod
+    def idle_counts(sessions: list[tuple[Session, Process]]) -> tuple[int, int]:
+        """Return how much more the server with many clients has worked, and been answered."""
+        (many, many_client), (one, one_client) = sessions
+        cpu = many.server.request("process")["cpu_ns"] - one.server.request("process")["cpu_ns"]
+        return cpu, many_client.request("pings")["pings"] - one_client.request("pings")["pings"]
+
+    def come_back(self, server: Server) -> Figures:
+        """Reconnect clients with ten patterns each, all at once, to a site with a slow hook."""
+        count = 100 if self.quick else 1000
+        options = threads_for(server, count)
+        with Deployment(self, server, options, self.LOOKUP_S) as session:
+            session.server.request("burst 5")
+            since = session.server.request("status")["last_id"]
+            messages = self.resume_messages(server, since)
+            sends = [part for message in messages for part in ("--send", json.dumps(message))]
+            joining = ["/ws", *sends, "--answers", str(1 + len(messages))]
+            client = session.join(count, "--parallel", str(count), join=joining)
+            status = session.server.request("status")
+            if status["subscriptions"] != count * len(CONTENT_TYPES):
+                raise Failure(f"{server.name}: {count} clients with ten patterns: {status}")
+            # Proves that the clients are subscribed to the last of their patterns.
+            session.publish(client, 1)
+        keys = {"seconds": "ready_ns", "half_seconds": "p50_ns"}
+        return {server.name: {key: client.ready[name] / 1e9 for key, name in keys.items()}}
+
+    @staticmethod
+    def resume_messages(server: Server, since: str) -> list[dict]:
+        subscriptions = [{"type": "content.*", "contentType": each} for each in CONTENT_TYPES]
+        if server.holds_threads:
+            # 1.0.0 has no `subscriptions`: it takes one message for each.
+            return [{"action": "subscribe", "since": since, **each} for each in subscriptions]
+        return [{"action": "subscribe", "since": since, "subscriptions": subscriptions}]
+
+    def ceiling(self) -> Figures:
         with Session(self, RAW) as session:
             client = session.join(200)
-            report = session.publish(client, 64 * self.burst // 4, extra="64")
-            return {key: report[key] for key in ("per_second", "client_busy")}
+            report = session.publish(client, 64 * self.burst_size // 4, extra="64")
+        return {RAW.name: {key: report[key] for key in ("per_second", "client_busy")}}
 
 
-@contextlib.contextmanager
-def redis_server(directory: Path) -> Iterator[str | None]:
-    """A Redis of our own, in memory, or None where there is none to start."""
-    program = shutil.which("redis-server") or shutil.which("valkey-server")
-    if program is None:
-        yield None
-        return
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = [program, "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", str(directory)]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + PATIENCE_S
-        while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        child.kill()
-        child.wait()
+def threads_for(server: Server, clients: int) -> list[str]:
+    """Return the options with which gunicorn can serve so many WebSockets."""
+    if not server.holds_threads:
+        return []
+    limits = ["--threads", str(clients + 100), "--worker-connections", str(clients + 1000)]
+    return ["-k", "gthread", *limits]
+
+
+def bind(function: Callable[..., Figures], *arguments, **options) -> Callable[[], Figures]:
+    return lambda: function(*arguments, **options)
+
+
+# --- Disturbances by other processes --------------------------------------------------------------
+
+# Share of a core that other processes may take. Above it a measurement is repeated.
+DISTURBED = 0.15
+# How often a measurement is made at most, and how long to wait for a calm machine before another.
+ATTEMPTS, CALM_WAIT_S = 3, 20
 
 
 def other_processes_s() -> float:
-    """Processor time of everything but this program and those of its children that have ended."""
+    """Return the processor time of everything but this program and its children that exited."""
     ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    # user, nice, system, irq, softirq (sending over loopback is in it) and steal; not the idle ones
+    # user, nice, system, irq, softirq (which includes sending over loopback), steal; not idle.
     everything = sum(int(ticks[place]) for place in (0, 1, 2, 5, 6, 7)) / os.sysconf("SC_CLK_TCK")
     uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return everything - sum(use.ru_utime + use.ru_stime for use in uses)
 
 
-def watched(measure: Callable[[], dict]) -> dict:
-    """Measures, and adds how much of a core other processes had meanwhile."""
+def watched(measure: Callable[[], Figures]) -> tuple[float, Figures]:
+    """Measure, and return how much of a core other processes had meanwhile."""
     started, before = time.monotonic(), other_processes_s()
     figures = measure()
     share = (other_processes_s() - before) / (time.monotonic() - started)
-    return figures | {"others": max(0.0, share)}
+    return max(0.0, share), figures
 
 
-def undisturbed(measure: Callable[[], dict], patience_until: float) -> dict:
-    """Measures again while other processes had much of a core; the calmest attempt counts."""
+def undisturbed(measure: Callable[[], Figures], attempts: int) -> Figures:
+    """Measure again if other processes had much of a core. The calmest attempt counts."""
 
-    def wait_a_second() -> dict:
+    def wait_a_second() -> Figures:
         time.sleep(1)
         return {}
 
-    attempts = [watched(measure)]
-    while (
-        attempts[-1]["others"] > DISTURBED
-        and len(attempts) < ATTEMPTS
-        and time.monotonic() < patience_until
-    ):
+    results = [watched(measure)]
+    while results[-1][0] > DISTURBED and len(results) < attempts:
         calm_by = time.monotonic() + CALM_WAIT_S
-        while time.monotonic() < calm_by and watched(wait_a_second)["others"] > DISTURBED:
+        while time.monotonic() < calm_by and watched(wait_a_second)[0] > DISTURBED:
             pass
-        attempts.append(watched(measure))
-    return min(attempts, key=lambda figures: figures["others"])
+        results.append(watched(measure))
+    share, figures = min(results, key=lambda result: result[0])
+    return {name: each | {"others": share} for name, each in figures.items()}
 
 
-# --- What is printed ------------------------------------------------------------------------------
+# --- Results --------------------------------------------------------------------------------------
+
+
+class Results:
+    """The figures of this and of earlier runs: by measurement, by server, one dict per round."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        document = json.loads(path.read_text()) if path.exists() else {}
+        self.figures: dict[str, dict[str, list[dict]]] = document.get("figures", {})
+        # How each measurement was made: machine, client, date, rounds.
+        self.runs: dict[str, dict] = document.get("runs", {})
+
+    def forget(self, measurements: Iterable[str]) -> None:
+        for key in list(self.figures):
+            if name_of(key) in measurements:
+                del self.figures[key]
+        for name in measurements:
+            self.runs.pop(name, None)
+
+    def add(self, key: str, figures: Figures, round_number: int) -> None:
+        for name, each in figures.items():
+            rounds = self.figures.setdefault(key, {}).setdefault(name, [])
+            rounds.append(each | {"round": round_number})
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        document = {"runs": self.runs, "figures": self.figures}
+        self.path.write_text(json.dumps(document, indent=1) + "\n")
+
+    def values(self, key: str, server: str, field: str) -> list[float]:
+        rounds = self.figures.get(key, {}).get(server, [])
+        return [each[field] for each in rounds if field in each]
+
+    def ratios(self, key: str, server: str, other: str, field: str) -> list[float]:
+        """Return each round's figure divided by the other server's of the same round."""
+        base = {each["round"]: each for each in self.figures.get(key, {}).get(other, [])}
+        return [
+            each[field] / base[each["round"]][field]
+            for each in self.figures.get(key, {}).get(server, [])
+            if field in each and field in base.get(each["round"], {})
+        ]
+
+    def servers(self) -> list[str]:
+        """Return the names of all servers, ours and its older version first."""
+        names = {name for servers in self.figures.values() for name in servers}
+        order = [RAW.name, OURS, *sorted(n for n in names if n.startswith(f"{OURS} "))]
+        order += [peer.name for peer in PEERS]
+        return [name for name in order if name in names]
+
+    def older(self) -> str | None:
+        """Return the name of the version that this one is compared with."""
+        return next((name for name in self.servers() if name.startswith(f"{OURS} ")), None)
+
+
+def name_of(key: str) -> str:
+    return key.partition(":")[0]
 
 
 NOTHING = "–"
 
 
 def spread(values: list[float], form: str = "{:,.0f}") -> str:
-    """Median (least..most)."""
+    """Return the median and (least..most)."""
     if not values:
         return NOTHING
     text = form.format(statistics.median(values))
@@ -448,258 +1082,439 @@ def spread(values: list[float], form: str = "{:,.0f}") -> str:
     return text
 
 
+Cell = Callable[[Results, str], str]
+
+
+def cell(key: str, field: str, form: str = "{:,.0f}") -> Cell:
+    """Return a function that prints one figure of one server."""
+    return lambda results, name: spread(results.values(key, name, field), form)
+
+
+def share_of_raw(key: str, field: str) -> Cell:
+    return lambda results, name: spread(results.ratios(key, name, RAW.name, field), "{:.2f}")
+
+
+def stuck_time(results: Results, name: str) -> str:
+    if any(each.get("stops") for each in results.figures.get("stuck", {}).get(name, [])):
+        return "stops"
+    return spread(results.values("stuck", name, "with"), "{:.2f}")
+
+
+def stuck_outcome(results: Results, name: str) -> str:
+    ends = results.values("stuck", name, "end")
+    return ", ".join(sorted({f"{e['end']} {e['code'] or ''}".strip() for e in ends})) or NOTHING
+
+
 def table(title: str, head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return f"\n### {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"### {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((x.partition(":")[2].strip() for x in cpuinfo if x.startswith("model name")), "?")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in [*PACKAGES, "werkzeug"])
-    return (
-        f"{model}, {len(os.sched_getaffinity(0))} cores, Linux {platform.release()}, "
-        f"load {os.getloadavg()[0]:.1f} before; Python {platform.python_version()}, {versions}"
+def by_server(results: Results, title: str, columns: dict[str, Cell]) -> Iterator[str]:
+    """Yield a table with a row for each server that has figures."""
+    names, cells = results.servers(), columns.values()
+    rows = [[name, *(each(results, name) for each in cells)] for name in names]
+    if rows := [row for row in rows if set(row[1:]) != {NOTHING}]:
+        yield table(title, ["server", *columns], rows)
+
+
+def by_variant(results: Results, measurement: str, title: str, fields: dict) -> Iterator[str]:
+    """Yield a table with a row for each variant of a measurement and each server."""
+    rows = []
+    for key in results.figures:
+        name, _, variant = key.partition(": ")
+        if name != measurement:
+            continue
+        for server in results.servers():
+            row = [f"{server}{', ' if variant else ''}{variant}"]
+            row += [cell(key, *field)(results, server) for field in fields.values()]
+            if set(row[1:]) != {NOTHING}:
+                rows.append(row)
+    if rows:
+        yield table(title, ["server", *fields], rows)
+
+
+TWO, WHOLE = "{:.2f}", "{:,.0f}"
+# A figure that issue 22 sets as a goal, the goal, and where the figures are in the results.
+GOALS: list[tuple[str, str, list[tuple[str, str, str]]]] = [
+    *(
+        (
+            f"{clients} clients: KiB per connection idle, after 400 events; threads per connection",
+            "≤ 7; ≤ 7; 0",
+            [
+                (f"memory: {clients} clients", key, "{:.1f}")
+                for key in ("idle", "after_400", "threads")
+            ],
+        )
+        for clients in (200, 1000)
+    ),
+    *(
+        (
+            f"3,000 clients connect to gunicorn, {worker}, {how}: more threads; p99 of pages, ms",
+            "≤ 16; < 500",
+            [(f"deploy: {worker}, {how}", key, WHOLE) for key in ("more_threads", "page_p99_ms")],
+        )
+        for worker in ("sync", "gthread --threads 2")
+        for how in ("100 at a time", "all at once")
+    ),
+    (
+        "15,000 clients, one event: until half have it, raw loop = 1",
+        "≤ 1.2",
+        [("many", "half_ratio", TWO)],
+    ),
+    *(
+        (
+            f"{clients} clients, one event: until half have it, raw loop = 1",
+            "≤ 1.2",
+            [(f"single: {clients} clients", "half_ratio", TWO)],
+        )
+        for clients in (200, 1000)
+    ),
+    (
+        "publish(): µs with 1 subscriber; with 1000; ratio",
+        "≤ 30; ≤ 30; ≤ 1.25",
+        [("publish", key, TWO) for key in ("us_1", "us_1000", "ratio")],
+    ),
+    (
+        "µs of processor time a second for an idle connection",
+        "≤ 3",
+        [("idle_cpu", "us_per_second", TWO)],
+    ),
+    (
+        "seconds until 1,000 clients with 10 patterns each are back",
+        "≤ 4",
+        [("return", "seconds", TWO)],
+    ),
+]
+
+
+def goals(results: Results) -> Iterator[str]:
+    rows = []
+    for figure, goal, places in GOALS:
+        cells = [spread(results.values(key, OURS, field), form) for key, field, form in places]
+        if set(cells) != {NOTHING}:
+            rows.append([figure, goal, "; ".join(cells)])
+    if rows:
+        yield table(f"Goals of issue 22, and {OURS}", ["figure", "goal", "measured"], rows)
+
+
+MORE_IS_BETTER, LESS_IS_BETTER = 1, -1
+# A figure to compare with an older version, its place in the results, and its direction.
+COMPARED: list[tuple[str, str, str, int]] = [
+    *(
+        (f"burst, {column}: deliveries a second", f"burst: {column}", "per_second", MORE_IS_BETTER)
+        for column in (burst_column(*each) for each in BURST_COLUMNS)
+    ),
+    ("stuck: seconds with one client that never reads", "stuck", "with", LESS_IS_BETTER),
+    *(
+        (f"matching, {kind}: µs an event beside {label} others", "matching", key, LESS_IS_BETTER)
+        for kind in ("burst", "alone")
+        for label, key in (("10", f"{kind}_us_10"), ("10,000", f"{kind}_us_10000"))
+    ),
+    *(
+        row
+        for way in ("one process, no Redis", "publish", "publish_many")
+        for row in (
+            (f"redis, {way}: deliveries a second", f"redis: {way}", "per_second", MORE_IS_BETTER),
+            (f"redis, {way}: µs until half have one", f"redis: {way}", "half_us", LESS_IS_BETTER),
+        )
+    ),
+]
+
+
+def compared(results: Results) -> Iterator[str]:
+    """Yield the table that compares this version with an older one."""
+    older = results.older()
+    if older is None:
+        return
+    rows = []
+    for figure, key, field, direction in COMPARED:
+        mine, theirs = (results.values(key, name, field) for name in (OURS, older))
+        rounds = [each**direction for each in results.ratios(key, OURS, older, field)]
+        if not rounds:
+            continue
+        medians = statistics.median(theirs), statistics.median(mine)
+        form = "{:,.2f}" if medians[0] < 100 else WHOLE
+        ratio = f"{(medians[1] / medians[0]) ** direction:.2f}"
+        span = f"{min(rounds):.2f}..{max(rounds):.2f}"
+        rows.append([figure, *(form.format(median) for median in medians), ratio, span])
+    if rows:
+        head = ["figure", older, OURS, "ratio of medians", "ratios of rounds"]
+        yield table(f"{OURS} beside {older}, in turns (ratio: more is better)", head, rows)
+
+
+def all_tables(results: Results) -> Iterator[str]:
+    plain = [burst_column(*each) for each in BURST_COLUMNS if not each[1]]
+    columns = [burst_column(*each) for each in BURST_COLUMNS]
+    yield from goals(results)
+    yield from compared(results)
+    yield from by_server(
+        results,
+        "burst: deliveries a second, raw loop = 1",
+        {column: share_of_raw(f"burst: {column}", "per_second") for column in columns},
     )
-
-
-Figures = dict[str, dict[str, list[dict]]]  # measurement -> server -> one dict a round
-
-
-def values(found: Figures, measurement: str, server: str, key: str) -> list[float]:
-    return [each[key] for each in found.get(measurement, {}).get(server, []) if key in each]
-
-
-def ratios(found: Figures, measurement: str, server: str, key: str) -> list[float]:
-    """Each round's figure divided by the raw loop's in the same round."""
-    raw = {each["round"]: each for each in found.get(measurement, {}).get(RAW, [])}
-    mine = found.get(measurement, {}).get(server, [])
-    return [
-        each[key] / raw[each["round"]][key]
-        for each in mine
-        if key in each and key in raw.get(each["round"], {})
-    ]
-
-
-def column(clients: int, deflate: bool) -> str:
-    return f"{clients} clients" + (", deflate offered" if deflate else "")
-
-
-def in_markdown(found: Figures, names: list[str]) -> str:
-    columns = [column(*each) for each in COLUMNS]
-    plain = [column(*each) for each in COLUMNS if not each[1]]
-    # Title, heads of the columns, and what makes one server's row.
-    tables: list[tuple[str, list[str], Callable[[Figures, str], list[str]]]] = [
-        ("Fan-out of a burst: deliveries a second, raw loop = 1", columns, share_cells),
-        ("Fan-out of a burst: deliveries a second", columns, rate_cells),
-        (
-            "One event at a time: µs until half of the clients, and the last, have it",
-            [f"{where}: {what}" for where in plain for what in ("half", "raw loop = 1", "last")],
-            latency_cells,
-        ),
-        (
-            "One publish(), back to back: µs, median of the calls",
-            ["1 client", "1000 clients"],
-            publish_cells,
-        ),
-        (
-            "Memory: KiB for each of 200 clients, deflate offered",
-            ["idle", "after 20 events", "after 400 events"],
-            memory_cells,
-        ),
-        (
-            "One of 200 clients never reads: seconds until the others have 600 events of 4 KiB",
-            ["all read", "one does not", "ratio", "how it ended for that one"],
-            stuck_cells,
-        ),
-        (
-            "Matching: µs an event for 1 subscriber, beside subscriptions to something else",
-            [f"{how}, {many} others" for how in ("burst", "alone") for many in ("10", "10,000")],
-            matching_cells,
-        ),
-    ]
-    with_redis = (
-        "Through Redis, 200 clients of another process than the one that publishes",
-        ["burst, deliveries a second", "one event: µs until half have it", "until the last has it"],
-        redis_cells,
+    yield from by_server(
+        results,
+        "burst: deliveries a second",
+        {column: cell(f"burst: {column}", "per_second") for column in columns},
     )
-    parts = []
-    for title, heads, cells in [*tables, with_redis]:
-        rows = [[name, *cells(found, name)] for name in (REDIS_ROWS if cells == redis_cells else names)]
-        rows = [row for row in rows if set(row[1:]) != {NOTHING}]
-        if rows:
-            parts.append(table(title, ["server", *heads], rows))
-    return "\n".join([*parts, "", ceiling_line(found), "", others_line(found)])
+    single = {}
+    for column in plain:
+        key = f"single: {column}"
+        single[f"{column}: half"] = cell(key, "half_us")
+        single[f"{column}: half, raw loop = 1"] = cell(key, "half_ratio", "{:.2f}")
+        single[f"{column}: last"] = cell(key, "last_us")
+        single[f"{column}: last, raw loop = 1"] = cell(key, "last_ratio", "{:.2f}")
+    title = "single: µs until half of the clients, and the last, have one event"
+    yield from by_server(results, title, single)
+    fields = {
+        "clients": ("clients",),
+        "half": ("half_us",),
+        "half, raw loop = 1": ("half_ratio", "{:.2f}"),
+        "last": ("last_us",),
+        "last, raw loop = 1": ("last_ratio", "{:.2f}"),
+        "KiB a client": ("kib", "{:.1f}"),
+        "more threads": ("more_threads",),
+    }
+    title = "many: µs until half of the clients, and the last, have one event"
+    yield from by_variant(results, "many", title, fields)
+    fields = {
+        "1 subscriber": ("us_1", "{:,.1f}"),
+        "1000 subscribers": ("us_1000", "{:,.1f}"),
+        "ratio": ("ratio", "{:,.2f}"),
+        "calls": ("calls",),
+    }
+    title = "publish: µs for one publish(), back to back, median of the calls"
+    yield from by_variant(results, "publish", title, fields)
+    fields = {
+        "idle": ("idle", "{:.1f}"),
+        "after 400 events": ("after_400", "{:.1f}"),
+        "400 events, in all": ("events_kib",),
+        "threads a client": ("threads", "{:.2f}"),
+    }
+    title = "memory: KiB per client, deflate offered"
+    yield from by_variant(results, "memory", title, fields)
+    yield from by_server(
+        results,
+        "stuck: seconds until the others of 200 clients have 600 events of 4 KiB",
+        {
+            "all read": cell("stuck", "without", "{:.2f}"),
+            "one does not": stuck_time,
+            "ratio": cell("stuck", "ratio", "{:.2f}"),
+            "how the server closed that one": stuck_outcome,
+        },
+    )
+    yield from by_server(
+        results,
+        "matching: µs an event for 1 subscriber, beside subscriptions to something else",
+        {
+            f"{kind}, {label} others": cell("matching", f"{kind}_us_{others}", "{:.1f}")
+            for kind in ("burst", "alone")
+            for others, label in ((10, "10"), (10_000, "10,000"))
+        },
+    )
+    fields = {
+        "burst, deliveries a second": ("per_second",),
+        "one event: µs until half have it": ("half_us",),
+        "until the last has it": ("last_us",),
+    }
+    title = "redis: 200 clients of another process than the one that publishes"
+    yield from by_variant(results, "redis", title, fields)
+    fields = {
+        "clients": ("clients",),
+        "s until connected": ("seconds", "{:.2f}"),
+        "more threads": ("more_threads",),
+        "KiB a client": ("kib", "{:.1f}"),
+        "pages: p50 ms": ("page_p50_ms", "{:,.1f}"),
+        "p99 ms": ("page_p99_ms", "{:,.1f}"),
+        "p99 ms before": ("quiet_p99_ms", "{:,.1f}"),
+        "one event: µs until half have it": ("half_us",),
+    }
+    title = "deploy: clients connect to one gunicorn worker while pages are fetched"
+    yield from by_variant(results, "deploy", title, fields)
+    fields = {
+        "µs a second": ("us_per_second", "{:.2f}"),
+        "pings answered": ("pings",),
+        "processor time for them, ms": ("cpu_ms",),
+    }
+    title = "idle_cpu: processor time of a connection that only answers pings"
+    yield from by_variant(results, "idle_cpu", title, fields)
+    fields = {
+        "all have their answer": ("seconds", "{:.2f}"),
+        "half have it": ("half_seconds", "{:.2f}"),
+    }
+    title = "return: seconds after which clients that reconnect have their answer"
+    yield from by_variant(results, "return", title, fields)
 
 
-def share_cells(found: Figures, name: str) -> list[str]:
-    return [spread(ratios(found, column(*c), name, "per_second"), "{:.2f}") for c in COLUMNS]
-
-
-def rate_cells(found: Figures, name: str) -> list[str]:
-    return [spread(values(found, column(*c), name, "per_second")) for c in COLUMNS]
-
-
-def latency_cells(found: Figures, name: str) -> list[str]:
-    cells = []
-    for where in (column(*each) for each in COLUMNS if not each[1]):
-        cells.append(spread(values(found, where, name, "half_us")))
-        cells.append(spread(ratios(found, where, name, "half_us"), "{:.2f}"))
-        cells.append(spread(values(found, where, name, "last_us")))
-    return cells
-
-
-def publish_cells(found: Figures, name: str) -> list[str]:
-    places = ("publish", column(1000, False))
-    return [spread(values(found, place, name, "publish_us"), "{:,.1f}") for place in places]
-
-
-def memory_cells(found: Figures, name: str) -> list[str]:
-    moments = ("idle", "after_20", "after_400")
-    return [spread(values(found, "memory", name, moment), "{:.1f}") for moment in moments]
-
-
-def stuck_cells(found: Figures, name: str) -> list[str]:
-    rounds = found.get("stuck", {}).get(name, [])
-    stopped = any(each.get("stops") for each in rounds)
-    ends = {f"{e['end']['end']} {e['end']['code'] or ''}".strip() for e in rounds if "end" in e}
-    return [
-        spread(values(found, "stuck", name, "without"), "{:.2f}"),
-        "stops" if stopped else spread(values(found, "stuck", name, "with"), "{:.2f}"),
-        NOTHING if stopped else spread(values(found, "stuck", name, "ratio"), "{:.2f}"),
-        ", ".join(sorted(ends)) or NOTHING,
-    ]
-
-
-def matching_cells(found: Figures, name: str) -> list[str]:
-    rounds = found.get("matching", {}).get(name, [])
-    return [
-        spread([each[others][key] for each in rounds], "{:.1f}")
-        for key in ("burst_us", "alone_us")
-        for others in ("10", "10000")
-    ]
-
-
-def redis_cells(found: Figures, name: str) -> list[str]:
-    return [spread(values(found, "redis", name, key)) for key in ("per_second", "half_us", "last_us")]
-
-
-def ceiling_line(found: Figures) -> str:
+def ceiling_line(results: Results) -> str:
     bursts = [
-        (figures["per_second"], name, where, figures["client_busy"])
-        for where in (column(*each) for each in COLUMNS)
-        for name, rounds in found.get(where, {}).items()
+        (figures["per_second"], server, key, figures["client_busy"])
+        for key, servers in results.figures.items()
+        if name_of(key) == "burst"
+        for server, rounds in servers.items()
         for figures in rounds
     ]
-    ceiling = values(found, "ceiling", RAW, "per_second")
+    ceiling = results.values("ceiling", RAW.name, "per_second")
     if not bursts or not ceiling:
-        return "Client ceiling: not measured."
-    rate, name, where, busy = max(bursts)
-    busy_then = spread(values(found, "ceiling", RAW, "client_busy"), "{:.0%}")
+        return "The ceiling of the load client was not measured."
+    rate, name, key, busy = max(bursts)
+    busy_then = spread(results.values("ceiling", RAW.name, "client_busy"), "{:.0%}")
     return (
-        f"Client ceiling: it counted {spread(ceiling)} events a second, sent 64 in a call to "
-        f"200 clients, with its core {busy_then} busy. The most that any server delivered: "
-        f"{rate:,.0f} ({name}, {where}), with the client's core {busy:.0%} busy."
+        f"Ceiling of the load client: it counted {spread(ceiling)} events a second, sent 64 in a "
+        f"call to 200 clients, while its core was {busy_then} busy. The most that any server "
+        f"delivered: {rate:,.0f} ({name}, {key}), while its core was {busy:.0%} busy."
     )
 
 
-def others_line(found: Figures) -> str:
+def others_line(results: Results) -> str:
     shares = [
         figures["others"]
-        for servers in found.values()
+        for servers in results.figures.values()
         for rounds in servers.values()
         for figures in rounds
     ]
     return (
         f"Other processes had {statistics.median(shares):.0%} of a core during the median "
-        f"measurement, {max(shares):.0%} during the worst. With more than {DISTURBED:.0%} it was "
-        "repeated, up to twice, and the calmest one counts."
-        if shares
-        else ""
+        f"measurement, {max(shares):.0%} during the worst. Above {DISTURBED:.0%} a measurement was "
+        f"repeated, up to {ATTEMPTS} times in all, and the calmest one counts."
     )
+
+
+def run_lines(results: Results) -> Iterator[str]:
+    """Yield how the measurements were made, one line for each run."""
+    grouped: dict[str, list[str]] = {}
+    for name, run in results.runs.items():
+        about = f"{run['date']}, rounds: {run['rounds']}"
+        if run["quick"]:
+            about += ", SMALL SIZES (--quick), fewer clients than the tables say"
+        about += f". {run['machine']}. Load client: {run['client']}"
+        grouped.setdefault(about, []).append(name)
+    for about, names in grouped.items():
+        yield f"- {', '.join(names)}: {about}."
+
+
+def markdown(results: Results) -> str:
+    if not results.figures:
+        return "There are no figures yet."
+    header = "Medians of the rounds, and (least..most).\n\n" + "\n".join(run_lines(results))
+    footer = f"{ceiling_line(results)}\n\n{others_line(results)}"
+    return "\n\n".join([header, *all_tables(results), footer])
+
+
+def write_benchmark_md(text: str) -> None:
+    """Replace what stands between the markers of BENCHMARK.md."""
+    page = BENCHMARK_MD.read_text(encoding="utf-8")
+    begin, end = MARKERS
+    before, found, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        sys.exit(f"{BENCHMARK_MD} has no {begin} and {end}")
+    page = f"{before}{begin}\n\n{text}\n\n{end}{after}"
+    BENCHMARK_MD.write_text(page, encoding="utf-8")
 
 
 # --- The run --------------------------------------------------------------------------------------
 
 
-ALONE = f"{OURS}, one process, no Redis"
-REDIS_ROWS = [ALONE, OURS, f"{OURS}, publish_many", "Flask-SocketIO"]
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "?")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in [*PACKAGES, "werkzeug"])
+    return (
+        f"{model}, {len(os.sched_getaffinity(0))} cores, Linux {platform.release()}; "
+        f"Python {platform.python_version()}, {versions}"
+    )
 
 
-def redis_plan(
-    bench: Bench, names: list[str], url: str | None
-) -> Iterator[tuple[str, str, Callable[[], dict]]]:
-    if url is None:
-        print("there is no redis-server: nothing is measured with Redis", file=sys.stderr)
-        return
-    if OURS in names:
-        yield "redis", ALONE, lambda: bench.redis(OURS, None)
-        yield "redis", OURS, lambda: bench.redis(OURS, url)
-        yield "redis", REDIS_ROWS[2], lambda: bench.redis(OURS, url, "burst_many")
-    if "Flask-SocketIO" in names:
-        yield "redis", "Flask-SocketIO", lambda: bench.redis("Flask-SocketIO", url)
+def choose(parser: argparse.ArgumentParser, wanted: str, names: list[str]) -> list[str]:
+    """Return the names of a comma-separated list, in their usual order."""
+    chosen = wanted.split(",") if wanted else names
+    if unknown := sorted(set(chosen) - set(names)):
+        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(names)}")
+    return [name for name in names if name in chosen]
 
 
-def plan(bench: Bench, names: list[str]) -> Iterator[tuple[str, str, Callable[[], dict]]]:
-    """One round: (measurement, server, what to call)."""
-    yield "ceiling", RAW, bench.ceiling
-    for clients, deflate in COLUMNS:
+def all_servers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Server]:
+    ours = [swiftcms_ws(HERE.parent, OURS)]
+    if options.against:
+        checkout = options.against.resolve()
+        if not (checkout / "swiftcms_ws.py").exists():
+            parser.error(f"there is no swiftcms_ws.py in {checkout}")
+        ours.append(swiftcms_ws(checkout, f"{OURS} {version_in(checkout)}"))
+    # Ours stands beside the raw loop with which it is compared.
+    servers = [RAW, *ours, *PEERS]
+    names = [server.name for server in servers]
+    chosen = choose(parser, options.only, names)
+    if options.against and ours[1].name not in chosen:
+        chosen.append(ours[1].name)
+    return [server for server in servers if server.name in chosen]
+
+
+def run(bench: Bench, names: list[str], rounds: int, results: Results, about: dict) -> list[str]:
+    """Make the measurements, and return the failures."""
+    failures: list[str] = []
+    attempts = 1 if bench.quick else ATTEMPTS
+    results.forget(names)
+    for number in range(1, rounds + 1):
+        for key, measure in [each for name in names for each in bench.plan(name, number)]:
+            try:
+                figures = undisturbed(measure, attempts)
+            except Failure as failure:
+                failures.append(f"round {number}, {key}: {failure}")
+                print("FAILED:", failures[-1], file=sys.stderr)
+                continue
+            results.add(key, figures, number)
+            print(f"round {number}, {key}: {figures}", file=sys.stderr)
         for name in names:
-            args = (name, clients, deflate)
-            yield column(clients, deflate), name, lambda args=args: bench.fan_out(*args)
-    for name in names:
-        if name not in (RAW, "websockets"):  # they publish in a loop that is not a call
-            yield "publish", name, lambda name=name: bench.publish_alone(name)
-    for what in (bench.memory, bench.stuck, bench.matching):
-        for name in names if what != bench.matching else {OURS} & set(names):
-            yield what.__name__, name, lambda what=what, name=name: what(name)
+            results.runs[name] = about | {"rounds": number}
+        results.save()
+    return failures
+
+
+def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=0, help="default 3; with --quick 1")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try the code")
+    parser.add_argument("--only", default="", help="names of servers, with commas")
+    parser.add_argument("--measure", default="", help="names of measurements, with commas")
+    parser.add_argument("--against", type=Path, help="directory of another swiftcms_ws.py")
+    parser.add_argument("--json", type=Path, help="where results are kept")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--write", action="store_true", help="put the tables into BENCHMARK.md")
+    return parser, parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=0, help="default 3; with --quick 1")
-    parser.add_argument("--quick", action="store_true", help="fewer events: only to try it")
-    parser.add_argument("--only", default=",".join(JOIN), help=f"of {', '.join(JOIN)}")
-    parser.add_argument("--json", type=Path, default=DEFAULT_JSON, help="default: .ci/bench.json")
-    options = parser.parse_args()
-    names = [name for name in JOIN if name in options.only.split(",")]
-    if unknown := set(options.only.split(",")) - set(JOIN):
-        parser.error(f"no such server: {', '.join(sorted(unknown))}; there are {', '.join(JOIN)}")
+    parser, options = parse_arguments()
+    servers = all_servers(parser, options)
+    names = choose(parser, options.measure, MEASUREMENTS)
     enter_environment()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end what was started
-
+    # Raises SystemExit, which stops the child processes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if OURS in names and not (HERE.parent / "swiftcms_ws.py").exists():
-        print("swiftcms_ws.py is not there: only the others are measured", file=sys.stderr)
-        names.remove(OURS)
-    found: Figures = {}
+
+    quick_json = cache_directory() / "quick.json"
+    results = Results(options.json or (quick_json if options.quick else DEFAULT_JSON))
     failures: list[str] = []
-    started = time.monotonic()
-    about_machine = machine()
-    with tempfile.TemporaryDirectory() as directory, redis_server(Path(directory)) as redis_url:
-        client, about_client = build_client(Path(directory))
-        bench = Bench(client, options.quick)
-        rounds = options.rounds or (1 if options.quick else 3)
-        patience_until = started + rounds * ROUND_LIMIT_S
-        for number in range(1, rounds + 1):
-            for measurement, name, measure in [*plan(bench, names), *redis_plan(bench, names, redis_url)]:
-                try:
-                    figures = undisturbed(measure, patience_until) | {"round": number}
-                except Wrong as error:
-                    failures.append(f"round {number}, {measurement}, {name}: {error}")
-                    print("FAILED:", failures[-1], file=sys.stderr)
-                    continue
-                found.setdefault(measurement, {}).setdefault(name, []).append(figures)
-                print(f"round {number}, {measurement}, {name}: {figures}", file=sys.stderr)
-    minutes = (time.monotonic() - started) / 60
-    print(f"{about_machine}.")
-    print(f"{rounds} rounds in {minutes:.0f} minutes. Load client: {about_client}.")
-    print(in_markdown(found, names))
-    about = {"machine": about_machine, "client": about_client, "quick": options.quick}
-    document = about | {"figures": found, "failures": failures}
-    options.json.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"\nAll figures of all rounds: {options.json}")
+    if not options.report:
+        with tempfile.TemporaryDirectory() as directory:
+            client, description = build_client(Path(directory))
+            bench = Bench(client, servers, options.quick)
+
+            about = {"machine": machine(), "client": description}
+            about |= {"date": time.strftime("%Y-%m-%d"), "quick": options.quick}
+            rounds = options.rounds or (1 if options.quick else 3)
+            failures = run(bench, names, rounds, results, about)
+    text = markdown(results)
+    print(text)
+    if options.write and any(each["quick"] for each in results.runs.values()):
+        failures.append("figures of a quick run do not belong into BENCHMARK.md")
+    elif options.write:
+        write_benchmark_md(text)
     for failure in failures:
         print(f"\nFAILED: {failure}")
     return 1 if failures else 0

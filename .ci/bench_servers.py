@@ -1,22 +1,32 @@
-"""The servers that bench.py compares. Each runs in a process of its own: `bench_servers.py NAME [REDIS]`.
+"""The servers that bench.py compares, each in a process of its own.
 
-They say {"port": …} and then obey lines on standard input, one answer of JSON a line:
+    bench_servers.py NAME [--checkout DIR] [--redis URL] [--heartbeat SECONDS]
 
-    clients              how many clients are connected (null where the client can tell)
-    resize BYTES         how long the messages are from now on
-    burst EVENTS         publish them as fast as this server can; when that began
-    burst_many EVENTS    the same in one call, where a server has one for that
-    publish_cost CALLS   the same, with a stopwatch around each call
+A server prints {"port": …}. Then it reads commands from standard input, one per line, and answers
+each with one line of JSON:
+
+    clients              number of connected clients (null if only the load client can know it)
+    resize BYTES         length of all messages from now on
+    burst EVENTS         publish them as fast as this server can; returns when that began
+    burst_many EVENTS    the same in one call, if the server has such a call
+    publish_cost CALLS   the same as burst, with a stopwatch around each call
+    process              process id, and the processor time that it has used
+    status               number of connections and subscriptions, and the newest event's id
     exit
 
-Every message is as long as every other server's. It carries `seq`, one more than the last, and
-`sent_ns`, when it was published: the load client looks for nothing else.
+Every message has the same length for all servers. It carries `seq`, one more than the message
+before, and `sent_ns`, the time of its publication. The load client looks for nothing else.
+
+Under gunicorn the application is `bench_servers:deployed(…)`. It has an ordinary page at `/`, and
+executes the same commands as body of `POST /command`.
 """
 
-# ruff: noqa: PLC0415 - each server imports what it needs itself: the others' memory is measured
+# Each server imports only its own packages, because its memory is measured.
+# ruff: noqa: PLC0415
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import contextlib
@@ -26,6 +36,7 @@ import json
 import logging
 import os
 import random
+import re
 import select
 import signal
 import socket
@@ -36,20 +47,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-LIFETIME_S = 600  # never outlive a bench that was killed
-FIRST_SEQ = 100_000  # six digits from first to last, so that all messages are equally long
+# A server must not outlive a bench.py that was killed.
+LIFETIME_S = 600
+# All numbers have six digits, so that all messages are equally long.
+FIRST_SEQ = 100_000
 WORDS = ["the", "of", "an", "editor", "saves", "draft", "posts", "while", "readers", "watch"]
-# Longer than deflate's window of 32 KiB, so that compression cannot just point at the event before.
+# Longer than deflate's window of 32 KiB. Otherwise compression would only point at the last event.
 PROSE = " ".join(random.Random(1).choices(WORDS, k=16_000))
+PAGE = """<!doctype html><title>{{ title }}</title><h1>{{ title }}</h1>
+<ul>{% for post in posts %}<li><a href="/posts/{{ post }}">Post {{ post }}</a>{% endfor %}</ul>"""
 
 
 def envelope(payload: dict) -> str:
-    """The message of the servers that leave its form to the application."""
+    """Return the message of the servers that leave its form to the application."""
     return json.dumps({"type": "content.created", "contentType": "posts", "payload": payload})
 
 
 class Server:
-    """What all have in common. A subclass opens a port and publishes in its own way."""
+    """Common part: commands and messages. A subclass opens a port and publishes in its own way."""
 
     port: int
 
@@ -58,8 +73,13 @@ class Server:
         self.sequence = itertools.count(FIRST_SEQ)
         self.resize(300)
 
+    def execute(self, line: str) -> dict | int | None:
+        """Execute one command and return its answer."""
+        command, *numbers = line.split()
+        return getattr(self, command)(*map(int, numbers))
+
     def resize(self, size: int) -> None:
-        """From now on a message is `size` bytes long."""
+        """Make all messages from now on `size` bytes long."""
         bare = {"seq": FIRST_SEQ, "sent_ns": time.monotonic_ns(), "text": ""}
         self.text_length = size - len(self.message(bare))
 
@@ -71,6 +91,9 @@ class Server:
 
     def clients(self) -> int | None:
         return None
+
+    def process(self) -> dict:
+        return {"pid": os.getpid(), "cpu_ns": time.process_time_ns()}
 
     def publish(self, payload: dict) -> None:
         raise NotImplementedError
@@ -88,13 +111,13 @@ class Server:
             start = time.perf_counter_ns()
             self.publish(payload)
             costs.append(time.perf_counter_ns() - start)
-        return {"p50_us": statistics.median(costs) / 1000, "max_us": max(costs) / 1000}
+        return {"publish_us": statistics.median(costs) / 1000, "publish_max_us": max(costs) / 1000}
 
 
 class RawPython(Server):
-    """The yardstick: one prebuilt frame, one system call for each client, and nothing else."""
+    """The reference: one prebuilt frame, one system call for each client, no protocol work."""
 
-    def __init__(self) -> None:
+    def __init__(self, _options: argparse.Namespace) -> None:
         super().__init__()
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self.listener.getsockname()[1]
@@ -117,9 +140,10 @@ class RawPython(Server):
             self.socks.append(sock)
 
     def clients(self) -> int:
+        """Remove the clients that have disconnected, and return the number of the others."""
         for sock in list(self.socks):
             with contextlib.suppress(BlockingIOError):
-                if not sock.recv(4096, socket.MSG_DONTWAIT):  # this one has gone
+                if not sock.recv(4096, socket.MSG_DONTWAIT):
                     self.socks.remove(sock)
         return len(self.socks)
 
@@ -128,7 +152,7 @@ class RawPython(Server):
         return bytes((0x81, 126)) + len(text).to_bytes(2, "big") + text
 
     def burst(self, events: int, batch: int = 1) -> dict:
-        """With a `batch`, so many frames go out in one call: to find the load client's ceiling."""
+        """Send `batch` frames per call. More than one is for the load client's ceiling."""
         chunks = [b"".join(self.frame() for _ in range(batch)) for _ in range(events // batch)]
         socks = self.socks
         start = time.monotonic_ns()
@@ -153,7 +177,7 @@ class RawPython(Server):
 
 
 def serve_wsgi(app: Callable) -> int:
-    """Starts Werkzeug's threaded server for an application, and returns its port."""
+    """Start Werkzeug's threaded server for an application, and return its port."""
     from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -163,14 +187,16 @@ def serve_wsgi(app: Callable) -> int:
 
 
 class FlaskSock(Server):
-    """flask-sock as its tutorials do: a set of clients, and a loop in whoever publishes."""
+    """flask-sock as in its tutorials: a set of clients, and a loop in the publishing thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         super().__init__()
         from flask import Flask
         from flask_sock import Sock
 
         app = Flask(__name__)
+        if options.heartbeat:
+            app.config["SOCK_SERVER_OPTIONS"] = {"ping_interval": options.heartbeat}
         self.sockets: set = set()
 
         @Sock(app).route("/ws")
@@ -194,22 +220,23 @@ class FlaskSock(Server):
 
 
 class FlaskSocketIO(Server):
-    """Flask-SocketIO with threads, and nothing but its WebSocket transport."""
+    """Flask-SocketIO with threads, and with its WebSocket transport only."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(self.packet)
         from flask import Flask
         from flask_socketio import SocketIO
 
         app = Flask(__name__)
-        # With the usual 20 s it ends its own clients: their pongs wait behind a thousand threads.
-        options = {"async_mode": "threading", "transports": ["websocket"], "ping_timeout": 120}
-        self.io = SocketIO(app, message_queue=REDIS_URL, **options)
+        # With the default of 20 s it disconnects its own clients, because their pongs wait for
+        # a thousand threads.
+        settings = {"async_mode": "threading", "transports": ["websocket"], "ping_timeout": 120}
+        self.io = SocketIO(app, message_queue=options.redis, **settings)
         self.port = serve_wsgi(app)
 
     @staticmethod
     def packet(payload: dict) -> str:
-        """How it will look on the wire, for its length."""
+        """Return the message as it will be sent, to compute its length."""
         return "42" + json.dumps(["content.created", payload], separators=(",", ":"))
 
     def publish(self, payload: dict) -> None:
@@ -217,13 +244,14 @@ class FlaskSocketIO(Server):
 
 
 class Websockets(Server):
-    """websockets' asyncio server and its broadcast()."""
+    """The asyncio server of websockets and its broadcast()."""
 
     HIGH_WATER = 64 * 1024
 
-    def __init__(self) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         super().__init__()
         self.connections: set = set()
+        self.settings = {"ping_interval": options.heartbeat} if options.heartbeat else {}
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.port = self.run(self.open())
@@ -234,7 +262,7 @@ class Websockets(Server):
     async def open(self) -> int:
         from websockets.asyncio.server import serve
 
-        self.server = await serve(self.watch, "127.0.0.1", 0)
+        self.server = await serve(self.watch, "127.0.0.1", 0, **self.settings)
         return self.server.sockets[0].getsockname()[1]
 
     async def watch(self, connection) -> None:
@@ -257,8 +285,10 @@ class Websockets(Server):
         for number in range(1, events + 1):
             broadcast(self.connections, self.message(self.payload()))
             await asyncio.sleep(0)
-            if number % 16 == 0:  # looking at every client each time would be what is measured
-                while self.clients_behind() > 1:  # one may be stuck: broadcast() promises to go on
+            # Only every 16th time: otherwise this scan of all clients would be what is measured.
+            if number % 16 == 0:
+                # One client may be stuck. broadcast() promises to continue without it.
+                while self.clients_behind() > 1:
                     await asyncio.sleep(0)
         return {"start_ns": start}
 
@@ -268,41 +298,105 @@ class Websockets(Server):
 
 
 class SwiftCMS(Server):
-    """swiftcms_ws from this checkout, with its limits raised to let the load in."""
+    """swiftcms_ws of one checkout."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(self.event)
+        self.configure(
+            options.checkout,
+            # Neither limit may interfere with the load.
+            MAX_CONNECTIONS=18_000,
+            RATE=1_000_000,
+            REDIS_URL=options.redis,
+            HEARTBEAT=options.heartbeat,
+        )
+        self.port = serve_wsgi(self.app)
+
+    def configure(self, checkout: str, **config: object) -> None:
+        """Make the application with the module of this checkout."""
         from flask import Flask
 
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-        from swiftcms_ws import blueprint, publish, publish_many
+        sys.path.insert(0, checkout)
+        import swiftcms_ws
 
-        app = Flask(__name__)
-        app.config["SECRET_KEY"] = "only for the benchmark, and long enough"
-        app.config["SWIFTCMS_WS_MAX_CONNECTIONS"] = 20_000
-        app.config["SWIFTCMS_WS_RATE"] = 1_000_000
-        app.config["SWIFTCMS_WS_REDIS_URL"] = REDIS_URL
-        app.register_blueprint(blueprint)
-        self.hand_over, self.hand_over_many = publish, publish_many
-        self.port = serve_wsgi(app)
+        if Path(swiftcms_ws.__file__).resolve().parent != Path(checkout).resolve():
+            raise ImportError(f"{swiftcms_ws.__file__} is not from {checkout}")
+        self.module = swiftcms_ws
+        self.app = Flask(__name__)
+        self.app.config["SECRET_KEY"] = "only for the benchmark, and long enough"
+        for key, value in config.items():
+            if value is not None:
+                self.app.config[f"SWIFTCMS_WS_{key}"] = value
+        self.app.register_blueprint(swiftcms_ws.blueprint)
 
     @staticmethod
     def event(payload: dict) -> str:
-        """How it will look on the wire, for its length."""
+        """Return the message as it will be sent, to compute its length."""
         event = {"type": "content.created", "contentType": "posts", "payload": payload}
         event |= {"id": "1763832000123-0", "timestamp": "2026-11-22T17:20:00.123Z"}
         return json.dumps(event)
 
     def publish(self, payload: dict) -> None:
-        self.hand_over("content.created", "posts", payload)
+        self.module.publish("content.created", "posts", payload)
 
     def burst_many(self, events: int) -> dict:
         start = time.monotonic_ns()
-        self.hand_over_many([("content.created", "posts", self.payload()) for _ in range(events)])
+        drafts = [("content.created", "posts", self.payload()) for _ in range(events)]
+        self.module.publish_many(drafts)
         return {"start_ns": start}
 
+    def status(self) -> dict:
+        hub = self.module.hub
+        counts = hub.stats()
+        return {
+            "connections": counts["connections"],
+            "subscriptions": counts["subscriptions"],
+            "last_id": hub.last_id(),
+        }
 
-REDIS_URL = sys.argv[2] if len(sys.argv) > 2 else None
+
+class DeployedSwiftCMS(SwiftCMS):
+    """swiftcms_ws in an application that gunicorn serves, with a page and perhaps a slow hook."""
+
+    def __init__(self, checkout: str, lookup_s: float) -> None:
+        Server.__init__(self, self.event)
+        version = re.search(r'__version__ = "(\d+)', Path(checkout, "swiftcms_ws.py").read_text())
+        # 1.0.0 accepts a thousand clients by default. Later versions derive the limit themselves.
+        limit = 18_000 if version and int(version[1]) < 2 else None
+        self.configure(checkout, MAX_CONNECTIONS=limit)
+        self.add_views()
+        if lookup_s:
+            self.add_hook(lookup_s)
+
+    def add_views(self) -> None:
+        from flask import render_template_string, request
+
+        @self.app.get("/")
+        def page() -> str:
+            return render_template_string(PAGE, title="Latest posts", posts=range(20))
+
+        @self.app.post("/command")
+        def command() -> dict:
+            return {"answer": self.execute(request.get_data(as_text=True))}
+
+    def add_hook(self, lookup_s: float) -> None:
+        """Authorize everything after one slow look-up per request context."""
+        from flask import g
+
+        @self.module.hub.authorize
+        def authorize(_user, _event_type, _content_type) -> bool:
+            if "allowed" not in g:
+                time.sleep(lookup_s)
+                g.allowed = True
+            return g.allowed
+
+
+def deployed(checkout: str, lookup_s: float) -> Callable:
+    """Return the application for gunicorn."""
+    signal.alarm(LIFETIME_S)
+    return DeployedSwiftCMS(checkout, lookup_s).app
+
+
 SERVERS = {
     "raw_python": RawPython,
     "flask-sock": FlaskSock,
@@ -313,17 +407,24 @@ SERVERS = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=SERVERS)
+    parser.add_argument("--checkout", help="the directory of swiftcms_ws.py")
+    parser.add_argument("--redis", help="the URL of a Redis server")
+    parser.add_argument("--heartbeat", type=float, help="seconds between pings")
+    options = parser.parse_args()
     signal.alarm(LIFETIME_S)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints must not pass for an answer
-    server = SERVERS[sys.argv[1]]()
+    # A library may print, which must not be mistaken for an answer.
+    os.dup2(2, 1)
+    server = SERVERS[options.name](options)
     print(json.dumps({"port": server.port}), file=answers)
     for line in sys.stdin:
-        command, *numbers = line.split()
-        if command == "exit":
+        if line.strip() == "exit":
             break
-        print(json.dumps(getattr(server, command)(*map(int, numbers))), file=answers)
-    os._exit(0)  # at once: a thousand threads would take their time
+        print(json.dumps(server.execute(line)), file=answers)
+    # Leave at once: a thousand threads would take their time.
+    os._exit(0)
 
 
 if __name__ == "__main__":

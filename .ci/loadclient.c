@@ -1,22 +1,27 @@
 /* The load client of bench.py: many WebSocket clients in one thread, with epoll.
  *
- *   loadclient PORT PATH COUNT [--deflate] [--send TEXT] [--repeat N] [--answers N]
- *              [--engineio] [--stuck] [--spin]
+ *   loadclient PORT PATH COUNT [--send TEXT] [--repeat N] [--answers N] [--parallel N]
+ *              [--deflate] [--engineio] [--stuck] [--spin]
  *
- * It opens COUNT connections to 127.0.0.1, on each sends TEXT N times (every '#' in it becomes a
- * running number), waits for that many answers, and says {"ready": ...}. Then it obeys lines on
- * standard input and answers each with lines of JSON:
+ * It opens COUNT connections to 127.0.0.1, at most --parallel of them at the same time (default:
+ * one after the other). On each it sends TEXT (there may be several) N times, and every '#' in it
+ * becomes a running number. A connection is ready when that many answers have arrived. When all
+ * are ready it prints {"ready": ...}. Then it reads commands from standard input and answers each
+ * with a line of JSON:
  *
- *   expect EVENTS MILLISECONDS   {"armed": 1} at once; a report when every client has EVENTS
- *                                events, or the time is over
- *   stuck                        how the connection that was never read has ended
+ *   expect EVENTS MILLISECONDS   {"armed": 1} at once, and a report when every client has EVENTS
+ *                                events or the time is over
+ *   pings                        {"pings": N}, the number of pings answered so far
+ *   stuck                        reads the connection that was not read until now, and reports
+ *                                how the server closed it
  *   exit
  *
- * It has to be much faster than any server, so it parses no JSON: the event's number is looked
- * for where it stood in the frame before. Every event on every connection must carry the number
- * after the one before it. With --spin it does not sleep while it expects events: a server whose
- * calls are a little further apart would else find it asleep each time, and waking it, which on a
- * virtual machine takes as long as the call itself, would count as the server's. All times are CLOCK_MONOTONIC, which is Python's time.monotonic_ns().
+ * It must be much faster than any server, so it parses no JSON: it looks for the number of an
+ * event at the place where the previous frame had it. Every event of a connection must carry the
+ * number after that of the event before. With --spin it does not sleep while it expects events.
+ * Otherwise a server with slightly longer pauses between its system calls would find the client
+ * asleep each time, and waking it takes as long as the system call itself on a virtual machine,
+ * which would be charged to the server. All times are CLOCK_MONOTONIC, as time.monotonic_ns().
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -38,25 +43,38 @@
 #include <zlib.h>
 #endif
 
-enum { LIFETIME_S = 600, SCRATCH = 1 << 20, NO_SEQ = -1 };
+enum { LIFETIME_S = 600, PATIENCE_S = 30, SCRATCH = 1 << 20, MAX_TEXTS = 16, NO_SEQ = -1 };
 enum { TEXT = 1, BINARY = 2, CLOSE = 8, PING = 9, PONG = 10 };
+/* CONNECTING: TCP is not connected yet. UPGRADING: the handshake was sent. GREETING: the messages
+ * of --send were sent, answers are missing. READY: counted as connected. */
+enum { CONNECTING, UPGRADING, GREETING, READY };
 
 typedef struct {
-    int fd, open, stuck, close_code, deflated;
-    unsigned char *rest; /* the beginning of a frame whose end has not arrived */
+    int fd, state, open, stuck, close_code, deflated;
+    int64_t started_ns, ready_ns;
+    /* The beginning of a frame, or of the handshake's response, whose rest has not arrived. */
+    unsigned char *rest;
     size_t rest_len, rest_size;
-    long frames, answers; /* events since the last `expect`; all other messages, ever */
+    /* Events since the last `expect`; all other messages since the connection was opened. */
+    long frames, answers;
     int64_t last_seq, latency_ns;
 #ifdef WITH_ZLIB
     z_stream inflater;
 #endif
 } Client;
 
+static struct {
+    int port, parallel, deflate, engineio, stuck, spin, repeat, texts;
+    const char *path, *text[MAX_TEXTS];
+    long answers;
+} options = {.parallel = 1, .repeat = 1};
+
 static Client *clients;
-static int count, engineio, poller;
+static int count, poller, ready_count;
+static long pings;
 static unsigned char scratch[SCRATCH], plain[SCRATCH];
 
-/* The run that is being counted. */
+/* Counted since the last `expect`. */
 static long expected, total, complete, order_errors, bad_frames, unseen;
 static size_t smallest, largest;
 static int64_t first_ns, last_ns, wire_bytes, cpu_at_first, spun_ns;
@@ -74,7 +92,7 @@ static int64_t cpu_ns(void) {
            (u.ru_utime.tv_usec + u.ru_stime.tv_usec) * INT64_C(1000);
 }
 
-static void say(const char *format, ...) {
+static void print_line(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     vprintf(format, arguments);
@@ -83,12 +101,12 @@ static void say(const char *format, ...) {
     fflush(stdout);
 }
 
-static void die(const char *what) {
-    fprintf(stderr, "loadclient: %s: %s\n", what, errno ? strerror(errno) : "unexpected");
+static void die(const char *subject) {
+    fprintf(stderr, "loadclient: %s: %s\n", subject, errno ? strerror(errno) : "unexpected");
     exit(1);
 }
 
-/* A client must mask what it sends; a key of four zero bytes is allowed and changes nothing. */
+/* A client must mask its frames; a key of four zero bytes is allowed and changes no byte. */
 static void send_frame(Client *c, int opcode, const void *payload, size_t length) {
     unsigned char head[8] = {0x80 | opcode, 0x80 | length}, frame[8 + 4096];
     size_t n = 6;
@@ -101,16 +119,18 @@ static void send_frame(Client *c, int opcode, const void *payload, size_t length
     }
     memcpy(frame, head, n);
     memcpy(frame + n, payload, length);
-    (void)!send(c->fd, frame, n + length, MSG_NOSIGNAL);
+    ssize_t sent = send(c->fd, frame, n + length, MSG_NOSIGNAL);
+    /* A lost connection is noticed by the next read. Part of a frame would damage the stream. */
+    if (sent < 0 ? errno == EAGAIN : sent != (ssize_t)(n + length)) die("cannot send a frame");
 }
 
-static void ended(Client *c) {
+static void set_closed(Client *c) {
     if (!c->open) return;
     c->open = 0;
     epoll_ctl(poller, EPOLL_CTL_DEL, c->fd, NULL);
 }
 
-/* The number after `name` in a message, or NO_SEQ. *hint is where it stood the last time. */
+/* The number after `name` in a message, or NO_SEQ. *hint is its place in the last message. */
 static int64_t number_after(const char *name, size_t *hint, const unsigned char *text, size_t n) {
     size_t length = strlen(name);
     const unsigned char *at = text + *hint, *end = text + n;
@@ -126,7 +146,7 @@ static int64_t number_after(const char *name, size_t *hint, const unsigned char 
     return value;
 }
 
-static void message(Client *c, unsigned char *text, size_t n, int compressed, int64_t now) {
+static void on_message(Client *c, unsigned char *text, size_t n, int compressed, int64_t now) {
     static size_t seq_hint, sent_hint;
     int64_t seq;
     if (compressed) {
@@ -141,10 +161,11 @@ static void message(Client *c, unsigned char *text, size_t n, int compressed, in
         if (inflate(z, Z_SYNC_FLUSH) < 0) bad_frames++;
         text = plain, n = sizeof plain - z->avail_out;
 #else
-        unseen++; /* cannot be looked into: once all answers are in, it counts as an event */
+        unseen++; /* It cannot be read. Once all answers are in, it counts as an event. */
 #endif
     }
-    if (engineio && n == 1 && *text == '2') {
+    if (options.engineio && n == 1 && *text == '2') {
+        pings++;
         send_frame(c, TEXT, "3", 1);
         return;
     }
@@ -172,8 +193,8 @@ static void message(Client *c, unsigned char *text, size_t n, int compressed, in
     if (expected == 1) c->latency_ns = now - number_after("\"sent_ns\":", &sent_hint, text, n);
 }
 
-/* Handles the whole frames in a buffer and keeps what is left over. */
-static void take(Client *c, unsigned char *data, size_t n, int64_t now) {
+/* Handle the complete frames in a buffer and keep the beginning of the next one. */
+static void feed(Client *c, unsigned char *data, size_t n, int64_t now) {
     size_t at = 0;
     while (n - at >= 2) {
         unsigned char *head = data + at;
@@ -187,19 +208,20 @@ static void take(Client *c, unsigned char *data, size_t n, int64_t now) {
             skip += extra;
         }
         if (length > SCRATCH / 2 || head[1] & 0x80 || !(head[0] & 0x80) || head[0] & 0x30) {
-            bad_frames++; /* masked, in fragments, or not a frame at all: no way to go on */
-            ended(c);
+            bad_frames++; /* Masked, in fragments, or not a frame: the rest has no meaning. */
+            set_closed(c);
             return;
         }
         if (n - at < skip + length) break;
         unsigned char *payload = head + skip;
         if (opcode == TEXT || opcode == BINARY)
-            message(c, payload, length, head[0] & 0x40, now);
-        else if (opcode == PING)
+            on_message(c, payload, length, head[0] & 0x40, now);
+        else if (opcode == PING) {
+            pings++;
             send_frame(c, PONG, payload, length);
-        else if (opcode == CLOSE) {
+        } else if (opcode == CLOSE) {
             c->close_code = length >= 2 ? payload[0] << 8 | payload[1] : 1005;
-            ended(c);
+            set_closed(c);
             return;
         } else if (opcode != PONG)
             bad_frames++;
@@ -213,80 +235,148 @@ static void take(Client *c, unsigned char *data, size_t n, int64_t now) {
     if (c->rest_len) memcpy(c->rest, data + at, c->rest_len);
 }
 
-/* A server that leaves Nagle's algorithm on would have each connection wait 40 ms for our ACK. */
-static void acknowledge_at_once(Client *c) {
-    int on = 1;
-    setsockopt(c->fd, IPPROTO_TCP, TCP_QUICKACK, &on, sizeof on);
-}
-
-/* One read. Returns what recv() returned. */
+/* One read. Return the result of recv(). */
 static ssize_t read_some(Client *c) {
     memcpy(scratch, c->rest, c->rest_len);
     ssize_t n = recv(c->fd, scratch + c->rest_len, SCRATCH - c->rest_len, 0);
     if (n > 0) {
         wire_bytes += n;
-        take(c, scratch, c->rest_len + n, now_ns());
+        feed(c, scratch, c->rest_len + n, now_ns());
     } else if (n == 0 || (errno != EAGAIN && errno != EINTR))
-        ended(c);
+        set_closed(c);
     return n;
 }
 
-static void dial(Client *c, int port, const char *path, int deflate) {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port)};
-    struct timeval patience = {.tv_sec = 20};
+/* A server that leaves Nagle's algorithm on would wait 40 ms for our ACK on each connection. */
+static void acknowledge_at_once(Client *c) {
+    int on = 1;
+    setsockopt(c->fd, IPPROTO_TCP, TCP_QUICKACK, &on, sizeof on);
+}
+
+static void start_connecting(Client *c) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(options.port)};
+    struct epoll_event watch = {.events = EPOLLOUT, .data.ptr = c};
     int on = 1, small = 4096, segment = 1400;
-    char request[1024];
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    c->fd = socket(AF_INET, SOCK_STREAM, 0);
+    c->open = 1, c->last_seq = NO_SEQ;
+    c->rest = malloc(c->rest_size = 4096);
+    c->started_ns = now_ns();
+    c->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    if (c->fd < 0) die("socket");
     setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    setsockopt(c->fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     if (c->stuck) {
-        /* Else loopback, with its 64 KiB segments, swallows megabytes before anyone notices. */
+        /* Otherwise loopback, with segments of 64 KiB, buffers megabytes for this client. */
         setsockopt(c->fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
         setsockopt(c->fd, IPPROTO_TCP, TCP_MAXSEG, &segment, sizeof segment);
     }
-    if (connect(c->fd, (struct sockaddr *)&address, sizeof address)) die("connect");
+    if (connect(c->fd, (struct sockaddr *)&address, sizeof address) && errno != EINPROGRESS)
+        die("connect");
+    epoll_ctl(poller, EPOLL_CTL_ADD, c->fd, &watch);
+}
+
+static void send_handshake(Client *c) {
+    struct epoll_event watch = {.events = EPOLLIN, .data.ptr = c};
+    char request[1024];
+    int error = 0;
+    socklen_t size = sizeof error;
+    getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &size);
+    if (error) errno = error, die("connect");
     int n = snprintf(request, sizeof request,
                      "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUpgrade: websocket\r\n"
                      "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-                     "Sec-WebSocket-Key: c3dpZnRjbXMtYmVuY2ghIQ==\r\n%s\r\n", path, port,
-                     deflate ? "Sec-WebSocket-Extensions: permessage-deflate; "
-                               "client_max_window_bits\r\n" : "");
+                     "Sec-WebSocket-Key: c3dpZnRjbXMtYmVuY2ghIQ==\r\n%s\r\n",
+                     options.path, options.port,
+                     options.deflate ? "Sec-WebSocket-Extensions: permessage-deflate; "
+                                       "client_max_window_bits\r\n" : "");
     acknowledge_at_once(c);
     if (send(c->fd, request, n, MSG_NOSIGNAL) != n) die("handshake");
-    size_t have = 0;
-    char *end = NULL;
-    while (!end) {
-        ssize_t got = recv(c->fd, scratch + have, 65536 - have, 0);
-        if (got <= 0) die("handshake");
-        scratch[have += got] = 0;
-        end = strstr((char *)scratch, "\r\n\r\n");
+    epoll_ctl(poller, EPOLL_CTL_MOD, c->fd, &watch);
+    c->state = UPGRADING;
+}
+
+static void send_filled(Client *c, const char *text, long number) {
+    char filled[4096];
+    size_t n = 0;
+    for (const char *p = text; *p && n < sizeof filled - 24; p++) {
+        if (*p == '#')
+            n += sprintf(filled + n, "%ld", number);
+        else
+            filled[n++] = *p;
     }
+    send_frame(c, TEXT, filled, n);
+}
+
+static void send_greeting(Client *c) {
+    static long running;
+    for (int i = 0; i < options.repeat; i++, running++)
+        for (int k = 0; k < options.texts; k++) send_filled(c, options.text[k], running);
+    c->state = GREETING;
+}
+
+/* Read the response to the handshake. Frames may follow it in the same read. */
+static void read_response(Client *c) {
+    ssize_t got = recv(c->fd, c->rest + c->rest_len, c->rest_size - c->rest_len - 1, 0);
+    if (got < 0 && errno == EAGAIN) return;
+    if (got <= 0) die("handshake");
+    c->rest[c->rest_len += got] = 0;
+    char *head = (char *)c->rest, *end = strstr(head, "\r\n\r\n");
+    if (!end) return;
     *end = 0;
-    if (!strstr((char *)scratch, " 101 ")) {
-        fprintf(stderr, "loadclient: refused: %s\n", scratch);
+    if (!strstr(head, " 101 ")) {
+        fprintf(stderr, "loadclient: refused: %s\n", head);
         exit(1);
     }
-    c->deflated = strcasestr((char *)scratch, "permessage-deflate") != NULL;
+    c->deflated = strcasestr(head, "permessage-deflate") != NULL;
 #ifdef WITH_ZLIB
     if (c->deflated && inflateInit2(&c->inflater, -15) != Z_OK) die("zlib");
 #endif
-    size_t used = (unsigned char *)end + 4 - scratch;
-    take(c, scratch + used, have - used, now_ns());
+    size_t used = end + 4 - head, rest = c->rest_len - used;
+    send_greeting(c);
+    memcpy(scratch, c->rest + used, rest);
+    feed(c, scratch, rest, now_ns());
 }
 
-static void greet(Client *c, const char *text, int repeat, long answers) {
-    static long running;
-    char filled[4096];
-    for (int i = 0; text && i < repeat; i++, running++) {
-        size_t n = 0;
-        for (const char *p = text; *p && n < sizeof filled - 24; p++)
-            n += *p == '#' ? (size_t)sprintf(filled + n, "%ld", running) : (filled[n] = *p, 1u);
-        send_frame(c, TEXT, filled, n);
+static void on_ready(Client *c) {
+    if (c->state == READY) {
+        read_some(c);
+        return;
     }
-    while (c->answers < answers) {
+    if (c->state == CONNECTING)
+        send_handshake(c);
+    else if (c->state == UPGRADING)
+        read_response(c);
+    else
+        read_some(c);
+    if (!c->open) {
+        fprintf(stderr, "loadclient: closed with %d instead of an answer\n", c->close_code);
+        exit(1);
+    }
+    if (c->state != GREETING || c->answers < options.answers) {
         acknowledge_at_once(c);
-        if (read_some(c) <= 0 || !c->open) die("waiting for an answer");
+        return;
+    }
+    c->state = READY;
+    c->ready_ns = now_ns();
+    ready_count++;
+    if (c->stuck) epoll_ctl(poller, EPOLL_CTL_DEL, c->fd, NULL);
+}
+
+static void connect_all(void) {
+    struct epoll_event ready[256];
+    int64_t progress_ns = now_ns();
+    int started = 0;
+    while (ready_count < count) {
+        int before = ready_count;
+        while (started < count && started - ready_count < options.parallel)
+            start_connecting(clients + started++);
+        /* Connecting may take long: the clients that are ready must answer the server's pings. */
+        int n = epoll_wait(poller, ready, 256, 1000);
+        for (int i = 0; i < n; i++) on_ready(ready[i].data.ptr);
+        if (ready_count > before) progress_ns = now_ns();
+        if (now_ns() - progress_ns > PATIENCE_S * INT64_C(1000000000)) {
+            fprintf(stderr, "loadclient: %d of %d clients are ready\n", ready_count, count);
+            errno = ETIMEDOUT, die("waiting for an answer");
+        }
     }
 }
 
@@ -295,12 +385,44 @@ static int by_size(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
+/* Sort the values and write their median, 99th percentile and maximum. */
+static void quantiles(int64_t *values, long n, int64_t *p50, int64_t *p99, int64_t *max) {
+    qsort(values, n, sizeof *values, by_size);
+    *p50 = n ? values[n / 2] : 0;
+    *p99 = n ? values[n * 99 / 100] : 0;
+    *max = n ? values[n - 1] : 0;
+}
+
+static void report_ready(void) {
+    int64_t *spent = malloc(sizeof *spent * count), p50, p99, max, last = 0;
+    int deflated = 0, inflates = 0;
+#ifdef WITH_ZLIB
+    inflates = 1;
+#endif
+    for (int i = 0; i < count; i++) {
+        spent[i] = clients[i].ready_ns - clients[i].started_ns;
+        if (clients[i].ready_ns > last) last = clients[i].ready_ns;
+        deflated += clients[i].deflated;
+    }
+    quantiles(spent, count, &p50, &p99, &max);
+    print_line("{\"ready\": %d, \"deflated\": %d, \"inflates\": %s, \"ready_ns\": %lld, "
+               "\"p50_ns\": %lld, \"p99_ns\": %lld, \"max_ns\": %lld}",
+               count, deflated, inflates ? "true" : "false",
+               (long long)(last - clients->started_ns), (long long)p50, (long long)p99,
+               (long long)max);
+    free(spent);
+}
+
 static void report(void) {
     long fewest = -1, most = 0, closed = 0, measured = 0;
     int close_code = 0;
-    int64_t *latency = malloc(sizeof *latency * count);
-    /* When it spins, what it did not wait; else the processor's time. */
-    int64_t busy = !total ? 0 : spun_ns ? now_ns() - first_ns - spun_ns : cpu_ns() - cpu_at_first;
+    int64_t *latency = malloc(sizeof *latency * count), p50, p99, max;
+    /* With --spin, the time it did not wait; otherwise the processor's time. */
+    int64_t busy = 0;
+    if (total && spun_ns)
+        busy = now_ns() - first_ns - spun_ns;
+    else if (total)
+        busy = cpu_ns() - cpu_at_first;
     for (Client *c = clients; c < clients + count; c++) {
         if (c->stuck) continue;
         if (fewest < 0 || c->frames < fewest) fewest = c->frames;
@@ -309,107 +431,100 @@ static void report(void) {
         if (c->close_code) close_code = c->close_code;
         if (expected == 1 && c->frames) latency[measured++] = c->latency_ns;
     }
-    qsort(latency, measured, sizeof *latency, by_size);
-    int64_t p50 = measured ? latency[measured / 2] : 0;
-    int64_t p99 = measured ? latency[measured * 99 / 100] : 0;
-    int64_t top = measured ? latency[measured - 1] : 0;
-    say("{\"frames\": %ld, \"fewest\": %ld, \"most\": %ld, \"complete\": %ld, \"closed\": %ld, "
-        "\"close_code\": %d, \"order_errors\": %ld, \"bad_frames\": %ld, \"unseen\": %ld, \"first_ns\": %lld, "
-        "\"last_ns\": %lld, \"wire_bytes\": %lld, \"smallest\": %zu, \"largest\": %zu, "
-        "\"busy_ns\": %lld, \"p50_ns\": %lld, \"p99_ns\": %lld, \"max_ns\": %lld}",
-        total, fewest, most, complete, closed, close_code, order_errors, bad_frames,
-        unseen, (long long)first_ns, (long long)last_ns, (long long)wire_bytes,
-        total ? smallest : 0, largest, (long long)busy, (long long)p50, (long long)p99, (long long)top);
+    quantiles(latency, measured, &p50, &p99, &max);
+    print_line("{\"frames\": %ld, \"fewest\": %ld, \"most\": %ld, \"complete\": %ld, "
+               "\"closed\": %ld, \"close_code\": %d, \"order_errors\": %ld, \"bad_frames\": %ld, "
+               "\"unseen\": %ld, \"first_ns\": %lld, \"last_ns\": %lld, \"wire_bytes\": %lld, "
+               "\"smallest\": %zu, \"largest\": %zu, \"busy_ns\": %lld, \"p50_ns\": %lld, "
+               "\"p99_ns\": %lld, \"max_ns\": %lld}",
+               total, fewest, most, complete, closed, close_code, order_errors, bad_frames, unseen,
+               (long long)first_ns, (long long)last_ns, (long long)wire_bytes,
+               total ? smallest : 0, largest, (long long)busy, (long long)p50, (long long)p99,
+               (long long)max);
     free(latency);
-    /* Errors seen while nothing was expected belong to the next report, so reset them only here. */
+    /* Errors that are seen while no event is expected belong to the next report. */
     expected = order_errors = bad_frames = unseen = 0;
 }
 
-/* Now reads what the stuck connection was sent, and says how that ended. */
+/* Read the data that waits for the stuck connection, and report how the server closed it. */
 static void report_stuck(void) {
     Client *c = clients;
     struct timeval patience = {.tv_sec = 1};
-    const char *end = "open";
+    const char *outcome = "open";
     ssize_t n = 1;
+    fcntl(c->fd, F_SETFL, 0);
     setsockopt(c->fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     wire_bytes = 0;
     while (c->open && (n = read_some(c)) > 0) continue;
     if (c->close_code)
-        end = "closed";
+        outcome = "closed";
     else if (!c->open)
-        end = n < 0 ? "reset" : "cut";
-    say("{\"end\": \"%s\", \"code\": %d, \"bytes\": %lld, \"order_errors\": %ld}", end,
-        c->close_code, (long long)wire_bytes, order_errors);
+        outcome = n < 0 ? "reset" : "cut";
+    print_line("{\"end\": \"%s\", \"code\": %d, \"bytes\": %lld, \"order_errors\": %ld}", outcome,
+               c->close_code, (long long)wire_bytes, order_errors);
+}
+
+static void expect(long events) {
+    for (Client *c = clients; c < clients + count; c++) c->frames = 0;
+    expected = events, total = complete = 0;
+    wire_bytes = 0, smallest = SIZE_MAX, largest = 0, first_ns = last_ns = 0;
+    print_line("{\"armed\": 1}");
+}
+
+static void parse_options(int argc, char **argv) {
+    options.port = atoi(argv[1]), options.path = argv[2], count = atoi(argv[3]);
+    for (int i = 4; i < argc; i++) {
+        const char *name = argv[i];
+        if (!strcmp(name, "--deflate")) options.deflate = 1;
+        else if (!strcmp(name, "--engineio")) options.engineio = 1;
+        else if (!strcmp(name, "--stuck")) options.stuck = 1;
+        else if (!strcmp(name, "--spin")) options.spin = 1;
+        else if (i + 1 == argc) fputs("loadclient: a value is missing\n", stderr), exit(2);
+        else if (!strcmp(name, "--send") && options.texts < MAX_TEXTS)
+            options.text[options.texts++] = argv[++i];
+        else if (!strcmp(name, "--repeat")) options.repeat = atoi(argv[++i]);
+        else if (!strcmp(name, "--answers")) options.answers = atol(argv[++i]);
+        else if (!strcmp(name, "--parallel")) options.parallel = atoi(argv[++i]);
+        else fprintf(stderr, "loadclient: unknown %s\n", name), exit(2);
+    }
 }
 
 int main(int argc, char **argv) {
-    const char *text = NULL;
-    int repeat = 1, deflate = 0, stuck = 0, spin = 0, accepted = 0;
-    long answers = 0;
-    struct epoll_event ready[256], watch = {.events = EPOLLIN};
+    struct epoll_event ready[256], watch = {.events = EPOLLIN}; /* No client: standard input. */
+    int64_t deadline = 0;
     if (argc < 4) return fputs("usage: loadclient PORT PATH COUNT [options]\n", stderr), 2;
-    count = atoi(argv[3]);
-    for (int i = 4; i < argc; i++) {
-        if (!strcmp(argv[i], "--deflate")) deflate = 1;
-        else if (!strcmp(argv[i], "--engineio")) engineio = 1;
-        else if (!strcmp(argv[i], "--stuck")) stuck = 1;
-        else if (!strcmp(argv[i], "--spin")) spin = 1;
-        else if (i + 1 == argc) return fputs("loadclient: a value is missing\n", stderr), 2;
-        else if (!strcmp(argv[i], "--send")) text = argv[++i];
-        else if (!strcmp(argv[i], "--repeat")) repeat = atoi(argv[++i]);
-        else if (!strcmp(argv[i], "--answers")) answers = atol(argv[++i]);
-        else return fprintf(stderr, "loadclient: unknown %s\n", argv[i]), 2;
-    }
-    alarm(LIFETIME_S); /* never outlive a bench that was killed */
+    parse_options(argc, argv);
+    alarm(LIFETIME_S); /* It must not outlive a bench.py that was killed. */
     clients = calloc(count, sizeof *clients);
+    clients->stuck = options.stuck;
     poller = epoll_create1(0);
-    for (int i = 0; i < count; i++) {
-        Client *c = clients + i;
-        c->open = 1, c->last_seq = NO_SEQ, c->stuck = stuck && i == 0;
-        c->rest = malloc(c->rest_size = 4096);
-        dial(c, atoi(argv[1]), argv[2], deflate);
-        greet(c, text, repeat, answers);
-        accepted += c->deflated;
-        if (c->stuck) continue;
-        fcntl(c->fd, F_SETFL, O_NONBLOCK);
-        watch.data.ptr = c;
-        epoll_ctl(poller, EPOLL_CTL_ADD, c->fd, &watch);
-        /* Connecting may take long: those already connected must answer the server's pings. */
-        for (int n = epoll_wait(poller, ready, 256, 0); n > 0; n--) read_some(ready[n - 1].data.ptr);
-    }
-    watch.data.ptr = NULL; /* standard input */
+    connect_all();
     epoll_ctl(poller, EPOLL_CTL_ADD, 0, &watch);
-#ifdef WITH_ZLIB
-    say("{\"ready\": %d, \"deflated\": %d, \"inflates\": true}", count, accepted);
-#else
-    say("{\"ready\": %d, \"deflated\": %d, \"inflates\": false}", count, accepted);
-#endif
-    for (int64_t deadline = 0;;) {
+    report_ready();
+    for (;;) {
         int64_t now = now_ns(), left = expected ? (deadline - now) / 1000000 : 1000;
-        int n = epoll_wait(poller, ready, 256, left < 0 || (spin && expected) ? 0 : left);
-        if (spin && expected && !n) spun_ns += now_ns() - now; /* waited, and not even slept */
+        int n = epoll_wait(poller, ready, 256, left < 0 || (options.spin && expected) ? 0 : left);
+        if (options.spin && expected && !n) spun_ns += now_ns() - now;
         for (int i = 0; i < n; i++) {
             char line[256];
-            Client *c = ready[i].data.ptr;
-            if (c) {
-                read_some(c);
+            if (ready[i].data.ptr) {
+                on_ready(ready[i].data.ptr);
                 continue;
             }
-            ssize_t got = read(0, line, sizeof line - 1); /* one command at a time is sent */
+            ssize_t got = read(0, line, sizeof line - 1); /* bench.py sends one at a time. */
             if (got <= 0) return 0;
             line[got] = 0;
             long events, patience;
             if (sscanf(line, "expect %ld %ld", &events, &patience) == 2) {
-                for (Client *each = clients; each < clients + count; each++) each->frames = 0;
-                expected = events, total = complete = 0;
-                wire_bytes = 0, smallest = SIZE_MAX, largest = 0, first_ns = last_ns = 0;
                 deadline = now_ns() + patience * INT64_C(1000000);
-                say("{\"armed\": 1}");
+                expect(events);
             } else if (!strncmp(line, "stuck", 5))
                 report_stuck();
+            else if (!strncmp(line, "pings", 5))
+                print_line("{\"pings\": %ld}", pings);
             else
                 return 0;
         }
-        if (expected && (complete == count - stuck || now_ns() >= deadline)) report();
+        if (expected && (complete == count - options.stuck || now_ns() >= deadline)) report();
     }
 }

@@ -1,11 +1,12 @@
-"""loadclient.c in Python, where there is no C compiler: the same arguments, lines and reports.
+"""loadclient.c in Python, if there is no C compiler: same arguments, commands and reports.
 
-It is several times slower, so that a fast server may be waiting for it: bench.py says so.
+It is several times slower, so a fast server may have to wait for it. bench.py prints a warning.
 """
 
 from __future__ import annotations
 
 import argparse
+import enum
 import itertools
 import json
 import os
@@ -16,9 +17,13 @@ import sys
 import time
 import zlib
 
-LIFETIME_S = 600  # never outlive a bench that was killed
+# It must not outlive a bench.py that was killed.
+LIFETIME_S = 600
+# Give up connecting if no client became ready for so long.
+PATIENCE_S = 30
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 KEY = "c3dpZnRjbXMtYmVuY2ghIQ=="
+OFFER = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
 
 
 def number_after(name: bytes, text: bytes) -> int | None:
@@ -32,8 +37,19 @@ def number_after(name: bytes, text: bytes) -> int | None:
     return int(text[at:end])
 
 
+class State(enum.Enum):
+    """How far a connection is."""
+
+    CONNECTING = enum.auto()
+    # The handshake was sent.
+    UPGRADING = enum.auto()
+    # The messages of --send were sent, and answers are missing.
+    GREETING = enum.auto()
+    READY = enum.auto()
+
+
 class Run:
-    """What has been counted since the last `expect`."""
+    """The events counted since the last `expect`."""
 
     def __init__(self, expected: int = 0, milliseconds: int = 0) -> None:
         self.expected = expected
@@ -42,64 +58,109 @@ class Run:
         self.order_errors = self.bad_frames = self.cpu_ns = self.spun_ns = self.largest = 0
         self.smallest = sys.maxsize
 
+    def busy_ns(self) -> int:
+        """With --spin, the time it did not wait; otherwise the processor's time."""
+        if not self.total:
+            return 0
+        if self.spun_ns:
+            return time.monotonic_ns() - self.first_ns - self.spun_ns
+        return time.process_time_ns() - self.cpu_ns
+
 
 class Client:
+    """One connection: its handshake, its frames and its counts."""
+
+    running_number = itertools.count()
+    pings = 0
+
     def __init__(self, options: argparse.Namespace, stuck: bool) -> None:
-        self.stuck, self.engineio = stuck, options.engineio
-        self.open, self.close_code = True, 0
-        self.answers = self.frames = self.latency_ns = 0
+        self.options, self.stuck = options, stuck
+        self.state = State.CONNECTING
+        self.is_open, self.close_code = True, 0
+        self.answers = self.frames = self.latency_ns = self.ready_ns = 0
         self.last_seq: int | None = None
         self.inflater = None
+        # The beginning of a frame, or of the handshake's response, whose rest is not here yet.
+        self.rest = b""
+        self.started_ns = time.monotonic_ns()
         self.sock = socket.socket()
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if stuck:
-            # Else loopback, with its 64 KiB segments, swallows megabytes before anyone notices.
+            # Otherwise loopback, with segments of 64 KiB, buffers megabytes for this client.
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
-        self.sock.settimeout(20)
-        self.sock.connect(("127.0.0.1", options.port))
-        offer = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
+        self.sock.setblocking(False)
+        self.sock.connect_ex(("127.0.0.1", options.port))
+
+    def send_handshake(self) -> None:
+        if error := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            sys.exit(f"loadclient: connect: {os.strerror(error)}")
+        options = self.options
         self.sock.sendall(
             f"GET {options.path} HTTP/1.1\r\nHost: 127.0.0.1:{options.port}\r\n"
             "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            f"Sec-WebSocket-Key: {KEY}\r\n{offer if options.deflate else ''}\r\n".encode()
+            f"Sec-WebSocket-Key: {KEY}\r\n{OFFER if options.deflate else ''}\r\n".encode()
         )
-        self.rest = b""
-        while b"\r\n\r\n" not in self.rest:
-            data = self.sock.recv(65536)
-            if not data:
-                sys.exit("the server hung up during the handshake")
-            self.rest += data
+        self.state = State.UPGRADING
+
+    def read_response(self, run: Run) -> None:
+        """Read the response to the handshake. Frames may follow it in the same read."""
+        data = self.sock.recv(65536)
+        if not data:
+            sys.exit("loadclient: the server closed the connection during the handshake")
+        self.rest += data
+        if b"\r\n\r\n" not in self.rest:
+            return
         head, _, self.rest = self.rest.partition(b"\r\n\r\n")
         if b" 101 " not in head:
-            sys.exit(f"refused: {head.decode(errors='replace')}")
-        self.deflated = b"permessage-deflate" in head.lower()
-        if self.deflated:
+            sys.exit(f"loadclient: refused: {head.decode(errors='replace')}")
+        if b"permessage-deflate" in head.lower():
             self.inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        for _ in range(self.options.repeat):
+            number = str(next(self.running_number))
+            for text in self.options.send:
+                self.send(TEXT, text.replace("#", number).encode())
+        self.state = State.GREETING
+        self.feed(self.rest, run)
+
+    def on_ready(self, run: Run) -> bool:
+        """Handle an event of the poller. Return True if it made the connection ready."""
+        if self.state is State.CONNECTING:
+            self.send_handshake()
+        elif self.state is State.UPGRADING:
+            self.read_response(run)
+        else:
+            self.read(run)
+        if self.state is not State.READY and not self.is_open:
+            sys.exit(f"loadclient: closed with {self.close_code} instead of an answer")
+        if self.state is not State.GREETING or self.answers < self.options.answers:
+            return False
+        self.state = State.READY
+        self.ready_ns = time.monotonic_ns()
+        return True
 
     def send(self, opcode: int, payload: bytes) -> None:
-        """A client must mask; a key of four zero bytes is allowed and changes nothing."""
+        """A client must mask its frames; a key of four zero bytes is allowed."""
         size = len(payload)
         length = bytes([0x80 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
         self.sock.sendall(bytes([0x80 | opcode]) + length + bytes(4) + payload)
 
-    def read(self, run: Run) -> bool:
-        """One read; False at the end."""
+    def read(self, run: Run) -> None:
+        """Read once, and handle the frames."""
         try:
             data = self.sock.recv(262_144)
         except BlockingIOError:
-            return True
+            return
         except OSError:
             data = b""
         if not data:
-            self.open = False
-            return False
+            self.is_open = False
+            return
         run.wire_bytes += len(data)
-        self.take(self.rest + data, run)
-        return self.open
+        self.feed(self.rest + data, run)
 
-    def take(self, data: bytes, run: Run) -> None:
-        """Handles the whole frames and keeps what is left over."""
+    def feed(self, data: bytes, run: Run) -> None:
+        """Handle the complete frames in `data` and keep the beginning of the next one."""
         at, now = 0, time.monotonic_ns()
         while len(data) - at >= 2:
             first, length = data[at], data[at + 1]
@@ -108,31 +169,34 @@ class Client:
                 start += 2 if length == 126 else 8
                 length = int.from_bytes(data[at + 2 : start], "big")
             end = start + length
-            if first & 0xB0 != 0x80:  # in fragments, or not a frame at all
+            if first & 0xB0 != 0x80:
+                # In fragments, or not a frame: the rest has no meaning.
                 run.bad_frames += 1
-                self.open = False
+                self.is_open = False
                 return
             if end > len(data):
                 break
-            self.frame(first & 0x0F, data[start:end], bool(first & 0x40), now, run)
+            self.on_frame(first & 0x0F, data[start:end], bool(first & 0x40), now, run)
             at = end
         self.rest = data[at:]
 
-    def frame(self, opcode: int, payload: bytes, compressed: bool, now: int, run: Run) -> None:
+    def on_frame(self, opcode: int, payload: bytes, compressed: bool, now: int, run: Run) -> None:
         if opcode in (TEXT, BINARY):
             if compressed:
                 payload = self.inflater.decompress(payload + b"\0\0\xff\xff")
-            if self.engineio and payload == b"2":
+            if self.options.engineio and payload == b"2":
+                Client.pings += 1
                 self.send(TEXT, b"3")
             else:
-                self.message(payload, now, run)
+                self.on_message(payload, now, run)
         elif opcode == PING:
+            Client.pings += 1
             self.send(PONG, payload)
         elif opcode == CLOSE:
-            self.open = False
+            self.is_open = False
             self.close_code = int.from_bytes(payload[:2], "big") or 1005
 
-    def message(self, text: bytes, now: int, run: Run) -> None:
+    def on_message(self, text: bytes, now: int, run: Run) -> None:
         seq = number_after(b'"seq":', text)
         if seq is None:
             self.answers += 1
@@ -155,30 +219,41 @@ class Client:
             self.latency_ns = now - number_after(b'"sent_ns":', text)
 
 
-def say(report: dict) -> None:
+def print_line(report: dict) -> None:
     print(json.dumps(report), flush=True)
 
 
-def busy_ns(run: Run) -> int:
-    """When it spins, what it did not wait; else the processor's time."""
-    if not run.total:
-        return 0
-    if run.spun_ns:
-        return time.monotonic_ns() - run.first_ns - run.spun_ns
-    return time.process_time_ns() - run.cpu_ns
+def quantiles(values: list[int]) -> dict[str, int]:
+    ordered = sorted(values) or [0]
+    size = len(ordered)
+    return {
+        "p50_ns": ordered[size // 2],
+        "p99_ns": ordered[size * 99 // 100],
+        "max_ns": ordered[-1],
+    }
+
+
+def ready_report(clients: list[Client]) -> dict:
+    last = max(client.ready_ns for client in clients)
+    return {
+        "ready": len(clients),
+        "deflated": sum(client.inflater is not None for client in clients),
+        "inflates": True,
+        "ready_ns": last - clients[0].started_ns,
+        **quantiles([client.ready_ns - client.started_ns for client in clients]),
+    }
 
 
 def report(clients: list[Client], run: Run) -> dict:
     reading = [client for client in clients if not client.stuck]
     frames = [client.frames for client in reading]
-    latency = sorted(c.latency_ns for c in reading if c.frames) if run.expected == 1 else [0]
-    latency = latency or [0]
+    latencies = [c.latency_ns for c in reading if c.frames] if run.expected == 1 else []
     return {
         "frames": run.total,
         "fewest": min(frames),
         "most": max(frames),
         "complete": run.complete,
-        "closed": sum(not client.open for client in reading),
+        "closed": sum(not client.is_open for client in reading),
         "close_code": max(client.close_code for client in reading),
         "order_errors": run.order_errors,
         "bad_frames": run.bad_frames,
@@ -188,102 +263,109 @@ def report(clients: list[Client], run: Run) -> dict:
         "wire_bytes": run.wire_bytes,
         "smallest": run.smallest if run.total else 0,
         "largest": run.largest,
-        "busy_ns": busy_ns(run),
-        "p50_ns": latency[len(latency) // 2],
-        "p99_ns": latency[len(latency) * 99 // 100],
-        "max_ns": latency[-1],
+        "busy_ns": run.busy_ns(),
+        **quantiles(latencies),
     }
 
 
 def report_stuck(client: Client, run: Run) -> dict:
-    """Now reads what the stuck connection was sent, and says how that ended."""
+    """Read the data that waits for the stuck connection, and report how the server closed it."""
     client.sock.settimeout(1)
     run.wire_bytes = 0
-    end = "open"
-    while client.open:
+    outcome = "open"
+    while client.is_open:
         try:
             data = client.sock.recv(65536)
         except TimeoutError:
             break
         except OSError:
-            end = "reset"
+            outcome = "reset"
             break
         if not data:
-            end = "cut"
+            outcome = "cut"
             break
         run.wire_bytes += len(data)
-        client.take(client.rest + data, run)
+        client.feed(client.rest + data, run)
     if client.close_code:
-        end = "closed"
-    size = run.wire_bytes
-    return {"end": end, "code": client.close_code, "bytes": size, "order_errors": run.order_errors}
+        outcome = "closed"
+    size, errors = run.wire_bytes, run.order_errors
+    return {"end": outcome, "code": client.close_code, "bytes": size, "order_errors": errors}
 
 
-class Crowd:
-    """All the clients, and the loop that reads for them."""
+class LoadClient:
+    """All connections, and the loop that reads for them."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
         self.run = Run()
-        self.spin = options.spin
         self.poller = select.epoll()
         self.by_fd: dict[int, Client] = {}
         self.clients: list[Client] = []
-        running_number = itertools.count()
-        for number in range(options.count):
-            client = Client(options, options.stuck and number == 0)
-            self.clients.append(client)
-            for _ in range(options.repeat if options.send else 0):
-                client.send(TEXT, options.send.replace("#", str(next(running_number))).encode())
-            client.take(client.rest, self.run)
-            while client.answers < options.answers:
-                if not client.read(self.run):
-                    sys.exit("the server hung up instead of answering")
-            if not client.stuck:
-                client.sock.setblocking(False)
-                self.by_fd[client.sock.fileno()] = client
-                self.poller.register(client.sock, select.EPOLLIN)
-            # Connecting may take long: those already connected must answer the server's pings.
-            self.read_ready(0)
+        self.ready = 0
 
-    def read_ready(self, patience: float | None) -> bool:
-        """Reads what there is; True where there is a command among it."""
+    def connect_all(self) -> None:
+        count, progress = self.options.count, time.monotonic()
+        while self.ready < count:
+            before = self.ready
+            while len(self.clients) < count and len(self.clients) - before < self.options.parallel:
+                client = Client(self.options, self.options.stuck and not self.clients)
+                self.clients.append(client)
+                self.by_fd[client.sock.fileno()] = client
+                self.poller.register(client.sock, select.EPOLLOUT)
+            # Connecting may take long: the clients that are ready must answer pings.
+            self.poll(1)
+            if self.ready > before:
+                progress = time.monotonic()
+            elif time.monotonic() - progress > PATIENCE_S:
+                sys.exit(f"loadclient: {self.ready} of {count} clients are ready, then no more")
+
+    def poll(self, timeout: float | None) -> bool:
+        """Read everything that has arrived. Return True if there is a command."""
         commanded = False
-        spinning = self.spin and self.run.expected
+        spinning = self.options.spin and self.run.expected
         start = time.monotonic_ns()
-        ready = self.poller.poll(0 if spinning else patience)
+        ready = self.poller.poll(0 if spinning else timeout)
         if spinning and not ready:
             self.run.spun_ns += time.monotonic_ns() - start
         for fd, _ in ready:
             if fd == sys.stdin.fileno():
                 commanded = True
-            elif not self.by_fd[fd].read(self.run):
+                continue
+            client = self.by_fd[fd]
+            before = client.state
+            self.ready += client.on_ready(self.run)
+            if not client.is_open or (client.stuck and client.state is State.READY):
                 self.poller.unregister(fd)
+            elif before is State.CONNECTING:
+                self.poller.modify(fd, select.EPOLLIN)
         return commanded
 
-    def obey(self, command: str, *numbers: str) -> None:
+    def execute(self, command: str, *numbers: str) -> None:
         if command == "expect":
-            # Errors seen while nothing was expected belong to the next report.
+            # Errors that are seen while no event is expected belong to the next report.
             before, self.run = self.run, Run(*map(int, numbers))
             self.run.order_errors, self.run.bad_frames = before.order_errors, before.bad_frames
             for client in self.clients:
                 client.frames = 0
-            say({"armed": 1})
+            print_line({"armed": 1})
+        elif command == "pings":
+            print_line({"pings": Client.pings})
         elif command == "stuck":
-            say(report_stuck(self.clients[0], self.run))
+            print_line(report_stuck(self.clients[0], self.run))
         else:
             sys.exit(0)
 
-    def work(self) -> None:
+    def serve(self) -> None:
         self.poller.register(sys.stdin, select.EPOLLIN)
+        readers = sum(not client.stuck for client in self.clients)
         while True:
             run = self.run
             left = max(0.0, run.deadline - time.monotonic()) if run.expected else None
-            if self.read_ready(left):
-                self.obey(*os.read(sys.stdin.fileno(), 256).decode().split() or ["exit"])
+            if self.poll(left):
+                self.execute(*os.read(sys.stdin.fileno(), 256).decode().split() or ["exit"])
                 continue
-            readers = sum(not client.stuck for client in self.clients)
             if run.expected and (run.complete == readers or time.monotonic() >= run.deadline):
-                say(report(self.clients, run))
+                print_line(report(self.clients, run))
                 self.run = Run()
 
 
@@ -292,17 +374,18 @@ def main() -> None:
     parser.add_argument("port", type=int)
     parser.add_argument("path")
     parser.add_argument("count", type=int)
-    parser.add_argument("--send")
+    parser.add_argument("--send", action="append", default=[])
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--answers", type=int, default=0)
+    parser.add_argument("--parallel", type=int, default=1)
     for flag in ("--deflate", "--engineio", "--stuck", "--spin"):
         parser.add_argument(flag, action="store_true")
     options = parser.parse_args()
     signal.alarm(LIFETIME_S)
-    crowd = Crowd(options)
-    deflated = sum(client.deflated for client in crowd.clients)
-    say({"ready": len(crowd.clients), "deflated": deflated, "inflates": True})
-    crowd.work()
+    client = LoadClient(options)
+    client.connect_all()
+    print_line(ready_report(client.clients))
+    client.serve()
 
 
 if __name__ == "__main__":
