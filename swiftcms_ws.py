@@ -1,6 +1,14 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["flask>=3.0", "flask-sock>=0.7", "simple-websocket>=1.1", "pyjwt>=2.10"]
+# dependencies = [
+#     "blinker>=1.6.2",
+#     "flask>=3.0",
+#     "flask-sock>=0.7",
+#     "pyjwt>=2.12.1",
+#     "simple-websocket>=1.1",
+#     "werkzeug>=3.0.4",
+#     "wsproto>=1.0",
+# ]
 # ///
 """Real-time push for small Flask sites: one blueprint, one publish(), every subscribed browser.
 
@@ -13,7 +21,9 @@
     publish("content.created", "posts", {"id": 7})          # from any view or thread
 
 Glossary
-    event         it has a type (content.created), a content type (posts) and a payload
+    event         a change that the site publishes: a type (content.created), a content type (posts)
+                  and a payload
+    handshake     the GET request, answered with status 101, that turns into a WebSocket
     pattern       selects events: a type, a prefix (content.*) or *, and the same for content types
     subscription  one pattern that one connection has asked for
     frame         the bytes of one message, ping, pong or close (RFC 6455 section 5)
@@ -38,20 +48,24 @@ From publish() to the socket                      From the handshake to an answe
       |                                                 |  (a hook runs in a worker meanwhile)
     History.add         keeps the event               Session.answer   the answer's frame
 
-Threads, for each engine, started by its first connection or event
+With a shared log, RedisLog.append gives the ids in place of Loop.publish, and the follower of each
+process queues the events with Loop.submit.
+
+Threads of each engine, started by its first connection or, without a shared log, its first event
     loop          owns the order of events, all sockets, the history and the editors; never blocks
-    heartbeat     keeps the rhythm of heartbeats; notices that gunicorn stops its worker
-    workers 1-4   run hooks, receivers of signals, log records and reads of the shared log; they
-                  are started by the first such task
+    heartbeat     asks the loop to send heartbeats; closes the engine if gunicorn stops its worker
+    workers 1-4   run authorize, receivers of client_connected and client_disconnected, and log
+                  handlers; read from and write to the shared log. Started by the first such task
     follower      reads the shared log, if there is one
+identify runs in the web server's thread, and receivers of event_published in the publisher's.
 
 Locks (each is documented where it is created)
     Hub._starting    creating and starting an engine; the others may be taken while it is held
     Loop._lock       ids and the queue              Registry._lock   connections, subscriptions
     Workers._lock    tasks and threads              Editing._lock    editors of entries
     Counters._lock   the numbers of stats()         Lane._lock       one ordered queue of tasks
-Except for the first, no lock is taken while one of them is held. Under none of them does code of
-the site run, is user data logged, or does I/O happen.
+A thread holds one lock at a time, except that it may take others while it holds Hub._starting.
+No code of the site, no logging and no network I/O runs while a lock is held.
 
 Sections
          1 Map
@@ -70,10 +84,12 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
+import bisect
 import dataclasses
 import difflib
 import errno
 import functools
+import hashlib
 import heapq
 import inspect
 import io
@@ -164,12 +180,12 @@ logger = logging.getLogger("swiftcms_ws")
 # == 1. Map: settings, signals, errors ===========================================================
 
 CONFIG_PREFIX = "SWIFTCMS_WS_"
-# Characters of a type, a content type, an entry's id or a user's id: clients send them, and the
-# server keeps them.
+# The most characters of a type, a content type, an entry's id or a user's id. Clients send them,
+# and the server keeps them in memory.
 NAME_LENGTH = 128
-# A client that stays silent for so many heartbeats is closed.
+# The connection of a client that stays silent for this many heartbeats is closed.
 MISSED_HEARTBEATS = 2
-# The first characters of a client id are the same for all clients of one process.
+# Each client id begins with the id of its process, which has this many characters.
 PROCESS_LENGTH = 8
 
 
@@ -187,18 +203,18 @@ class Everyone(Enum):
 EVERYONE = Everyone.EVERYONE
 
 _signals = Namespace()
-#: Sent by the app with `hub`, `client_id` and `user`, in a worker and in a request context of the
-#: handshake. The client's first message waits for the receivers.
+#: Sent with `hub`, `client_id` and `user`, in a worker and in a request context of the handshake.
+#: The server reads the client's first message after the receivers have returned.
 client_connected = _signals.signal("client-connected")
-#: Sent by the app with `hub`, `client_id` and `user`, in a worker, after the connection is closed.
+#: Sent with `hub`, `client_id` and `user`, in a worker, after the connection is closed.
 client_disconnected = _signals.signal("client-disconnected")
-#: Sent by the app with `hub`, `id`, `type`, `content_type`, `payload` and `to`, in the thread that
-#: published, after the event is stored.
+#: Sent with `hub`, `id`, `type`, `content_type`, `payload` and `to`, in the thread that published,
+#: after the event is queued or, with Redis, stored. The sender of all three is the app.
 event_published = _signals.signal("event-published")
 
 
 class CloseCode(IntEnum):
-    """Why the server closes a connection (RFC 6455 section 7.4; PROTOCOL.md, Close codes)."""
+    """Why the server closes a connection (RFC 6455 section 7.4; README, Reference)."""
 
     GOING_AWAY = 1001
     MESSAGE_TOO_BIG = 1009
@@ -209,9 +225,10 @@ class CloseCode(IntEnum):
 
 
 class PublishError(Exception):
-    """The shared log did not store the event. Publish it again later.
+    """The shared log did not confirm that it has stored an event or a message. Try again later.
 
-    If Redis stopped answering right after it had read the event, the event may still arrive.
+    If Redis stopped answering after it had received the event, clients may receive it anyway, and
+    twice if it is published again.
     """
 
 
@@ -233,17 +250,13 @@ class ClientError(Exception):
         self.closes_with = closes_with
 
 
-def log(
-    level: int, message: str, *values: object, exc_info: Any = None, stack_info: bool = False
-) -> None:
+def log(level: int, message: str, *values: object, exc_info: Any = None) -> None:
     """Log a message. If a handler or filter of the site raises, print its traceback instead.
 
     Otherwise a broken log handler would stop the thread that logs.
     """
     try:
-        logger.log(
-            level, message, *values, exc_info=exc_info, stack_info=stack_info, stacklevel=2
-        )
+        logger.log(level, message, *values, exc_info=exc_info, stacklevel=2)
     except Exception:
         traceback.print_exc()
 
@@ -349,22 +362,27 @@ class Settings:
         }
         values = {}
         for key, value in config.items():
-            if not key.startswith(CONFIG_PREFIX) or (key in fields and value is None):
+            if not key.startswith(CONFIG_PREFIX):
                 continue
             if key not in fields:
                 names = [name.removeprefix(CONFIG_PREFIX) for name in fields]
                 hint = did_you_mean(key.removeprefix(CONFIG_PREFIX), names, CONFIG_PREFIX)
                 raise ValueError(f"unknown config key {key}{hint}; known are {', '.join(fields)}")
-            field = fields[key]
-            if not field.metadata["accepts"](value):
-                # A key must not appear in a log.
-                shown = "this value" if field.name == "jwt_key" else repr(value)
-                expected = field.metadata["expected"]
-                raise ValueError(f"config key {key} must be {expected}, not {shown}")
-            values[field.name] = value
+            if value is not None:
+                cls._check_value(key, fields[key], value)
+                values[fields[key].name] = value
         settings = cls(**values)
         settings.check_key()
         return settings
+
+    @staticmethod
+    def _check_value(key: str, field: dataclasses.Field[Any], value: Any) -> None:
+        """Raise ValueError if a value is wrong."""
+        if not field.metadata["accepts"](value):
+            # The JWT key is a secret, and the message may be logged.
+            shown = "this value" if field.name == "jwt_key" else repr(value)
+            expected = field.metadata["expected"]
+            raise ValueError(f"config key {key} must be {expected}, not {shown}")
 
     def check_key(self) -> None:
         """Raise ValueError if the key does not fit the algorithms: every token would be refused."""
@@ -423,13 +441,13 @@ class Hub:
         self.authorize_hook: Callable[[User | None, str, str], Any] | None = None
         self._redis_url = redis_url
         # Weak, so that an app which a job or a test created can be freed.
-        self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
+        self._app_refs: list[weakref.ref[Flask]] = []
         # The engine of a hub without an app.
         self._script_engine: Engine | None = None
         # Held while an engine is created or started, so that there is one for each app. An engine
         # is published when it is complete, and read without the lock.
         self._starting = threading.Lock()
-        self._starting_guard = ReentryGuard()
+        self._starting_guard = ReentryGuard(self._starting)
         _hubs.add(self)
 
     def __enter__(self) -> Hub:
@@ -456,19 +474,20 @@ class Hub:
     ) -> str:
         """Send an event to all clients that subscribe to it, and return its id.
 
-        It returns in microseconds, however many clients there are, and needs no context. Call it
-        after the commit: a client may ask for the data at once.
+        The event is queued, so the number of clients makes no difference. With Redis the call takes
+        one round trip. It waits only while 8 MiB of events are queued. It needs no context. Call it
+        after the commit, because a client may ask for the data at once.
 
         event_type:   such as "content.created": words joined by dots, none under "system."
         content_type: such as "posts"
         payload:      anything that `app.json` can serialise
-        to:           the user id, or several, that alone receive it (str, int or UUID)
+        to:           a user id or several (str, int or UUID): only these users receive the event
 
         Raises TypeError or ValueError, naming the argument, if one is wrong. No event is sent then.
         Raises PublishError within two seconds if the shared log does not store the event, and
         RuntimeError if it is not clear which app is meant, or if a signal handler calls this
-        while its thread is inside publish(). An exception of an `event_published` receiver is
-        raised here too, after the event was sent.
+        while its thread is inside publish(). If a receiver of `event_published` raises, so does
+        publish(), but the event was published.
         """
         return self.publish_many([(event_type, content_type, payload, to)])[0]
 
@@ -478,7 +497,7 @@ class Hub:
         Raises as publish() does, and then sends none of them. With Redis they take one round trip.
         """
         engine = self._engine()
-        events = list(events)
+        events = [(*event[:3], *map(_keep_iterator, event[3:])) for event in events]
         drafts = [engine.draft(*event) for event in events]
         event_ids = [format_event_id(event_id) for event_id in engine.publish(drafts)]
         if event_published.receivers:
@@ -499,12 +518,13 @@ class Hub:
         """Register `hook()`, which returns the user of a handshake.
 
         It returns a user id, `(user_id, session_id)`, or None if no user is signed in. It runs in
-        a request context of its own, so `session` and login extensions work in it. A token in
-        the handshake takes precedence.
+        the handshake's request, so `session` and login extensions work in it. A token in the
+        handshake takes precedence.
 
         Raises TypeError for a coroutine function, RuntimeError if there is another hook already.
         """
-        self.identify_hook = self._replace_hook("identify", self.identify_hook, hook)
+        self._check_hook("identify", hook, self.identify_hook)
+        self.identify_hook = hook
         return hook
 
     def authorize(self, hook: Hook) -> Hook:
@@ -517,7 +537,8 @@ class Hub:
 
         Raises TypeError for a coroutine function, RuntimeError if there is another hook already.
         """
-        self.authorize_hook = self._replace_hook("authorize", self.authorize_hook, hook)
+        self._check_hook("authorize", hook, self.authorize_hook)
+        self.authorize_hook = hook
         return hook
 
     def issue_token(self, user_id: Any, expires_in: float = 3600, **claims: Any) -> str:
@@ -570,8 +591,9 @@ class Hub:
 
         session: only the connections of this session, as the identify hook returned it
 
-        End the login first: a handshake that the identify hook still knows is accepted again.
-        Raises PublishError if the shared log is away, because the user's connections in other
+        Log the user out first. Otherwise the client reconnects, and the identify hook accepts it.
+
+        Raises PublishError if Redis is away. Then no connection is closed, because those in other
         processes would stay open.
         """
         user = check_user_id(user_id, "user_id")
@@ -587,11 +609,9 @@ class Hub:
         return format_event_id(self._engine().newest_id())
 
     def flush(self, timeout: float = 5.0) -> bool:
-        """Wait until everything published so far is written to the clients' sockets.
+        """Wait until the events that this process has published are written to clients' sockets.
 
-        timeout: in seconds
-
-        Returns False if it is not by then.
+        Returns False if that takes more than `timeout` seconds.
         """
         return self._engine().flush(timeout)
 
@@ -611,9 +631,9 @@ class Hub:
 
         Raises RuntimeError if that is not clear, and ValueError if the configuration is wrong.
         """
-        if current_app and running_app() in self._apps:
+        if current_app and self in running_app().extensions.get("swiftcms_ws", ()):
             return self.engine_of(running_app())
-        apps = list(self._apps)
+        apps = self._apps()
         if len(apps) == 1:
             return self.engine_of(apps[0])
         if not apps:
@@ -625,6 +645,10 @@ class Hub:
             f"this hub is registered with {len(apps)} apps: call it inside"
             " `with app.app_context():`, so that it knows which one is meant"
         )
+
+    def _apps(self) -> list[Flask]:
+        """Return the apps with which this hub is registered, and that still exist."""
+        return [app for ref in self._app_refs if (app := ref()) is not None]
 
     def engine_of(self, app: Flask) -> Engine:
         """Return the engine of an app; create it at first use, when configuration is complete."""
@@ -652,7 +676,7 @@ class Hub:
 
     def _engines(self) -> list[Engine]:
         """Return the engines that exist."""
-        engines = [app.extensions["swiftcms_ws"].get(self) for app in list(self._apps)]
+        engines = [app.extensions["swiftcms_ws"].get(self) for app in self._apps()]
         return [engine for engine in (*engines, self._script_engine) if engine is not None]
 
     def start(self, engine: Engine) -> None:
@@ -662,12 +686,19 @@ class Hub:
                 engine.start()
 
     def registered(self, app: Flask) -> None:
-        """Check the configuration when the blueprint is registered, so that mistakes show early."""
+        """Prepare an app: called when the blueprint is registered.
+
+        The configuration is checked here too, so that mistakes show early.
+        """
         settings = Settings.from_config(app.config)
         if settings.redis_url is not None:
             import_redis()
-        app.extensions.setdefault("swiftcms_ws", {}).setdefault(self, None)
-        self._apps.add(app)
+        engines = app.extensions.setdefault("swiftcms_ws", {})
+        if self not in engines:
+            engines[self] = None
+            # A new list, because another thread may be reading the old one.
+            self._app_refs = [ref for ref in self._app_refs if ref() is not None]
+            self._app_refs.append(weakref.ref(app))
         options = app.config.setdefault("SOCK_SERVER_OPTIONS", {})
         options.setdefault("thread_class", handshake_thread)
         install_signal_handlers()
@@ -675,7 +706,7 @@ class Hub:
             logging.getLogger(name).addFilter(hide_token)
 
     def warn_if_nobody_is_reached(self, engine: Engine) -> None:
-        """Log once if an event cannot reach a client, although it seems so to the caller."""
+        """Log once if publish() succeeded in a process or an app that has no clients."""
         parent_process = getattr(sys.modules.get("multiprocessing"), "parent_process", None)
         if parent_process is not None and parent_process() is not None:
             engine.warn(
@@ -691,24 +722,30 @@ class Hub:
                 once=True,
             )
 
-    def _replace_hook(self, name: str, former: Hook | None, hook: Hook) -> Hook:
+    def _check_hook(self, name: str, hook: Hook, current: Hook | None) -> None:
+        """Raise if a function cannot be a hook, or if the hub has a different one."""
         if inspect.iscoroutinefunction(hook):
             raise TypeError(f"the {name} hook must be a plain function, not a coroutine function")
-        if former is not None and _full_name(former) != _full_name(hook):
+        if current is not None and _full_name(current) != _full_name(hook):
             raise RuntimeError(
-                f"this hub has another {name} hook already: {_full_name(former)}; combine both in"
+                f"this hub has another {name} hook already: {_full_name(current)}; combine both in"
                 " one function"
             )
-        return hook
 
     def forget_engines(self) -> None:
         """Start again in a forked child: the threads do not exist there, and locks may be held."""
         self._starting = threading.Lock()
+        self._starting_guard = ReentryGuard(self._starting)
         for engine in self._engines():
             engine.close_copies()
-        for app in list(self._apps):
+        for app in self._apps():
             app.extensions["swiftcms_ws"][self] = None
         self._script_engine = None
+
+
+def _keep_iterator(value: Any) -> Any:
+    """Return a list for an iterator given as `to`: it is read twice."""
+    return list(value) if isinstance(value, Iterator) else value
 
 
 def running_app() -> Flask:
@@ -740,14 +777,16 @@ _hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
 class Engine:
     """Everything that runs for one app of one hub in one process.
 
-    It is created at the first use of the hub, from the configuration of that moment, and then has
-    neither threads nor descriptors. The first connection or event starts it. Any thread may call
-    its methods. A forked child creates a new one.
+    It owns the parts below, and has no thread of its own. It is created at the first use of the
+    hub, from the configuration of that moment. Threads and descriptors are created when start() is
+    called: for the first connection, or the first call that needs the loop. Any thread may call
+    its methods, except those marked "Loop only". A forked child creates a new one.
     """
 
     def __init__(self, hub: Hub, app: Flask | None, redis_url: str | None) -> None:
         self.hub = hub
-        self.app = app
+        # Weak, so that an app which a job has created can be freed. Its threads stop then.
+        self._app_ref = None if app is None else weakref.ref(app)
         self.settings = Settings.of_app(app, redis_url)
         # The name of this process among the others; client ids begin with it.
         self.process = secrets.token_hex(PROCESS_LENGTH // 2)
@@ -769,9 +808,24 @@ class Engine:
         self.is_closing = False
         # Reading or setting an item is atomic. At worst a message is logged twice.
         self._warned_at: dict[str, float] = {}
-        # Recent sign-outs: they apply to handshakes that were under way meanwhile. Loop only.
+        # Recent sign-outs, with their times. A handshake that began earlier is signed out when its
+        # connection opens. Loop only.
         self._signed_out: deque[tuple[float, str, str | None]] = deque(maxlen=1000)
         _running_engines.add(self)
+        if app is not None:
+            weakref.finalize(app, self._abandon).atexit = False
+
+    @property
+    def app(self) -> Flask | None:
+        """The app; None for a script, or after the app was freed."""
+        return None if self._app_ref is None else self._app_ref()
+
+    def _abandon(self) -> None:
+        """Stop the threads, because the app was freed. Takes no lock: it may interrupt any code."""
+        # The heartbeat thread and the follower look at it.
+        self.is_closing = True
+        self.workers.request_stop()
+        self.loop.request_stop()
 
     def _create_threads(self) -> None:
         self.loop = Loop(self.registry, self.history, self.counters, self.report)
@@ -836,23 +890,24 @@ class Engine:
         return str(text)
 
     def publish(self, drafts: list[Draft]) -> list[EventId]:
-        """Give the events their ids and their place in the one order; return the ids."""
-        if self.log is not None:
-            event_ids = self.log.append(drafts)
-        else:
-            # In exit handlers the main thread is gone, and no thread can start.
-            if self.is_closing or not threading.main_thread().is_alive():
-                self.warn(
-                    "publish() was called on a hub that is closed, or while the interpreter exits:"
-                    " no client receives the event",
-                    once=True,
-                )
-            else:
-                self.hub.start(self)
-            event_ids = self.loop.publish(drafts)
-            if not self.has_served:
-                self.hub.warn_if_nobody_is_reached(self)
+        """Append the events to the shared log, or queue them in this process; return their ids."""
+        event_ids = self._publish_here(drafts) if self.log is None else self.log.append(drafts)
         self.counters.add("published", len(event_ids))
+        return event_ids
+
+    def _publish_here(self, drafts: list[Draft]) -> list[EventId]:
+        # When exit handlers run, the main thread has ended and no thread can start.
+        if self.is_closing or not threading.main_thread().is_alive():
+            self.warn(
+                "publish() was called on a hub that is closed, or while the interpreter exits:"
+                " no client receives the event",
+                once=True,
+            )
+        else:
+            self.hub.start(self)
+        event_ids = self.loop.publish(drafts)
+        if not self.has_served:
+            self.hub.warn_if_nobody_is_reached(self)
         return event_ids
 
     def warn_if_alone(self) -> None:
@@ -880,9 +935,11 @@ class Engine:
     def disconnect(self, user_id: str, session: str | None) -> int:
         """Close the connections of a user or of one session, in all processes."""
         if self.log is not None:
-            self.log.send({"do": "disconnect", "user": user_id, "session": session})
+            message = {"do": "disconnect", "user": user_id, "session": session}
+            payload = json.dumps({**message, "process": self.process})
+            self.log.append([Draft(SIGN_OUT, "system", payload, frozenset())])
         if self.app is not None:
-            # A handshake may be under way already, and must find the sign-out.
+            # The loop must remember the sign-out, because a handshake may have begun already.
             self.hub.start(self)
         count = len(self._of_session(user_id, session))
         self.loop.call(self.sign_out, user_id, session)
@@ -939,12 +996,15 @@ class Engine:
         if not self.is_started and self.log is None:
             return True
         deadline = time.monotonic() + timeout
-        newest = self.log.last_appended if self.log is not None else (0, 0)
+        flush = Flush(self.log.last_appended if self.log is not None else (0, 0))
         self.hub.start(self)
-        flushed = threading.Event()
-        if not self.loop.call(self.loop.add_flush, Flush(newest, flushed)):
+        if not self.loop.call(self.loop.add_flush, flush):
+            # The loop has stopped: no more data will be written.
             return self.registry.slots == 0
-        return flushed.wait(max(0.0, deadline - time.monotonic()))
+        if flush.is_done.wait(max(0.0, deadline - time.monotonic())):
+            return True
+        self.loop.call(self.loop.remove_flush, flush)
+        return False
 
     def begin_closing(self) -> None:
         """Refuse handshakes from now on, and close all connections with 1001. Takes no lock."""
@@ -952,11 +1012,13 @@ class Engine:
         self.loop.request_close_all()
 
     def finish_closing(self, deadline: float) -> bool:
-        """Wait until all connections are closed and the site's receivers have run; stop."""
+        """Wait for the connections to close and for receivers to run, then stop all threads.
+
+        Returns False if some connections were still open at the deadline.
+        """
         is_empty = self.registry.wait_until_empty(deadline)
         self.loop.call(self.loop.abort_all)
-        # When a task is done, the loop may submit a second one: client_disconnected waits for a
-        # hook of its client.
+        # Twice: client_disconnected is submitted when a hook of the same client has returned.
         for _ in range(2):
             self.workers.wait_until_idle(deadline)
             self.loop.run_through(deadline)
@@ -976,7 +1038,7 @@ class Engine:
     def close_copies(self) -> None:
         """Close a forked child's copies of sockets and descriptors; the parent keeps its own."""
         self.loop.close_copies()
-        for connection in self.registry.connections():
+        for connection in (*self.registry.connections_after_fork(), *self.loop.closing):
             connection.close_copy()
 
 
@@ -985,11 +1047,11 @@ def close_signed_out(connection: Connection) -> None:
 
 
 class Counters:
-    """The numbers of stats() that no other part keeps."""
+    """The numbers of stats() that are counted from the start of the engine. For any thread."""
 
     def __init__(self) -> None:
-        # Guards the numbers: every thread adds to them. Re-entrant, because a signal handler that
-        # publishes may interrupt its own thread while that holds the lock.
+        # Guards the numbers. Re-entrant, because a signal handler that publishes may interrupt its
+        # own thread while that thread holds the lock.
         self._lock = threading.RLock()
         names = ("published", "delivered", "replayed", "errors", "slow_clients", "throttled")
         self._numbers = Counter(dict.fromkeys(names, 0))
@@ -1003,13 +1065,13 @@ class Counters:
             return dict(self._numbers)
 
 
-# The engines of this process: they are closed at exit and forgotten in a forked child.
+# The engines of this process, started or not: closed at exit, and forgotten by a forked child.
 _running_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    """Run when the interpreter exits."""
+    """Close all connections at exit. Log which engines have published without a client."""
     engines = list(_running_engines)
     close_engines(engines, timeout=2.0)
     for engine in engines:
@@ -1017,7 +1079,7 @@ def _close_all() -> None:
 
 
 def _forget_all() -> None:
-    """Thread body: the forked child, before it runs anything else."""
+    """Forget the parent's engines and signal handlers. A forked child runs this first."""
     for hub_ in list(_hubs):
         hub_.forget_engines()
     _running_engines.clear()
@@ -1049,7 +1111,6 @@ def restore_signal_handlers() -> None:
     for number, former in _former_handlers.items():
         if signal.getsignal(number) is _on_signal:
             signal.signal(number, former)
-    _former_handlers.clear()
 
 
 def _on_signal(number: int, frame: Any) -> None:
@@ -1067,21 +1128,25 @@ def _on_signal(number: int, frame: Any) -> None:
     deadline = time.monotonic() + 2.0
     for engine in engines:
         engine.is_closing = True
-    while any(engine.is_busy() for engine in engines) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    try:
+        while any(engine.is_busy() for engine in engines) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    except Exception:
+        # gevent cannot wait in a signal handler. The exit handler closes the clients.
+        sys.exit(128 + number)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
 
 # == 4. Events and frames: pure functions ========================================================
 
-# Milliseconds since 1970 and a counter, as in a Redis stream. Ids only grow.
+# Milliseconds since 1970 and a counter, as in a Redis stream. Later events have larger ids.
 EventId = tuple[int, int]
-# Of an event type and of a content type.
+# A pattern of event types, and one of content types.
 Pattern = tuple[str, str]
 
 NAME_RULE = f"words of letters, digits, _ and - joined by dots, at most {NAME_LENGTH} characters"
-# Objects and arrays within each other in a client's message.
+# How deeply objects and arrays may be nested in a client's message.
 MESSAGE_DEPTH = 100
 
 
@@ -1097,7 +1162,10 @@ class Draft(NamedTuple):
 
 
 class Event:
-    """One published event. It keeps one encoded copy: the payload until the frame exists."""
+    """One published event. Any thread may create one and read it, except `frame`: loop only.
+
+    To save memory it keeps either the payload or, once that was asked for, the frame.
+    """
 
     __slots__ = ("_frame", "_payload", "content_type", "id", "size", "to", "type")
 
@@ -1109,6 +1177,11 @@ class Event:
         self.size = utf8_length(draft.payload)
         self._payload: str | None = draft.payload
         self._frame = b""
+
+    @property
+    def payload(self) -> str:
+        """The payload as JSON, until the frame exists."""
+        return self._payload or "null"
 
     @property
     def frame(self) -> bytes:
@@ -1147,10 +1220,15 @@ def parse_event_id(value: object) -> EventId:
     return int(match[1]), int(match[2])
 
 
-@functools.lru_cache(maxsize=1024)
 def is_name(text: str) -> bool:
     """Return whether a string can name a type or a content type."""
-    return 0 < len(text) <= NAME_LENGTH and all(map(_is_word, text.split(".")))
+    # The length first: the cache must not keep long strings of clients.
+    return 0 < len(text) <= NAME_LENGTH and _has_words(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_words(text: str) -> bool:
+    return all(map(_is_word, text.split(".")))
 
 
 def _is_word(word: str) -> bool:
@@ -1160,7 +1238,6 @@ def _is_word(word: str) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=1024)
 def is_pattern(text: str) -> bool:
     """Return whether a string is a name, a prefix such as content.*, or *."""
     return len(text) <= NAME_LENGTH and (text == "*" or is_name(text.removesuffix(".*")))
@@ -1182,7 +1259,7 @@ def plain_str(value: str) -> str:
 
 
 def check_user_id(value: object, source: str) -> str:
-    """Return a user id as a str. Sites that count their users may give the number, or a UUID."""
+    """Return a user id as a str. The site may also give an int or a UUID."""
     if isinstance(value, bool) or not isinstance(value, (str, int, UUID)):
         kind = type(value).__name__
         raise TypeError(f"{source} must be a user id (str, int or UUID), not {kind}")
@@ -1213,20 +1290,26 @@ def check_receivers(to: Any) -> frozenset[str]:
 
 def parse_pattern(fields: Mapping[str, Any]) -> Pattern:
     """Return the pattern that a client's `type` and `contentType` form, or raise ClientError."""
-    event_type, content_type = fields.get("type", "*"), fields.get("contentType", "*")
-    if not (isinstance(event_type, str) and is_pattern(event_type)):
-        raise ClientError(
-            "invalid_type",
-            "`type` must be an event type such as content.created, a prefix such as content.*,"
-            f" or * ({NAME_RULE}), not {describe(event_type)}",
-        )
-    if not (isinstance(content_type, str) and is_pattern(content_type)):
-        raise ClientError(
-            "invalid_type",
-            "`contentType` must be a content type such as posts, a prefix such as posts.*,"
-            f" or * ({NAME_RULE}), not {describe(content_type)}",
-        )
+    event_type = _pattern_field(fields, "type", "an event type such as content.created", "content")
+    content_type = _pattern_field(fields, "contentType", "a content type such as posts", "posts")
     return event_type, content_type
+
+
+def _pattern_field(fields: Mapping[str, Any], name: str, example: str, prefix: str) -> str:
+    value = fields.get(name, "*")
+    if not (isinstance(value, str) and is_pattern(value)):
+        raise ClientError(
+            "invalid_type",
+            f"`{name}` must be {example}, a prefix such as {prefix}.*,"
+            f" or * ({NAME_RULE}), not {describe(value)}",
+        )
+    return value
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return whether a pattern of one name matches it."""
+    is_prefix = pattern.endswith(".*") and name.startswith(pattern[:-1])
+    return pattern in ("*", name) or is_prefix
 
 
 def _patterns_of_name(name: str) -> list[str]:
@@ -1269,7 +1352,7 @@ def timestamp(milliseconds: int) -> str:
     return f"{_format_seconds(seconds)}.{rest:03}Z"
 
 
-# strftime takes 20 µs after a pause, which is a tenth of the time that an event takes.
+# Cached, because strftime() takes up to 20 µs, a tenth of the time that an event takes.
 @functools.lru_cache(maxsize=16)
 def _format_seconds(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
@@ -1350,7 +1433,7 @@ def _parse_float(text: str) -> float:
 
 
 def _check_depth(message: object) -> None:
-    """Raise RecursionError if a message could be parsed, but perhaps not be encoded again."""
+    """Raise RecursionError if a message is nested too deeply to be encoded again safely."""
     level = [message]
     for _ in range(MESSAGE_DEPTH + 1):
         containers = [value for value in level if isinstance(value, (dict, list))]
@@ -1368,49 +1451,61 @@ Call = tuple[Callable[..., object], tuple[Any, ...]]
 
 
 class ReentryGuard:
-    """Raises RuntimeError if a thread enters again before it has left.
+    """Raises RuntimeError if a thread is about to take a lock that it holds already.
 
-    Only a signal handler can do that, because it interrupts its own thread anywhere. A lock would
+    Only a signal handler can do that, because it interrupts its own thread anywhere. The lock would
     then wait for ever, and a re-entrant lock would give ids out of order.
     """
 
-    def __init__(self) -> None:
-        # Adding and discarding are atomic.
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        # Threads that have the lock or wait for it. Each step is atomic. If a signal handler
+        # raises an exception, its thread may stay here: that is harmless while the lock is free.
         self._threads: set[int] = set()
 
     def __enter__(self) -> None:
         thread = threading.get_ident()
-        if thread in self._threads:
-            raise RuntimeError(
-                "publish() was called by a signal handler that had interrupted publish(): let the"
-                " handler set a flag, and publish afterwards"
-            )
+        if thread in self._threads and self._lock.locked():
+            raise RuntimeError(SIGNAL_HINT)
         self._threads.add(thread)
 
     def __exit__(self, *exception: object) -> None:
         self._threads.discard(threading.get_ident())
 
 
-class Flush(NamedTuple):
-    """A thread that waits in flush(): for an event to be delivered, then for unsent data."""
+SIGNAL_HINT = (
+    "a signal handler called a method of the hub, such as publish(), while it had interrupted"
+    " another one: let the handler set a flag, and call it afterwards"
+)
 
-    newest: EventId
-    is_done: threading.Event
+
+class Flush:
+    """A thread waits in flush() until `newest` is delivered and unsent data is written.
+
+    That thread creates it and waits for `is_done`. The loop owns the rest.
+    """
+
+    def __init__(self, newest: EventId) -> None:
+        self.newest = newest
+        self.is_done = threading.Event()
+        # Slow clients, and the `written_bytes` to wait for. None until `newest` is delivered.
+        self.targets: list[tuple[Connection, int]] | None = None
 
 
 class Loop:
     """The thread that owns the order of events, all sockets, the history and the editors.
 
-    Any thread may use call(), publish() and submit(). Everything else is for the loop's own
-    thread. It never runs code of the site and never blocks: each socket is non-blocking.
+    Any thread may call start() and the methods under "any thread"; a forked child, close_copies().
+    The others are for the loop's own thread. It never runs code of the site, and never waits for a
+    client, because sockets are non-blocking.
     """
 
-    # publish() waits while so much is queued, or a fast publisher would fill the memory.
+    # publish() waits while this much is queued. Otherwise a fast publisher could fill the memory.
     MAX_QUEUED_BYTES = 8 * 1024 * 1024
-    # The weight of an event in the queue, in addition to its payload.
+    # How much an event counts in the queue, in addition to its payload.
     EVENT_OVERHEAD = 1024
-    # A delivery costs one system call, and that costs about the same for many small frames
-    # as for one. So events that wait go out together; a single event never waits for others.
+    # A system call costs about the same for one small frame as for many. So queued events are sent
+    # together, up to these limits. The loop never waits for more events to fill a batch.
     BATCH_BYTES = 64 * 1024
     BATCH_EVENTS = 512
 
@@ -1426,10 +1521,10 @@ class Loop:
         self.thread: threading.Thread | None = None
         self._counters = counters
         self._report = report
-        self._guard = ReentryGuard()
         # Guards the queue, its size, the newest id and the flags below, so that events are queued
         # in the order of their ids. It is held for that long only.
         self._lock = threading.Lock()
+        self._guard = ReentryGuard(self._lock)
         # Notified when there is room in the queue again, and when the loop stops.
         self._room = threading.Condition(self._lock)
         self._queue: deque[Event | Call] = deque()
@@ -1447,7 +1542,6 @@ class Loop:
         # Connections with a close frame sent or queued, and an open socket.
         self.closing: set[Connection] = set()
         self._flushes: list[Flush] = []
-        self._flush_targets: dict[Flush, list[tuple[Connection, int]]] = {}
 
     def start(self) -> None:
         """Create the selector and the wake-up sockets, and start the thread."""
@@ -1472,21 +1566,20 @@ class Loop:
         Raises RuntimeError if a signal handler calls it while its thread is inside.
         """
         events = []
-        with self._guard:
-            with self._lock:
-                self._wait_for_room()
-                for draft in drafts:
-                    milliseconds = now_milliseconds()
-                    newest, counter = self.last_id
-                    # Ids never go back, also if the clock does.
-                    if milliseconds > newest:
-                        self.last_id = (milliseconds, 0)
-                    else:
-                        self.last_id = (newest, counter + 1)
-                    events.append(Event(self.last_id, draft))
-                must_wake = self._enqueue(events)
-            if must_wake:
-                self._wake()
+        with self._guard, self._lock:
+            self._wait_for_room()
+            for draft in drafts:
+                milliseconds = now_milliseconds()
+                newest, counter = self.last_id
+                # Ids never go back, also if the clock does.
+                if milliseconds > newest:
+                    self.last_id = (milliseconds, 0)
+                else:
+                    self.last_id = (newest, counter + 1)
+                events.append(Event(self.last_id, draft))
+            must_wake = self._enqueue(events)
+        if must_wake:
+            self._wake()
         return [event.id for event in events]
 
     def submit(self, events: list[Event]) -> None:
@@ -1503,14 +1596,13 @@ class Loop:
 
         Returns False, and does not call it, if the loop has stopped or has not started.
         """
-        with self._guard:
-            with self._lock:
-                if self._is_stopped or self.thread is None:
-                    return False
-                self._queue.append((function, args))
-                must_wake, self._is_asleep = self._is_asleep, False
-            if must_wake:
-                self._wake()
+        with self._guard, self._lock:
+            if self._is_stopped or self.thread is None:
+                return False
+            self._queue.append((function, args))
+            must_wake, self._is_asleep = self._is_asleep, False
+        if must_wake:
+            self._wake()
         return True
 
     def _wait_for_room(self) -> None:
@@ -1541,12 +1633,17 @@ class Loop:
         if self.thread is not None:
             self._wake()
 
-    def run_through(self, deadline: float) -> bool:
-        """Wait until the loop has done everything that is queued now; False at the deadline."""
+    def run_through(self, deadline: float) -> None:
+        """Wait until the loop has done everything that is queued now, or until the deadline."""
         is_done = threading.Event()
-        if not self.call(is_done.set):
-            return True
-        return is_done.wait(max(0.0, deadline - time.monotonic()))
+        if self.call(is_done.set):
+            is_done.wait(max(0.0, deadline - time.monotonic()))
+
+    def request_stop(self) -> None:
+        """Stop soon. Takes no lock."""
+        self._is_stopped = True
+        if self.thread is not None:
+            self._wake()
 
     def stop(self) -> None:
         """Stop the thread after the queue is empty, and wait for it."""
@@ -1562,22 +1659,24 @@ class Loop:
 
     def _run(self) -> None:
         """Thread body: wait, empty the queue, then serve the sockets that are ready."""
-        while not self._is_finished():
+        while self._prepare_to_wait():
             try:
                 ready = self.selector.select(self._seconds_to_wait())
                 self._do_queued()
                 self._serve(ready)
+                self._close_if_requested()
                 self._do_timers()
+                self._check_flushes()
             except Exception as error:
                 self._report(logging.ERROR, "the loop failed and continues", exc_info=error)
         self.abort_all()
         self._close_descriptors()
 
-    def _is_finished(self) -> bool:
-        """Return whether to stop; if not, fall asleep unless something is queued."""
+    def _prepare_to_wait(self) -> bool:
+        """Mark the loop as asleep if nothing is queued. Return False if it has to stop."""
         with self._lock:
             self._is_asleep = not self._queue
-            return self._is_asleep and self._is_stopped
+            return not (self._is_asleep and self._is_stopped)
 
     def _seconds_to_wait(self) -> float | None:
         if not self._is_asleep or self._must_close_all:
@@ -1645,30 +1744,30 @@ class Loop:
                 with suppress(BlockingIOError):
                     self._wake_up.recv(4096)
 
-    def _do_timers(self) -> None:
-        """Run the timers that are due, and requests of other threads."""
+    def _close_if_requested(self) -> None:
         if self._must_close_all:
             self._must_close_all = False
             self.close_all(CloseCode.GOING_AWAY, "the server is going away; reconnect with since")
+
+    def _do_timers(self) -> None:
+        """Run the timers that are due."""
         while self._timers and self._timers[0][0] <= time.monotonic():
             _, _, function, args = heapq.heappop(self._timers)
             function(*args)
-        if self._flushes:
-            self._check_flushes()
 
     def call_at(self, when: float, function: Callable[..., object], *args: Any) -> None:
         """Call a function at a time of time.monotonic()."""
         heapq.heappush(self._timers, (when, next(self._timer_number), function, args))
 
     def deliver(self, events: list[Event]) -> None:
-        """Send each subscriber those of `events` that it wants, in one call."""
-        alike: dict[tuple[str, str, frozenset[str] | None], int] = defaultdict(int)
+        """Send each subscriber those of `events` that it wants, in one system call."""
+        # A set of events is an integer: bit i stands for events[i].
+        kinds: dict[tuple[str, str, frozenset[str] | None], int] = defaultdict(int)
         for index, event in enumerate(events):
-            # Bit i stands for events[i].
-            alike[event.type, event.content_type, event.to] |= 1 << index
+            kinds[event.type, event.content_type, event.to] |= 1 << index
         routes: Iterable[tuple[int, Collection[Connection]]]
-        routes = [(bits, self.registry.matching(*kind)) for kind, bits in alike.items()]
-        if len(alike) > 1:
+        routes = [(bits, self.registry.matching(*kind)) for kind, bits in kinds.items()]
+        if len(kinds) > 1:
             routes = _merge_routes(routes)
         try:
             for bits, connections in routes:
@@ -1686,29 +1785,32 @@ class Loop:
         self._flushes.append(flush)
         self._check_flushes()
 
+    def remove_flush(self, flush: Flush) -> None:
+        """Forget a thread that does not wait any more."""
+        if flush in self._flushes:
+            self._flushes.remove(flush)
+
     def _check_flushes(self) -> None:
         """Wake a thread in flush() if its events are written, or their slow clients are gone."""
         for flush in list(self._flushes):
             if self.history.newest_id < flush.newest:
                 continue
-            if flush not in self._flush_targets:
-                self._flush_targets[flush] = [
+            if flush.targets is None:
+                flush.targets = [
                     (connection, connection.written_bytes + connection.unsent_bytes)
                     for connection in self.registry.connections()
                     if connection.unsent_bytes
                 ]
-            targets = self._flush_targets[flush]
-            if all(connection.has_written(target) for connection, target in targets):
+            if all(connection.has_written(target) for connection, target in flush.targets):
                 flush.is_done.set()
-                self._flushes.remove(flush)
-                del self._flush_targets[flush]
+                self.remove_flush(flush)
 
     def close_all(self, code: CloseCode, reason: str) -> None:
         for connection in self.registry.connections():
             connection.close(code, reason)
 
     def abort_all(self) -> None:
-        """Close the sockets of clients that have not answered the close frame."""
+        """Close all sockets, without waiting for answers to close frames."""
         for connection in (*self.registry.connections(), *self.closing):
             connection.abort()
 
@@ -1751,7 +1853,8 @@ class History:
         self._events: deque[Event] = deque()
         self._bytes = 0
         # The newest event that was delivered, and the newest that is not in the history any more.
-        # Reading them is atomic.
+        # Before the first event both are the time of the start, so that a client that has received
+        # no event can resume too.
         self.newest_id: EventId = (now_milliseconds(), 0)
         self.forgotten_id = self.newest_id
 
@@ -1771,30 +1874,26 @@ class History:
             self.forgotten_id = oldest.id
 
     def after(self, since: EventId) -> list[Event] | None:
-        """Return the events after `since`; None if some of them are unknown.
+        """Return the events after `since`; None if some of them may be missing here.
 
-        Only the id of an event is accepted: between two ids there may have been others, of a
-        process before this one.
+        `since` must be the id of an event of this history, or of the last one that it dropped.
+        Any other id may be of an earlier process, whose events are not known.
         """
-        found: list[Event] = []
-        for event in reversed(self._events):
-            if event.id <= since:
-                return found[::-1] if event.id == since else None
-            found.append(event)
-        return found[::-1] if since == self.forgotten_id else None
+        index = bisect.bisect_right(self._events, since, key=lambda event: event.id)
+        previous = self._events[index - 1].id if index else self.forgotten_id
+        if since != previous:
+            return None
+        return list(itertools.islice(self._events, index, None))
 
     def continue_after(self, older: list[Event]) -> list[Event] | None:
-        """Return events that were read from the shared log, and the newer ones from here.
+        """Return `older`, which was read from the shared log, with the newer events of the history.
 
-        None if there may be others in between.
+        None if there may be events between the two.
         """
         if older[-1].id < self.forgotten_id:
             return None
         newer = [event for event in self._events if event.id > older[-1].id]
         return [event for event in older if event.id <= self.newest_id] + newer
-
-    def __len__(self) -> int:
-        return len(self._events)
 
 
 # == 6. Registry: connections, subscriptions and slots ===========================================
@@ -1812,8 +1911,8 @@ class Registry:
     CACHE_SIZE = 64
 
     def __init__(self) -> None:
-        # Guards everything below, and each connection's `user`, `user_since` and `subscriptions`,
-        # because they change together. Under it only dictionaries are read and written.
+        # Guards everything below, and each connection's `user` and `subscriptions`, because they
+        # change together. It is held only to read and change dictionaries.
         self._lock = threading.Lock()
         # Notified when a slot is released.
         self._released = threading.Condition(self._lock)
@@ -1874,15 +1973,18 @@ class Registry:
                 return list(self._connections.values())
             return list(self._by_user.get(user_id, ()))
 
-    def sign_in(self, connection: Connection, user: User, after: EventId) -> None:
-        """Let events for this user reach the connection: those after `after`.
+    def connections_after_fork(self) -> list[Connection]:
+        """Return all connections in a forked child, where the lock may be held for ever."""
+        return list(self._connections.values())
 
-        A fresh token of the same user changes the user's claims only.
+    def sign_in(self, connection: Connection, user: User, after: EventId) -> None:
+        """Set the user of a connection, which receives that user's events after `after`.
+
+        If the connection has this user already, only the claims of the token change.
         """
         with self._lock:
             if connection.user is None:
-                connection.user_since = after
-                # Until now, the connection's subscriptions have not brought events for this user.
+                # Events for this user were not sent to the connection until now.
                 for pattern, (public, _) in connection.subscriptions.items():
                     connection.subscriptions[pattern] = (public, after)
             connection.user = user
@@ -1891,10 +1993,10 @@ class Registry:
     # -- subscriptions -----------------------------------------------------------------------------
 
     def subscribe(self, connection: Connection, pattern: Pattern, after: EventId) -> None:
-        """Add a subscription to the events after `after`. Twice the same is one, from the earlier.
+        """Subscribe to the events after `after`. If the subscription exists, keep the earlier id.
 
-        For each subscription the registry keeps after which event it has brought everything:
-        events for all, and events for the connection's user.
+        A subscription has two ids. The connection has received all matching public events after the
+        first one, and all events for its user after the second one.
         """
         with self._lock:
             public, private = connection.subscriptions.get(pattern, (after, after))
@@ -2004,26 +2106,26 @@ class State(Enum):
 
 
 class Connection:
-    """One client's socket, and the frames that it has not accepted yet. Loop only.
+    """Owns one client's socket and the unsent data for it. Loop only, except has_left().
 
     The socket is non-blocking. If the socket buffer of a slow client is full, unsent data is
     queued here and later frames queue behind it. Other clients are not affected.
     """
 
-    # For the client to answer our close frame, in seconds.
+    # How many seconds a client has to answer our close frame.
     CLOSE_TIMEOUT = 2.0
-    # Read from the socket at once.
+    # The size of one read from the socket.
     RECEIVE_BYTES = 16 * 1024
-    # Written to one client before the others get their turn.
+    # The most bytes that are written to one client before the others are served.
     ROUND_BYTES = 256 * 1024
-    # If there is more unsent data than this, the client is not read. So it cannot ask for a second
-    # replay before it has read the first.
+    # With more unsent data than this, the server stops reading from the client, so that the client
+    # cannot ask for a second replay before it has read the first.
     MAX_UNSENT_WHILE_READING = 64 * 1024
-    # Without it a write to a connection that the client has reset would raise SIGPIPE, which
-    # stops the process if the site has set that signal to its default. Windows has no such flag.
+    # MSG_NOSIGNAL: otherwise a write to a connection that the client has reset would raise SIGPIPE,
+    # which stops the process if the site has restored that signal's default. Not on Windows.
     SEND_FLAGS = getattr(socket, "MSG_NOSIGNAL", 0)
 
-    # There may be 15,000 connections: slots keep each small.
+    # There may be thousands of connections, and __slots__ saves memory.
     __slots__ = (
         "_close_when_written",
         "_is_direct",
@@ -2043,7 +2145,6 @@ class Connection:
         "subscriptions",
         "unsent_bytes",
         "user",
-        "user_since",
         "waiting_since",
         "written_bytes",
     )
@@ -2064,11 +2165,11 @@ class Connection:
         self._send = sock.send
         self._loop = loop
         self._max_queue = max_queue
-        # Guarded by the registry's lock. The pair of a subscription is explained in subscribe().
+        # Guarded by the registry's lock. Registry.subscribe() explains the two ids.
         self.user = user
-        self.user_since: EventId = (0, 0)
         self.subscriptions: dict[Pattern, tuple[EventId, EventId]] = {}
-        # Only the first chunk may be partly sent. It is then a memoryview: no chunk is copied.
+        # Chunks of one or more whole frames. If a part of the first chunk was sent, a memoryview
+        # of the rest replaces it.
         self._unsent: deque[bytes | memoryview] | None = None
         self.unsent_bytes = 0
         # Bytes of `_unsent` that were written. flush() waits for them.
@@ -2089,11 +2190,6 @@ class Connection:
         # The events that the selector watches for; 0: the socket is not registered.
         self._selected = 0
 
-    def start_reading(self, session: Session) -> None:
-        """Give the bytes of this client to a session from now on."""
-        self.session = session
-        self.update_selector()
-
     # -- sending -----------------------------------------------------------------------------------
 
     def send(self, data: bytes) -> None:
@@ -2104,7 +2200,7 @@ class Connection:
     def send_to_all(connections: Iterable[Connection], data: bytes) -> None:
         """Send the same frames to several clients. Never blocks or raises.
 
-        This loop is the time that an event takes. So it calls only the socket's own method.
+        Most of the time of an event is spent here, so the `for` calls nothing but socket.send().
         """
         size, flags = len(data), Connection.SEND_FLAGS
         for connection in connections:
@@ -2145,7 +2241,7 @@ class Connection:
         self.update_selector()
 
     def _write(self) -> None:
-        """Write unsent data until the socket buffer is full, but not more than ROUND_BYTES."""
+        """Write unsent data until the socket buffer is full, but about ROUND_BYTES at most."""
         budget = self.ROUND_BYTES
         could_read = self.can_read
         while self._unsent and budget > 0:
@@ -2163,19 +2259,21 @@ class Connection:
             if sent < len(data):
                 break
         if not self._unsent:
-            self._unsent = None
-            self._replay_allowance = 0
-            self._is_direct = self.state is State.OPEN
-            if self._close_when_written:
-                self.abort()
-                return
+            self._all_written()
         self.update_selector()
         if self.can_read and not could_read:
-            # Messages that were received meanwhile wait in the session.
+            # Handle the messages that were received while the client was not read.
             self._loop.call_at(time.monotonic(), self.session.handle_received)
 
+    def _all_written(self) -> None:
+        self._unsent = None
+        self._replay_allowance = 0
+        self._is_direct = self.state is State.OPEN
+        if self._close_when_written:
+            self.abort()
+
     def _next_batch(self) -> list[bytes | memoryview]:
-        """Return the first chunks: as many as one system call may write."""
+        """Return the first chunks, which are written with one system call."""
         batch: list[bytes | memoryview] = []
         size = 0
         for chunk in self._unsent or ():
@@ -2199,7 +2297,7 @@ class Connection:
             self._unsent.popleft()
 
     def has_written(self, target: int) -> bool:
-        """Return whether so many bytes were written, or never will be."""
+        """Return whether `target` bytes were written. flush() does not wait for closing clients."""
         return self.written_bytes >= target or self.state is not State.OPEN
 
     # -- reading -----------------------------------------------------------------------------------
@@ -2230,7 +2328,7 @@ class Connection:
 
     @property
     def can_read(self) -> bool:
-        """Whether messages of this client are handled now, or it has to wait."""
+        """Whether the server reads from this client and handles its messages now."""
         is_behind = self.unsent_bytes > self.MAX_UNSENT_WHILE_READING
         return self.state is State.OPEN and not is_behind and not self.session.is_paused
 
@@ -2248,11 +2346,7 @@ class Connection:
                 wanted |= selectors.EVENT_WRITE
         if wanted == self._selected:
             return
-        if wanted & selectors.EVENT_READ:
-            if not self._selected & selectors.EVENT_READ:
-                self.waiting_since = time.monotonic()
-        else:
-            self.waiting_since = float("inf")
+        self._note_reading(bool(wanted & selectors.EVENT_READ))
         if not self._selected:
             self._loop.selector.register(self._sock, wanted, self)
         elif not wanted:
@@ -2260,6 +2354,13 @@ class Connection:
         else:
             self._loop.selector.modify(self._sock, wanted, self)
         self._selected = wanted
+
+    def _note_reading(self, is_reading: bool) -> None:
+        """Count the client's silence only while the server reads from it."""
+        if not is_reading:
+            self.waiting_since = float("inf")
+        elif not self._selected & selectors.EVENT_READ:
+            self.waiting_since = time.monotonic()
 
     # -- closing -----------------------------------------------------------------------------------
 
@@ -2286,10 +2387,10 @@ class Connection:
             self.abort()
 
     def fail(self, code: int, reason: str) -> None:
-        """Close after bytes that are not a frame, because no later byte can be understood."""
+        """Close a connection whose client sent a malformed frame. No later byte is read."""
         self.close(code, reason)
         if not self._unsent:
-            # The client reads our close frame and then the end of the stream, and closes.
+            # The client reads our close frame, then the end of the stream, and closes the socket.
             with suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
 
@@ -2306,7 +2407,7 @@ class Connection:
         self.session.end()
 
     def abort(self) -> None:
-        """Close the socket without a close frame."""
+        """Close the socket now, and drop unsent data. Sends no close frame."""
         if self.state is State.CLOSED:
             return
         self.state = State.CLOSED
@@ -2323,6 +2424,15 @@ class Connection:
             self.session.end()
         finally:
             self._loop.registry.release()
+
+    def has_left(self) -> bool:
+        """Return whether the client has left. For workers, while the loop does not read."""
+        try:
+            return self._sock.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def close_copy(self) -> None:
         """Close a forked child's copy of the socket; the parent's stays open."""
@@ -2349,7 +2459,7 @@ SUPPORTED_SERVERS = "serve the site with gunicorn, waitress or flask run"
 
 
 class HandshakeRefused(Exception):
-    """A handshake that is answered with HTTP; `response` is the answer."""
+    """A handshake is refused; `response` is the HTTP response, such as a 403."""
 
     def __init__(self, response: Response) -> None:
         super().__init__(response.status)
@@ -2357,12 +2467,14 @@ class HandshakeRefused(Exception):
 
 
 class Handshake:
-    """Stands in for the socket while simple-websocket accepts the handshake.
+    """One handshake. It replaces the socket while simple-websocket accepts the handshake.
 
-    That library writes its 101 here, and the loop sends it later: until then no client speaks. It
-    stands in for that library's thread too, which is not needed. Web server's threads only.
+    That library writes its 101 response here, and the loop sends it when the connection is ready.
+    An instance also replaces the library's thread, which would read from the socket. Used by the
+    thread of the web server, and then by Session.open() on the loop.
     """
 
+    # simple-websocket changes the name of its thread.
     name = "swiftcms-ws handshake"
 
     def __init__(self, sock: Any, user: User | None, began: float) -> None:
@@ -2377,26 +2489,27 @@ class Handshake:
         self.read_ahead = b""
 
     def send(self, data: bytes) -> int:
-        # After the 101 it sends a close frame, which no client must receive.
-        self.response = self.response or data
+        """Receive the 101 response of simple-websocket."""
+        self.response = data
         return len(data)
 
     def start(self) -> None:
-        """Called as the thread's start()."""
+        """Start no thread."""
 
-    # If the site's SOCK_SERVER_OPTIONS start a thread all the same, it exits at once.
+    # If the site's SOCK_SERVER_OPTIONS name another `thread_class`, the library's thread calls
+    # these two methods and exits.
 
     def recv(self, size: int) -> bytes:
         return b""
 
     def close(self) -> None:
-        """The thread exits."""
+        """Leave the socket open."""
 
 
 def handshake_thread(target: Any) -> Any:
-    """Return the thread of a connection of simple-websocket, which calls this `thread_class`.
+    """Return a thread for simple-websocket, or a Handshake, which needs none.
 
-    Starting one for each handshake would be a third of its time.
+    It is the option `thread_class`. To start a thread takes a third of the time of a handshake.
     """
     sock = target.__self__.sock
     if isinstance(sock, Handshake):
@@ -2429,6 +2542,7 @@ class Endpoint:
         Sock().route("/ws", bp=self.blueprint, endpoint="websocket")(self._websocket)
         self.blueprint.add_url_rule("/ws", "about", self._about)
         self.blueprint.add_url_rule("/ws/client.js", "client_js", self._client_js)
+        self.blueprint.url_defaults(self._add_version)
 
     def _engine(self) -> Engine:
         return self._hub.engine_of(running_app())
@@ -2442,15 +2556,21 @@ class Endpoint:
         engine, environ = self._engine(), request.environ
         try:
             sock = self._find_socket(engine)
+            self._warn_of_processes(engine)
             self._check_headers()
             self._check_origin(engine)
+            # Started before the site is asked for the user: a sign-out from now on is noticed.
+            self._hub.start(engine)
+            if engine.follower is not None:
+                engine.follower.wait_for_begin()
             began = time.monotonic()
             user = self._find_user(engine)
             self._reserve_slot(engine)
         except HandshakeRefused as refused:
             return refused.response
+        # simple-websocket looks for the socket under the second key.
         environ[HANDSHAKE_KEY] = environ["werkzeug.socket"] = Handshake(sock, user, began)
-        # No compression (PROTOCOL.md, Compression): one frame serves all clients as it is.
+        # Without compression, the same frame can be sent to all clients.
         environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
         return None
 
@@ -2468,13 +2588,15 @@ class Endpoint:
         if problem:
             engine.warn("refused a WebSocket: %s %s; %s", server, problem, SUPPORTED_SERVERS)
             self._refuse(501, "not_supported", f"{server} {problem}; {SUPPORTED_SERVERS}")
-        if environ.get("wsgi.multiprocess") and engine.log is None:
+        return sock
+
+    def _warn_of_processes(self, engine: Engine) -> None:
+        if request.environ.get("wsgi.multiprocess") and engine.log is None:
             engine.warn(
                 "the web server has several processes, and an event reaches only the clients of"
                 " the process that publishes it: set SWIFTCMS_WS_REDIS_URL, or run one process",
                 once=True,
             )
-        return sock
 
     def _needs_relay(self, sock: Any) -> bool:
         return self.FORCE_RELAY or fcntl is None or isinstance(sock, ssl.SSLSocket)
@@ -2507,10 +2629,10 @@ class Endpoint:
             self._refuse(400, "bad_handshake", "Sec-WebSocket-Key must be 16 bytes in base64")
 
     def _check_origin(self, engine: Engine) -> None:
-        """Refuse pages of other sites: a browser sends them with the visitor's cookies.
+        """Refuse handshakes of pages of other sites (RFC 6455 section 10.2).
 
-        See RFC 6455 section 10.2 and PROTOCOL.md, Handshake. Clients that are not browsers send
-        no Origin.
+        A browser adds the visitor's cookies to them, so such a page could act as the visitor.
+        Clients that are not browsers send no Origin.
         """
         origin, host = request.headers.get("Origin"), request.environ.get("HTTP_HOST", "")
         if origin is None or is_origin_allowed(origin, host, engine.settings.origins):
@@ -2526,21 +2648,20 @@ class Endpoint:
 
     def _find_user(self, engine: Engine) -> User | None:
         """Return the user of the token in the handshake, or of the identify hook."""
-        token = request.args.get("token")
-        is_bearer = False
-        if token is None and request.authorization and request.authorization.type == "bearer":
-            token, is_bearer = request.authorization.token or "", True
+        parameter, bearer = request.args.get("token"), _bearer_token()
+        token = parameter if parameter is not None else bearer
         if token is not None:
             try:
                 return check_token(engine.settings, token)
             except ClientError as error:
-                # Some proxies add a Bearer header of their own.
-                if not (is_bearer and self._hub.identify_hook):
+                # Some proxies add a Bearer header of their own. Then the identify hook decides.
+                if parameter is not None or self._hub.identify_hook is None:
                     self._refuse(401, error.code, str(error), **{"WWW-Authenticate": "Bearer"})
         if self._hub.identify_hook is None:
             return None
-        with hook_context(engine.app, hook_environ(request.environ)):
-            return _user_of_hook(self._hub.identify_hook())
+        # In the request itself: a context of its own would need a second connection of the site's
+        # database pool, and concurrent handshakes could wait for each other.
+        return _user_of_hook(self._hub.identify_hook())
 
     def _reserve_slot(self, engine: Engine) -> None:
         limit = engine.settings.max_connections or descriptors().max_connections
@@ -2557,10 +2678,11 @@ class Endpoint:
             self._refuse(503, "going_away", "the server is shutting down", **{"Retry-After": "2"})
 
     def _refuse(self, status: int, code: str, message: str, **headers: str) -> None:
+        """Raise HandshakeRefused, with the response of _refusal()."""
         raise HandshakeRefused(self._refusal(status, code, message, **headers))
 
     def _refusal(self, status: int, code: str, message: str, **headers: str) -> Response:
-        """Return an answer of PROTOCOL.md, "Before the handshake, as HTTP"."""
+        """Count a refused handshake, and return its JSON response."""
         self._engine().counters.add(f"refused_{status}")
         return make_response({"code": code, "message": message}, status, headers)
 
@@ -2576,7 +2698,6 @@ class Endpoint:
         environ = request.environ
         handshake: Handshake = environ[HANDSHAKE_KEY]
         engine = self._engine()
-        self._hub.start(engine)
         engine.has_served = True
         try:
             if self._needs_relay(handshake.sock):
@@ -2591,7 +2712,7 @@ class Endpoint:
         handshake.read_ahead = read_server_buffers(environ)
 
     def _log_lost_socket(self, engine: Engine, error: Exception) -> None:
-        """Log that there are too many open files; a client that has left is ordinary."""
+        """Log it if the process has too many open files. That a client has left is not logged."""
         if getattr(error, "errno", None) in (errno.EMFILE, errno.EINVAL, errno.ENFILE):
             engine.warn(
                 "refused a WebSocket: this process has %s connections and may not open more files"
@@ -2601,17 +2722,20 @@ class Endpoint:
             )
 
     def _answer_handshake(self, response: Response) -> Response:
-        """Answer with a plain 101, which every server logs as such.
+        """Answer with a plain 101, so that the server logs this status.
 
-        After the take-over it is written into a dead socket; the client gets the loop's 101.
+        After the take-over it is written into a dead socket. The client gets the 101 from the loop.
         """
         handshake = request.environ.get(HANDSHAKE_KEY)
         if not isinstance(handshake, Handshake):
             return response
-        if handshake.own is None and (not handshake.response or response.status_code != 200):
-            return response
         if handshake.own is None:
-            return self._refusal(503, "too_many_connections", "too many open files", **RETRY_SOON)
+            if handshake.response and response.status_code == 200:
+                # The handshake was accepted, but the socket could not be taken over.
+                message = "too many open files"
+                return self._refusal(503, "too_many_connections", message, **RETRY_SOON)
+            # Refused by simple-websocket, or by an exception.
+            return response
         if handshake.relay is not None:
             return RelayResponse(handshake.sock, handshake.relay)
         return Response(status=101)
@@ -2619,7 +2743,8 @@ class Endpoint:
     def _end_handshake(self, error: BaseException | None) -> None:
         """Give the socket to the loop; without one, release the slot.
 
-        Only now, because the site has stored the session: a client that has the 101 may log out.
+        This runs at the end of the request, after the site has stored its session. A client that
+        has the 101 may send the next request, which needs that session.
         """
         environ = request.environ
         handshake = environ.get(HANDSHAKE_KEY)
@@ -2640,8 +2765,10 @@ class Endpoint:
 
     def _about(self) -> ResponseReturnValue:
         """Answer a plain GET: with the inspector, if it is switched on."""
-        inspector = self._engine().settings.inspector
-        if current_app.debug if inspector is None else inspector:
+        is_inspector_on = self._engine().settings.inspector
+        if is_inspector_on is None:
+            is_inspector_on = current_app.debug
+        if is_inspector_on:
             return render_page(demo=False)
         return self._refusal(
             426,
@@ -2649,12 +2776,34 @@ class Endpoint:
             "this is the address of a WebSocket; connect to it with ws:// or wss://",
         )
 
-    def _client_js(self) -> Response:
-        """Serve the browser client. Browsers ask each time, and get it again if it has changed."""
-        response = Response(CLIENT_JS, mimetype="text/javascript")
-        response.cache_control.no_cache = True
+    def _add_version(self, endpoint: str, values: dict[str, Any]) -> None:
+        """Add `v`, a hash of client.js, to the address of it that url_for() returns."""
+        blueprint, _, name = endpoint.rpartition(".")
+        if name == "client_js" and "v" not in values:
+            values["v"] = client_js(url_for(f"{blueprint}.about", _external=False, **values))[1]
+
+    def _client_js(self, **values: Any) -> Response:
+        """Serve the browser client. Browsers ask each time, and get it again if it has changed.
+
+        With the right `v` they may keep it: a changed file has another address.
+        """
+        body, version = client_js(url_for(".about", _external=False, **values))
+        response = Response(body, mimetype="text/javascript")
+        if request.args.get("v") == version:
+            response.cache_control.public = True
+            response.cache_control.immutable = True
+            response.cache_control.max_age = 365 * 24 * 3600
+        else:
+            response.cache_control.no_cache = True
         response.add_etag()
         return cast(Response, response.make_conditional(request))
+
+
+@functools.lru_cache(maxsize=64)
+def client_js(path: str) -> tuple[str, str]:
+    """Return client.js with the path of its WebSocket, and a hash of it."""
+    body = CLIENT_JS.replace('WEBSOCKET_PATH = "/ws"', f"WEBSOCKET_PATH = {json.dumps(path)}")
+    return body, hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
 def _is_handshake_key(key: str) -> bool:
@@ -2664,11 +2813,21 @@ def _is_handshake_key(key: str) -> bool:
         return False
 
 
+def _bearer_token() -> str | None:
+    """Return the token of the request's Authorization header; None without such a header."""
+    authorization = request.authorization
+    if authorization is None or authorization.type != "bearer":
+        return None
+    return authorization.token or ""
+
+
 def _user_of_hook(value: Any) -> User | None:
     """Return the user that the identify hook named: an id, (id, session id), or None."""
     if value is None:
         return None
-    user_id, session = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    user_id, session = value, None
+    if isinstance(value, tuple) and len(value) == 2:
+        user_id, session = value
     source = "the value that the identify hook returns"
     if session is not None:
         session = check_user_id(session, source)
@@ -2716,9 +2875,9 @@ def is_origin_entry(text: str) -> bool:
 
 
 def is_origin_allowed(origin: str, host: str, allowed: Sequence[str] | str | None) -> bool:
-    """Return whether a page of this origin may connect (PROTOCOL.md, Handshake).
+    """Return whether a page of this origin may connect.
 
-    host:    of the request
+    host:    the Host header of the request
     allowed: the setting SWIFTCMS_WS_ORIGINS
     """
     if allowed == "*":
@@ -2726,21 +2885,22 @@ def is_origin_allowed(origin: str, host: str, allowed: Sequence[str] | str | Non
     page = normalise_origin(origin)
     if page is None or origin.endswith("/"):
         return False
-    scheme, _, rest = page.partition("://")
+    scheme = page.partition("://")[0]
     # A proxy may have removed the TLS, so the default port is that of the page's own scheme.
     if page == normalise_origin(f"{scheme}://{host}"):
         return True
-    for entry in allowed or ():
-        named = normalise_origin(entry)
-        if named is None:
-            continue
-        named_scheme, _, pattern = named.partition("://")
-        if pattern.startswith("*."):
-            if scheme == named_scheme and rest.endswith(pattern[1:]):
-                return True
-        elif page == named:
-            return True
-    return False
+    return any(_entry_allows(entry, page) for entry in allowed or ())
+
+
+def _entry_allows(entry: str, page: str) -> bool:
+    """Return whether an entry of SWIFTCMS_WS_ORIGINS is the page's origin, or a pattern of it."""
+    named = normalise_origin(entry)
+    if named is None:
+        return False
+    scheme, _, pattern = named.partition("://")
+    if not pattern.startswith("*."):
+        return page == named
+    return page.startswith(f"{scheme}://") and page.endswith(pattern[1:])
 
 
 # -- hook contexts ---------------------------------------------------------------------------------
@@ -2759,7 +2919,7 @@ SERVER_KEYS = {
 
 
 def hook_environ(environ: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the environ for hooks: all of the handshake's, and additions of middleware."""
+    """Return the handshake's environ without SERVER_KEYS. Additions of middleware are kept."""
     return {key: value for key, value in environ.items() if key not in SERVER_KEYS}
 
 
@@ -2803,11 +2963,11 @@ def find_socket(environ: Mapping[str, Any]) -> Any:
 def read_server_buffers(environ: Mapping[str, Any]) -> bytes:
     """Return the bytes after the handshake that the web server has read into its buffers.
 
-    Otherwise a client that sends its first message together with the handshake would lose it.
-    Reading does not block: the server's socket is dead now, or non-blocking for the relay. Some of
-    these attributes are private. If one is missing, no bytes are read.
+    A client may have sent its first message together with the handshake. Reading does not block,
+    because the server's socket is dead now, or non-blocking for the relay. Some of these attributes
+    are private. If one is missing, b"" is returned.
     """
-    # A server fails in its own way if the handshake claims to have a body.
+    # Each server raises its own exceptions, for example if the handshake claims to have a body.
     with suppress(Exception):
         if "gunicorn.socket" in environ:
             return bytes(environ["wsgi.input"].reader.unreader.read())
@@ -2818,11 +2978,11 @@ def read_server_buffers(environ: Mapping[str, Any]) -> bytes:
 
 
 class Descriptors:
-    """The numbers of open files in this process.
+    """Decides which file descriptors our sockets get. For the web server's threads.
 
-    Many sites and servers use select(), which fails for numbers from 1024 on, and some servers
-    stop if accept() finds no free number. So sockets that were taken over get numbers from
-    `floor` on, and the last RESERVED numbers stay free.
+    Many sites and servers use select(), which fails for descriptors of 1024 and more. Some servers
+    stop if accept() gets no descriptor. So sockets that were taken over get descriptors of `floor`
+    and more, and the last RESERVED descriptors stay free.
     """
 
     RESERVED = 50
@@ -2832,24 +2992,32 @@ class Descriptors:
         self.limit = self._raise_limit()
         self.floor = 1024
         if self.limit < 4096:
+            # Too few descriptors to leave 1024 to the site.
             self.floor = min(200, self.limit // 2)
         self.max_connections = max(
             1, min(self.MOST_CONNECTIONS, self.limit - self.floor - self.RESERVED)
         )
-        # Reading from it meets the end of the stream; writing to it fails as if the client had
-        # left, which every web server expects. Unlike a stream, this kind of socket raises no
-        # SIGPIPE, which would stop the process if the site has set that signal to its default.
-        # macOS and Windows have no such socket.
+        self._dead = self._create_dead_socket()
+
+    @staticmethod
+    def _create_dead_socket() -> socket.socket:
+        """Return a socket that behaves as if the client had left, which every server expects.
+
+        Reading returns the end of the stream, and writing fails. SOCK_SEQPACKET raises no SIGPIPE,
+        which would stop the process if the site has restored that signal's default. macOS and
+        Windows do not have it.
+        """
         try:
-            self._dead, peer = socket.socketpair(type=socket.SOCK_SEQPACKET)
+            dead, peer = socket.socketpair(type=socket.SOCK_SEQPACKET)
         except (OSError, ValueError):
-            self._dead, peer = socket.socketpair()
+            dead, peer = socket.socketpair()
         peer.close()
         with suppress(OSError):
-            self._dead.shutdown(socket.SHUT_RDWR)
+            dead.shutdown(socket.SHUT_RDWR)
+        return dead
 
     def _raise_limit(self) -> int:
-        """Raise the soft limit of open files towards the hard one; return it."""
+        """Raise the soft limit of open files to the hard one, at most 65,536; return it."""
         if resource is None:
             return 8192
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2864,9 +3032,9 @@ class Descriptors:
         return int(soft)
 
     def take_over(self, sock: Any) -> socket.socket:
-        """Return a socket of our own for the server's connection; give the server a dead one.
+        """Return our own socket for the server's connection, and give the server a dead one.
 
-        Only the first step can fail. Then OSError is raised, and the socket is still the server's.
+        Raises OSError if there are too many open files. The server then keeps its socket.
         """
         descriptor = sock.fileno()
         own = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, self.floor)
@@ -2903,14 +3071,15 @@ RelaySelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 class RelayResponse(Response):
-    """Copies bytes between the server's socket and one that the loop has adopted.
+    """Copies bytes between the server's socket and a socket pair, whose other end the loop owns.
 
-    For TLS inside the process and for Windows, where a socket cannot be taken over. It runs when
-    the server iterates over the response, after the request is over, and holds one thread of
-    the server as long as the WebSocket is open.
+    It is used with TLS inside the process and on Windows, because such a socket cannot be taken
+    over. It runs when the server iterates over the response, after the request, and occupies a
+    thread of the server until the WebSocket closes.
     """
 
-    # Copied at once. Beside a busy thread each system call may take 5 ms.
+    # The size of one read. Large, because each system call waits up to 5 ms for the GIL if another
+    # thread is busy.
     CHUNK = 256 * 1024
 
     def __init__(self, server: Any, ours: socket.socket) -> None:
@@ -3015,14 +3184,14 @@ class User:
         return self.claims.get("exp")
 
 
-# A longer token is not decoded: that would be work for a stranger.
+# Longer tokens are refused without decoding, so that strangers cannot cause much work.
 MAX_TOKEN = 8 * 1024
-# Clocks differ: a token may have been issued so many seconds ahead of ours.
+# The issuer's clock may be this many seconds ahead of ours.
 TOKEN_LEEWAY = 60
-# The first second of the year 10000. A larger `exp` is in milliseconds.
+# The year 10000 in seconds. A larger `exp` is probably in milliseconds.
 MAX_EXPIRY = 253_402_300_800
 
-# The first that fits is answered. Messages never contain the token.
+# Exception, error code and message. The first exception type that matches is used.
 TOKEN_ERRORS: list[tuple[type[Exception], str, str]] = [
     (jwt.ExpiredSignatureError, "token_expired", "the token has expired; get a fresh one"),
     (
@@ -3092,7 +3261,7 @@ def check_token(settings: Settings, token: str) -> User:
         # If the site turns warnings into errors, it wants to see PyJWT's about a short key.
         raise
     except Exception as error:
-        # Whatever a stranger's token makes PyJWT raise is the token's fault.
+        # PyJWT raises many kinds of exceptions for malformed tokens.
         code, message = next(
             (code, message) for kind, code, message in TOKEN_ERRORS if isinstance(error, kind)
         )
@@ -3137,7 +3306,11 @@ def hide_token(record: logging.LogRecord) -> bool:
 
 
 class TokenBucket:
-    """The rate of one client: twice RATE tokens, which fill with RATE a second. Loop only."""
+    """The rate limit of one client: a token bucket, which has nothing to do with JWTs. Loop only.
+
+    It holds up to twice RATE tokens and gains RATE a second. A message takes one or more, even if
+    the bucket is empty; then the client has to wait.
+    """
 
     BURST = 2
 
@@ -3239,18 +3412,35 @@ class MessageReader:
 
 
 class Session:
-    """One client: its messages, handled one at a time and in order, and their answers. Loop only.
+    """Handles the messages of one client, one at a time and in order, and answers them. Loop only.
 
-    A client that sends faster than RATE is read more slowly. A message that needs a hook of the
-    site, or the shared log, becomes a task for a worker; until it is done the client is not read.
+    If a client sends faster than RATE, the session reads more slowly. A message that needs a hook
+    of the site, or the shared log, becomes a task for a worker, and reading stops until it is done.
     """
+
+    # Log messages: why the server closed a connection, and the setting that decides it.
+    CLOSE_REASONS: Mapping[int, str] = {
+        CloseCode.MESSAGE_TOO_BIG: "its message was over SWIFTCMS_WS_MAX_MESSAGE",
+        CloseCode.TRY_AGAIN_LATER: "it read too slowly (SWIFTCMS_WS_MAX_QUEUE)",
+        CloseCode.UNAUTHORIZED: (
+            "it did not sign in in time (SWIFTCMS_WS_AUTH), its token expired, or it was signed out"
+        ),
+        CloseCode.HEARTBEAT_TIMEOUT: "it sent nothing for two heartbeats (SWIFTCMS_WS_HEARTBEAT)",
+    }
+
+    # Messages of one client are handled for so many seconds before the others get their turn.
+    TURN = 0.005
+    # Frames of a client that it sent before it received our close frame. With more, it floods.
+    MAX_FRAMES_WHILE_CLOSING = 2000
 
     __slots__ = (
         "_address",
         "_bucket",
+        "_frames_while_closing",
         "_has_begun",
         "_has_ended",
         "_is_throttled",
+        "_is_waiting_for_turn",
         "_reader",
         "action",
         "connection",
@@ -3275,7 +3465,10 @@ class Session:
         self._bucket = TokenBucket(engine.settings.rate)
         # The client sends too fast, and is not read until the bucket has a token again.
         self._is_throttled = False
-        # The 101 was sent, so the site may hear of this client.
+        # The client's turn is over, and the rest of its messages wait for the next one.
+        self._is_waiting_for_turn = False
+        self._frames_while_closing = 0
+        # The site hears of this client: client_connected was sent, if there are receivers.
         self._has_begun = False
         self._has_ended = False
 
@@ -3284,38 +3477,42 @@ class Session:
         cls, engine: Engine, handshake: Handshake, environ: dict[str, Any] | None, address: str
     ) -> None:
         """Adopt the socket of a handshake: send the 101 and the greeting, then begin to read."""
-        if engine.follower is not None and engine.follower.is_beginning():
-            # The greeting names the newest event, which will be known soon.
-            again = time.monotonic() + 0.02
-            engine.loop.call_at(again, cls.open, engine, handshake, environ, address)
-            return
         client_id = engine.process + secrets.token_hex(6)
         max_queue = engine.settings.max_queue
         assert handshake.own is not None
         connection = Connection(client_id, handshake.own, engine.loop, max_queue, handshake.user)
-        session = cls(engine, connection, environ, address)
-        connection.start_reading(session)
+        connection.session = session = cls(engine, connection, environ, address)
         session.guarded(session._start, handshake)
 
     def _start(self, handshake: Handshake) -> None:
         engine, connection = self.engine, self.connection
+        connection.update_selector()
         connection.send(handshake.response)
         if connection.state is State.CLOSED:
             return
-        self._has_begun = True
         engine.registry.add(connection)
         engine.heartbeat.add(connection)
         self._greet()
-        self.expiry.schedule()
         if engine.is_closing:
             connection.close(CloseCode.GOING_AWAY, "the server is going away; reconnect with since")
         elif handshake.user and engine.was_signed_out(handshake.user, handshake.began):
             close_signed_out(connection)
-        elif client_connected.receivers:
-            task = self.tasks.signal(client_connected)
-            self.tasks.start(task, self._begin, handshake.read_ahead)
+        if connection.state is not State.OPEN:
+            return
+        self.expiry.schedule()
+        self._has_begun = True
+        self._begin(handshake.read_ahead)
+
+    def _begin(self, read_ahead: bytes) -> None:
+        """Handle the first bytes, after the receivers of client_connected have returned."""
+
+        def connected(_: object = None) -> None:
+            self.receive(read_ahead)
+
+        if client_connected.receivers:
+            self.tasks.start(self.tasks.signal(client_connected), connected)
         else:
-            self._begin(handshake.read_ahead)
+            connected()
 
     def _greet(self) -> None:
         user = self.connection.user
@@ -3327,15 +3524,15 @@ class Session:
         }
         self.connection.send(message_frame("system.connected", payload))
 
-    def _begin(self, read_ahead: bytes, _: object = None) -> None:
-        self.receive(read_ahead)
-
     # -- from bytes to messages --------------------------------------------------------------------
 
     @property
     def is_paused(self) -> bool:
-        """Whether the client is not read now: a worker is busy for it, or it sends too fast."""
-        return self.tasks.is_busy or self._is_throttled
+        """Whether the client is not read now.
+
+        A worker is busy for it, it sends too fast, or the other clients have their turn.
+        """
+        return self.tasks.is_busy or self._is_throttled or self._is_waiting_for_turn
 
     def receive(self, data: bytes) -> None:
         """Handle bytes from the client."""
@@ -3345,6 +3542,9 @@ class Session:
     def handle_received(self) -> None:
         """Handle received messages until the client has to wait; then update the selector."""
         connection = self.connection
+        if connection.state is State.OPEN and not connection.can_read:
+            return
+        turn_ends_at = time.monotonic() + self.TURN
         try:
             for received in self._reader.read():
                 if received.opcode is Opcode.CLOSE:
@@ -3353,13 +3553,28 @@ class Session:
                     connection.answer_close(None if code == 1005 else code)
                 elif connection.state is State.OPEN:
                     self._handle(received)
+                else:
+                    self._drop_while_closing()
                 if connection.state is State.OPEN and not connection.can_read:
+                    break
+                if time.monotonic() > turn_ends_at:
+                    self._is_waiting_for_turn = True
+                    self.engine.loop.call_at(time.monotonic(), self._begin_turn)
                     break
         except ParseFailed as error:
             connection.fail(error.code, str(error))
         except Exception as error:
             self.fail(error)
         connection.update_selector()
+
+    def _begin_turn(self) -> None:
+        self._is_waiting_for_turn = False
+        self.handle_received()
+
+    def _drop_while_closing(self) -> None:
+        self._frames_while_closing += 1
+        if self._frames_while_closing > self.MAX_FRAMES_WHILE_CLOSING:
+            self.connection.abort()
 
     def _handle(self, received: Received) -> None:
         self.consume(received.cost)
@@ -3380,8 +3595,8 @@ class Session:
         self._is_throttled = True
         self.engine.counters.add("throttled")
         self.engine.warn(
-            "client %s at %s sends more than SWIFTCMS_WS_RATE messages a second; it is read"
-            " more slowly, and nothing is lost",
+            "client %s at %s sends more than SWIFTCMS_WS_RATE messages a second. The server reads"
+            " its messages more slowly, and loses none",
             self.connection.id,
             self._address,
         )
@@ -3480,25 +3695,30 @@ class Session:
         engine, connection = self.engine, self.connection
         engine.registry.remove(connection)
         engine.heartbeat.discard(connection)
-        engine.editing.stop_all(connection.id)
-        code = connection.close_code
-        if code is not None:
-            engine.counters.add(f"closed_{code:d}")
-            if code == CloseCode.TRY_AGAIN_LATER:
-                engine.counters.add("slow_clients")
-            if code in CLOSE_REASONS:
-                message = f"closed a client at %s with {code:d}: {CLOSE_REASONS[code]}"
-                engine.warn(message, self._address)
+        engine.editing.leave(connection.id)
+        self._count_close()
         if self._has_begun and client_disconnected.receivers:
-            # After a hook of this client that may be running.
+            # If a hook of this client is running, the signal is sent after it.
             self.tasks.finish(self.tasks.signal(client_disconnected))
+
+    def _count_close(self) -> None:
+        """Count and log it if the server has closed the connection."""
+        engine, code = self.engine, self.connection.close_code
+        if code is None:
+            return
+        engine.counters.add(f"closed_{code:d}")
+        if code == CloseCode.TRY_AGAIN_LATER:
+            engine.counters.add("slow_clients")
+        if code in self.CLOSE_REASONS:
+            message = f"closed a client at %s with {code:d}: {self.CLOSE_REASONS[code]}"
+            engine.warn(message, self._address)
 
 
 class ClientTasks:
-    """The tasks of one client for the workers, one at a time. Loop only.
+    """Lets workers run the tasks of one client, one at a time. Loop only; tasks run in a worker.
 
-    While a worker is busy for a client, the client is not read. So its messages stay in order, and
-    a slow hook delays no other client.
+    While a task runs, the server does not read from the client. So the client's messages are
+    handled in order, and a slow hook delays no other client.
     """
 
     __slots__ = ("_environ", "_last_task", "_session", "is_busy")
@@ -3519,11 +3739,22 @@ class ClientTasks:
             then(*args, [True] * len(patterns))
             return
 
-        def task() -> list[bool]:
+        connection = self._session.connection
+
+        def task() -> list[bool] | None:
+            # Many clients may be gone before the hook is asked for them, if it is slow.
+            if connection.has_left():
+                return None
             with hook_context(engine.app, self._environ):
                 return [self._is_allowed(hook(user, *pattern), pattern) for pattern in patterns]
 
-        self.start(task, then, *args)
+        def answered(answers: list[bool] | None) -> None:
+            if answers is None:
+                connection.abort()
+            else:
+                then(*args, answers)
+
+        self.start(task, answered)
 
     def _is_allowed(self, answer: object, pattern: Pattern) -> bool:
         """Return whether the hook allowed it. Anything but True refuses."""
@@ -3567,7 +3798,7 @@ class ClientTasks:
             try:
                 result = task()
             except BaseException as error:
-                # Of a hook, also its SystemExit: the worker continues.
+                # Also SystemExit of a hook, which must not stop the worker.
                 loop.call(self._done, _raise, error)
             else:
                 loop.call(self._done, then, *args, result)
@@ -3611,11 +3842,14 @@ def _raise(error: BaseException) -> None:
 
 
 class Expiry:
-    """Closes one client that is silent, stuck, or not signed in. Loop only."""
+    """Closes a connection if the client is silent, stuck or not signed in, or if its token expires.
 
-    # For a client to sign in if AUTH is "required", in seconds.
+    Loop only.
+    """
+
+    # If AUTH is "required", a client has this many seconds to sign in.
     AUTH_TIMEOUT = 10.0
-    # How late something is noticed at most, in seconds.
+    # Times of checks are rounded up to multiples of this, in seconds.
     CHECK_INTERVAL = 0.5
 
     __slots__ = ("_check_at", "_opened_at", "_session")
@@ -3627,16 +3861,16 @@ class Expiry:
         self._check_at = float("inf")
 
     def schedule(self) -> None:
-        """Check when something can have expired, if that is sooner than planned."""
+        """Plan the next check for the first time at which something may have expired."""
         session, now = self._session, time.monotonic()
-        moments = [session.connection.idle_since(now) + self._max_silence()]
+        times = [session.connection.idle_since(now) + self._max_silence()]
         if session.must_sign_in():
-            moments.append(self._opened_at + self.AUTH_TIMEOUT)
+            times.append(self._opened_at + self.AUTH_TIMEOUT)
         user = session.connection.user
         if user is not None and user.expires_at is not None:
-            moments.append(now + user.expires_at - time.time())
+            times.append(now + user.expires_at - time.time())
         # Rounded up, so that one wake-up of the loop serves many clients.
-        rounds = max(min(moments), now) // self.CHECK_INTERVAL + 1
+        rounds = max(min(times), now) // self.CHECK_INTERVAL + 1
         when = rounds * self.CHECK_INTERVAL
         if when < self._check_at:
             self._check_at = when
@@ -3654,6 +3888,9 @@ class Expiry:
         if connection is None or now < connection.session.expiry._check_at:
             return
         expiry = connection.session.expiry
+        if now - expiry._check_at > engine.settings.heartbeat:
+            # The process was suspended, and the client had no heartbeat to answer.
+            connection.waiting_since = max(connection.waiting_since, now)
         expiry._check_at = float("inf")
         expiry._close_expired(now)
         if connection.state is State.OPEN:
@@ -3672,9 +3909,13 @@ class Expiry:
             if now - self._opened_at >= timeout:
                 message = f"no token within {timeout:g} seconds; reconnect and authenticate"
                 self._report(ClientError("auth_required", message, CloseCode.UNAUTHORIZED))
-        elif connection.user and (connection.user.expires_at or time.time() + 1) <= time.time():
+        elif self._has_token_expired():
             message = "the token has expired; reconnect with a fresh one"
             self._report(ClientError("token_expired", message, CloseCode.UNAUTHORIZED))
+
+    def _has_token_expired(self) -> bool:
+        user = self._session.connection.user
+        return user is not None and user.expires_at is not None and user.expires_at <= time.time()
 
     def _report(self, error: ClientError) -> None:
         # It is not the answer to a message.
@@ -3682,21 +3923,10 @@ class Expiry:
         self._session.report_error(error)
 
 
-# For the log: which setting may be too tight.
-CLOSE_REASONS: dict[int, str] = {
-    CloseCode.MESSAGE_TOO_BIG: "its message was over SWIFTCMS_WS_MAX_MESSAGE",
-    CloseCode.TRY_AGAIN_LATER: "it read too slowly, with up to SWIFTCMS_WS_MAX_QUEUE bytes unsent",
-    CloseCode.UNAUTHORIZED: (
-        "it did not sign in in time (SWIFTCMS_WS_AUTH), its token expired, or it was signed out"
-    ),
-    CloseCode.HEARTBEAT_TIMEOUT: "it sent nothing for two heartbeats (SWIFTCMS_WS_HEARTBEAT)",
-}
-
-
 def place_fields(engine: Engine) -> dict[str, Any]:
-    """Return `lastId` and `spread` of system.connected and system.heartbeat.
+    """Return the fields from which a client can resume, in system.connected and heartbeats.
 
-    `spread` is 0 as long as no page refetches itself after an event.
+    `spread` is part of the protocol. It is always 0 in this version.
     """
     return {"lastId": format_event_id(engine.history.newest_id), "spread": 0}
 
@@ -3727,10 +3957,11 @@ def string_field(message: Mapping[str, Any], name: str) -> str:
 # -- actions: one function for each ----------------------------------------------------------------
 
 Action = Callable[[Session, Mapping[str, Any]], None]
-# Of a `subscriptions` list.
+# The most items of a `subscriptions` list.
 MAX_LIST = 1000
+# An authenticate message costs ten tokens, because checking a JWT takes longer.
 AUTHENTICATE_COST = 10
-# So many items of a `subscriptions` list count as one message.
+# This many items of a `subscriptions` list cost one more token.
 ITEMS_PER_TOKEN = 10
 
 
@@ -3751,11 +3982,11 @@ def actions() -> dict[str, Action]:
 
 
 class Subscribing:
-    """One `subscribe` message on its way: parsed, allowed by the hook, and answered. Loop only."""
+    """One `subscribe` message: parses it, asks the authorize hook, and answers. Loop only."""
 
-    # For an event that the shared log has, and this process not yet, in seconds.
+    # How long to wait if `since` is newer than the newest event of this process, in seconds.
     SINCE_TIMEOUT = 1.0
-    # The price of a replay of the whole history: it is work that all clients wait for.
+    # The tokens that a replay of the whole history costs. All clients wait while it is prepared.
     REPLAY_COST = 20
 
     def __init__(self, session: Session, message: Mapping[str, Any]) -> None:
@@ -3768,14 +3999,17 @@ class Subscribing:
         self._deadline = time.monotonic() + self.SINCE_TIMEOUT
         items = subscription_list(message) if self.is_list else [message]
         for item in items:
-            try:
-                pattern = parse_pattern(item)
-            except ClientError as error:
-                self._refuse(item.get("type", "*"), item.get("contentType", "*"), error)
-            else:
-                if pattern not in self.patterns:
-                    self.patterns.append(pattern)
+            self._add_pattern(item)
         session.consume(len(items) // ITEMS_PER_TOKEN)
+
+    def _add_pattern(self, item: Mapping[str, Any]) -> None:
+        try:
+            pattern = parse_pattern(item)
+        except ClientError as error:
+            self._refuse(item.get("type", "*"), item.get("contentType", "*"), error)
+        else:
+            if pattern not in self.patterns:
+                self.patterns.append(pattern)
 
     def _refuse(self, event_type: object, content_type: object, error: ClientError) -> None:
         """Name a refused item in the answer, or raise the error of a single subscription."""
@@ -3798,20 +4032,18 @@ class Subscribing:
         count = len(connection.subscriptions)
         accepted = []
         for pattern, is_allowed in zip(self.patterns, answers, strict=True):
-            try:
-                if not is_allowed:
-                    raise forbidden(pattern)
-                if pattern not in connection.subscriptions:
-                    if count >= limit:
-                        raise ClientError(
-                            "too_many_subscriptions",
-                            f"limit of {limit} subscriptions reached; use a prefix such as"
-                            " content.*, or unsubscribe",
-                        )
-                    count += 1
+            is_new = pattern not in connection.subscriptions
+            if not is_allowed:
+                self._refuse(*pattern, forbidden(pattern))
+            elif is_new and count >= limit:
+                message = (
+                    f"limit of {limit} subscriptions reached; use a prefix such as content.*,"
+                    " or unsubscribe"
+                )
+                self._refuse(*pattern, ClientError("too_many_subscriptions", message))
+            else:
+                count += is_new
                 accepted.append(pattern)
-            except ClientError as error:
-                self._refuse(*pattern, error)
         self.patterns = accepted
         self.find_missed()
 
@@ -3856,7 +4088,8 @@ class Subscribing:
         session.answer("system.subscribed", {**self._describe(), **recovery})
         connection.send_replay([event.frame for event in missed])
         engine.counters.add("replayed", len(missed))
-        session.consume(self.REPLAY_COST * len(missed) / max(1, engine.settings.history))
+        # Looking at events costs as much as sending them.
+        session.consume(self.REPLAY_COST * len(events or []) / max(1, engine.settings.history))
 
     def _describe(self) -> dict[str, Any]:
         if not self.is_list:
@@ -3896,10 +4129,11 @@ def subscription_list(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     items = message["subscriptions"]
     is_list = isinstance(items, list) and all(isinstance(item, dict) for item in items)
     if not is_list or not 1 <= len(items) <= MAX_LIST:
+        found = f"a list of {len(items)}" if is_list else describe(items)
         raise ClientError(
             "invalid_message",
             f"`subscriptions` must be a list of 1 to {MAX_LIST} objects with `type` and"
-            f" `contentType`, not {describe(items)}",
+            f" `contentType`, not {found}",
         )
     if "type" in message or "contentType" in message:
         raise ClientError(
@@ -3913,8 +4147,8 @@ def forbidden(pattern: Pattern) -> ClientError:
     event_type, content_type = pattern
     return ClientError(
         "forbidden",
-        f"this site does not allow you {event_type} of content type {content_type}; ask for less,"
-        " or sign in as a user who may have it",
+        f"you may not receive {event_type} of content type {content_type}; use a narrower pattern,"
+        " or sign in as another user",
     )
 
 
@@ -3927,6 +4161,9 @@ def authenticate(session: Session, message: Mapping[str, Any]) -> None:
         raise ClientError(
             "invalid_token", "the token is of another user; open a new connection for that user"
         )
+    if connection.user is not None:
+        # The session that the identify hook returned stays.
+        user = dataclasses.replace(user, session=connection.user.session)
     # Between two events, so that it is known which events for this user have reached it.
     engine.registry.sign_in(connection, user, engine.history.newest_id)
     session.expiry.schedule()
@@ -3946,13 +4183,14 @@ def heartbeat(session: Session, message: Mapping[str, Any]) -> None:
 
 
 class Workers:
-    """Four threads that run code of the site: hooks, receivers of signals and log handlers.
+    """Four threads that run tasks that may block.
 
-    Any thread may submit a task. The threads are started by the first one.
+    Tasks call the authorize hook, receivers of signals and log handlers, and use the shared log.
+    Any thread may submit one. The first task starts the threads.
     """
 
     COUNT = 4
-    # A log handler that hangs must not fill the memory with records.
+    # If a log handler hangs, more records than these are dropped, the oldest first.
     MAX_RECORDS = 1000
 
     def __init__(self) -> None:
@@ -3970,20 +4208,15 @@ class Workers:
     def submit(self, task: Callable[[], object]) -> None:
         with self._lock:
             self.unfinished += 1
-            is_first = not self._threads
-            if is_first:
-                self._threads = [
-                    threading.Thread(
-                        target=self._run, name=f"swiftcms-ws worker {number}", daemon=True
-                    )
-                    for number in range(1, self.COUNT + 1)
-                ]
-        self._tasks.put(task)
-        if is_first:
-            # While the interpreter exits, no thread can start: stop() runs the tasks then.
+            # If no thread can start now, the next task tries again. While the interpreter exits
+            # none can start, and wait_until_idle() runs the tasks.
             with suppress(RuntimeError):
-                for thread in self._threads:
+                for number in range(len(self._threads) + 1, self.COUNT + 1):
+                    name = f"swiftcms-ws worker {number}"
+                    thread = threading.Thread(target=self._run, name=name, daemon=True)
                     thread.start()
+                    self._threads.append(thread)
+        self._tasks.put(task)
 
     def _run(self) -> None:
         """Thread body: run tasks until None comes."""
@@ -4001,12 +4234,12 @@ class Workers:
             if not self.unfinished:
                 self._is_idle.notify_all()
 
-    def wait_until_idle(self, deadline: float) -> bool:
-        """Wait until no task is left; return False at the deadline."""
+    def wait_until_idle(self, deadline: float) -> None:
+        """Wait until no task is left, or until the deadline."""
         if not any(thread.is_alive() for thread in self._threads):
             self._run_left(deadline)
         with self._is_idle:
-            return self._is_idle.wait_for(
+            self._is_idle.wait_for(
                 lambda: not self.unfinished, max(0.0, deadline - time.monotonic())
             )
 
@@ -4018,12 +4251,16 @@ class Workers:
                 if task is not None:
                     self._run_task(task)
 
-    def stop(self, deadline: float) -> None:
-        """Let the threads exit after the tasks that are queued."""
-        with self._lock:
-            threads, self._threads = self._threads, []
+    def request_stop(self) -> list[threading.Thread]:
+        """Let the threads exit after the tasks that are queued. Takes no lock."""
+        threads, self._threads = self._threads, []
         for _ in threads:
             self._tasks.put(None)
+        return threads
+
+    def stop(self, deadline: float) -> None:
+        """Let the threads exit after the tasks that are queued, and wait for them."""
+        threads = self.request_stop()
         for thread in threads:
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
@@ -4069,14 +4306,14 @@ class Lane:
 
 
 class Heartbeat:
-    """A thread that keeps the rhythm of heartbeats; the loop sends them.
+    """A thread that asks the loop to send heartbeats. The loop owns the slices of connections.
 
-    The connections are spread over slices of the interval, so that ten thousand clients do not
-    get their heartbeats, and do not answer, in one instant. Only start(), stop() and the thread
-    body run in other threads than the loop.
+    The interval is divided into slices, and each connection belongs to one of them. So the
+    heartbeats of ten thousand clients, and their answers, are spread over the whole interval. The
+    loop runs all methods except start(), stop() and the thread body.
     """
 
-    # Between two slices at most, and how often gunicorn's worker is looked at, in seconds.
+    # How often the thread checks whether gunicorn stops its worker, in seconds.
     MAX_PAUSE = 0.5
     MOST_SLICES = 100
 
@@ -4107,13 +4344,11 @@ class Heartbeat:
         next_beat = time.monotonic() + self._pause
         for number in itertools.cycle(range(len(self._slices))):
             while (left := next_beat - time.monotonic()) > 0:
-                if self._stopped.wait(min(left, self.MAX_PAUSE)):
+                if self._stopped.wait(min(left, self.MAX_PAUSE)) or self._engine.is_closing:
                     return
                 if is_gunicorn_stopping():
                     close_engines([self._engine], timeout=2.0)
                     return
-            if self._stopped.is_set():
-                return
             self._engine.loop.call(self._beat, number)
             # After the process was suspended, missed beats are not made up for.
             next_beat = max(next_beat + self._pause, time.monotonic())
@@ -4131,7 +4366,7 @@ class Heartbeat:
             del self._slices[number][connection]
 
     def _beat(self, number: int) -> None:
-        """Send both kinds of heartbeat: for scripts, and one that every library answers itself."""
+        """Send system.heartbeat, which scripts can see, and a ping, which libraries answer."""
         engine = self._engine
         if number == 0:
             engine.editing.beat()
@@ -4144,8 +4379,8 @@ class Heartbeat:
 def is_gunicorn_stopping() -> bool:
     """Return whether this is a gunicorn worker that has to stop.
 
-    Beside a view that runs longer than --graceful-timeout, gunicorn kills the worker and no exit
-    handler runs. Its worker object is found through its own signal handler.
+    If a view runs longer than --graceful-timeout, gunicorn kills the worker, and no exit handler
+    runs. So this is checked regularly. The worker object is found through its signal handler.
     """
     worker = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     is_gunicorn = type(worker).__module__.startswith("gunicorn.")
@@ -4183,6 +4418,8 @@ class Editing:
     MAX_EDITORS = 50
     MAX_ENTRIES = 200
     MAX_PRESENCE = 256 * 1024
+    # Editors of clients that are gone: so many are removed before other clients are served.
+    STOPS_AT_ONCE = 50
     # Without a list from a process for so many heartbeats, its editors are gone.
     MISSED_LISTS = 3
 
@@ -4190,15 +4427,17 @@ class Editing:
         self._engine = engine
         # Guards both indexes against readers in other threads: hub.editors() and the workers.
         self._lock = threading.Lock()
-        # By client id.
+        # The editors of each entry, by client id; and the entries of each client id.
         self._editors: dict[Entry, dict[str, Editor]] = {}
         self._entries: dict[str, dict[Entry, None]] = {}
-        # When another process sent its list. Loop only.
+        # When each other process last sent its list. Loop only.
         self._heard_at: dict[str, float] = {}
         # Messages to other processes, in order. Only a worker waits for the shared log.
         self._outbox = Lane(engine.workers, limit=1000)
         # A list of our own editors waits in the outbox. Setting it is atomic.
         self._is_list_queued = False
+        # Clients that are gone, and may have been editors. Loop only.
+        self._leaving: deque[str] = deque()
 
     # -- any thread --------------------------------------------------------------------------------
 
@@ -4217,10 +4456,19 @@ class Editing:
         with self._lock:
             return list(self._entries.get(client_id, ()))
 
-    def entries(self) -> list[Entry]:
-        """Return all entries that are edited."""
+    def entries(self, content_pattern: str, entry_id: str | None, limit: int) -> list[Entry]:
+        """Return the first of the entries that are edited and match."""
         with self._lock:
-            return sorted(self._editors)
+            if entry_id is not None and is_name(content_pattern):
+                # The cost of asking for one entry does not depend on the others.
+                entry = (content_pattern, entry_id)
+                return [entry] if entry in self._editors else []
+            found = [
+                entry
+                for entry in self._editors
+                if entry_id in (None, entry[1]) and matches(content_pattern, entry[0])
+            ]
+        return heapq.nsmallest(limit, found)
 
     def of_process(self, process: str) -> set[tuple[Entry, Editor]]:
         with self._lock:
@@ -4245,21 +4493,51 @@ class Editing:
 
     def stop(self, entry: Entry, client_id: str) -> None:
         """Remove an editor and notify the subscribers of user.stoppedEditing, if it was one."""
+        editor = self._remove(entry, client_id)
+        if editor is not None:
+            self._changed("user.stoppedEditing", entry, editor)
+
+    def _remove(self, entry: Entry, client_id: str) -> Editor | None:
         with self._lock:
             editor = self._editors.get(entry, {}).pop(client_id, None)
-            if editor is None:
-                return
-            self._entries[client_id].pop(entry)
-            # An entry without editors takes no memory.
-            if not self._editors[entry]:
-                del self._editors[entry]
-            if not self._entries[client_id]:
-                del self._entries[client_id]
-        self._changed("user.stoppedEditing", entry, editor)
+            if editor is not None:
+                self._entries[client_id].pop(entry)
+                # An entry without editors takes no memory.
+                if not self._editors[entry]:
+                    del self._editors[entry]
+                if not self._entries[client_id]:
+                    del self._entries[client_id]
+            return editor
 
-    def stop_all(self, client_id: str) -> None:
-        for entry in self.entries_of(client_id):
-            self.stop(entry, client_id)
+    def leave(self, client_id: str) -> None:
+        """Stop the editing of a client that is gone, in a later round of the loop.
+
+        A broadcast may find more clients that are gone. If their editing were stopped in the same
+        call, the calls would nest too deeply.
+        """
+        if client_id in self._entries:
+            if not self._leaving:
+                self._engine.loop.call_at(time.monotonic(), self._stop_leaving)
+            self._leaving.append(client_id)
+
+    def _stop_leaving(self) -> None:
+        """Stop the editing of clients that are gone; a few at a time, so that others are served."""
+        frames: dict[str, list[bytes]] = defaultdict(list)
+        while self._leaving and sum(map(len, frames.values())) < self.STOPS_AT_ONCE:
+            client_id = self._leaving[0]
+            entries = self.entries_of(client_id)
+            for entry in entries[: self.STOPS_AT_ONCE]:
+                editor = self._remove(entry, client_id)
+                if editor is not None:
+                    frames[entry[0]].append(self._frame("user.stoppedEditing", entry, editor))
+            if len(entries) <= self.STOPS_AT_ONCE:
+                self._leaving.popleft()
+        for content_type, joined in frames.items():
+            connections = self._engine.registry.matching("user.stoppedEditing", content_type)
+            Connection.send_to_all(connections, b"".join(joined))
+        self.queue_list()
+        if self._leaving:
+            self._engine.loop.call_at(time.monotonic(), self._stop_leaving)
 
     def describe(self, entry: Entry) -> dict[str, Any]:
         """Return the fields about an entry's editors that several messages have."""
@@ -4270,10 +4548,13 @@ class Editing:
         """Broadcast a change to its subscribers, and queue our list for other processes."""
         connections = self._engine.registry.matching(event_type, entry[0])
         if connections:
-            payload = {**self.describe(entry), "editor": editor.as_json()}
-            Connection.send_to_all(connections, message_frame(event_type, payload, entry[0]))
+            Connection.send_to_all(connections, self._frame(event_type, entry, editor))
         if editor.process == self._engine.process:
             self.queue_list()
+
+    def _frame(self, event_type: str, entry: Entry, editor: Editor) -> bytes:
+        payload = {**self.describe(entry), "editor": editor.as_json()}
+        return message_frame(event_type, payload, entry[0])
 
     def relay(self, entry: Entry, editor: Editor, change: object) -> None:
         """Send a change to the other editors of this process, subscribed or not."""
@@ -4318,6 +4599,8 @@ class Editing:
         if self._engine.log is None:
             return
         if self.of_process(self._engine.process):
+            # The outbox may have dropped the one before.
+            self._is_list_queued = False
             self.queue_list()
         silence = self._engine.settings.heartbeat * self.MISSED_LISTS
         for process, heard_at in list(self._heard_at.items()):
@@ -4327,8 +4610,6 @@ class Editing:
     def receive(self, message: dict[str, Any]) -> None:
         """Carry out a message from another process."""
         process = message["process"]
-        if process == self._engine.process:
-            return
         match message["do"]:
             case "hello":
                 # A new process asks for all editors.
@@ -4367,7 +4648,7 @@ def edit_start(session: Session, message: Mapping[str, Any]) -> None:
 
 
 def _start_allowed(session: Session, entry: Entry, answers: list[bool]) -> None:
-    check_editing_allowed(entry, answers)
+    check_editing_allowed(entry[0], answers)
     engine, connection = session.engine, session.connection
     editing = engine.editing
     open_entries = editing.entries_of(connection.id)
@@ -4394,7 +4675,7 @@ def edit_stop(session: Session, message: Mapping[str, Any]) -> None:
 
 
 def _stop_allowed(session: Session, entry: Entry, answers: list[bool]) -> None:
-    check_editing_allowed(entry, answers)
+    check_editing_allowed(entry[0], answers)
     editing = session.engine.editing
     editing.stop(entry, session.connection.id)
     session.answer("system.editing", editing.describe(entry), entry[0])
@@ -4415,7 +4696,7 @@ def edit_change(session: Session, message: Mapping[str, Any]) -> None:
 def _change_allowed(
     session: Session, entry: Entry, change: object, answers: list[bool]
 ) -> None:
-    check_editing_allowed(entry, answers)
+    check_editing_allowed(entry[0], answers)
     editing = session.engine.editing
     editor = editing.find(entry, session.connection.id)
     if editor is None:
@@ -4435,22 +4716,13 @@ def presence(session: Session, message: Mapping[str, Any]) -> None:
 def _presence_allowed(
     session: Session, content_type: str, entry_id: str | None, answers: list[bool]
 ) -> None:
-    check_editing_allowed((content_type, entry_id or ""), answers)
+    check_editing_allowed(content_type, answers)
     editing = session.engine.editing
-    if entry_id is not None and is_name(content_type):
-        # The cost of asking for one entry does not depend on the others.
-        candidates = [(content_type, entry_id)]
-    else:
-        candidates = editing.entries()
     entries: list[dict[str, Any]] = []
     size = 0
     more = False
-    for entry in candidates:
-        if entry_id not in (None, entry[1]) or content_type not in _patterns_of_name(entry[0]):
-            continue
+    for entry in editing.entries(content_type, entry_id, Editing.MAX_ENTRIES + 1):
         editors = editing.describe(entry)["editors"]
-        if not editors:
-            continue
         shown = {"contentType": entry[0], "entryId": entry[1], "editors": editors}
         size += len(json.dumps(shown))
         if len(entries) >= Editing.MAX_ENTRIES or size > Editing.MAX_PRESENCE:
@@ -4460,9 +4732,10 @@ def _presence_allowed(
     session.answer("system.presence", {"entries": entries, "more": more})
 
 
-def check_editing_allowed(entry: Entry, answers: list[bool]) -> None:
+def check_editing_allowed(content_type: str, answers: list[bool]) -> None:
+    """Raise ClientError if the authorize hook has refused user.editing."""
     if not all(answers):
-        raise forbidden(("user.editing", entry[0]))
+        raise forbidden(("user.editing", content_type))
 
 
 def entry_of(message: Mapping[str, Any]) -> Entry:
@@ -4481,9 +4754,9 @@ def entry_of(message: Mapping[str, Any]) -> Entry:
 
 # == 13. Shared log: Redis, for several processes and machines ===================================
 
-# A place in the shared log: the last event that was read, and the last message between processes.
+# A position in the shared log: the last event that was read, and the last control message.
 Place = tuple[EventId, str]
-# To nobody: an empty log gets it, so that there is a place to continue from.
+# An event without recipients. It is appended to an empty log, to have a position to continue from.
 MARKER = Draft("system.marker", "system", "{}", frozenset())
 
 
@@ -4499,26 +4772,54 @@ def import_redis() -> Any:
     return redis
 
 
+# The type of an event that signs a user out in all processes; no client receives it. Unlike control
+# messages, events cannot be lost without notice: the follower then disconnects all clients.
+SIGN_OUT = "system.disconnect"
+
+
+class AppendGuard:
+    """Raises RuntimeError if a signal handler publishes while its own thread is inside.
+
+    For any thread. If a signal handler raises, its entry may stay; so entries expire after LIMIT.
+    """
+
+    LIMIT = 3.0
+
+    def __init__(self) -> None:
+        # When each thread entered. Each step is atomic.
+        self._entered: dict[int, float] = {}
+
+    def __enter__(self) -> None:
+        thread, now = threading.get_ident(), time.monotonic()
+        if now - self._entered.get(thread, now - self.LIMIT) < self.LIMIT:
+            raise RuntimeError(SIGNAL_HINT)
+        self._entered[thread] = now
+
+    def __exit__(self, *exception: object) -> None:
+        self._entered.pop(threading.get_ident(), None)
+
+
 class RedisLog:
     """A Redis stream that gives the ids and the one order to the events of all processes.
 
-    A second stream carries messages between processes, which nobody keeps: lists of editors,
-    changes, sign-outs. Any thread may call append(), send() and the reading methods; the client
-    of the package redis is safe to share. None of them waits longer than two seconds.
+    A second stream carries control messages between processes: lists of editors and changes. They
+    are never replayed. Any thread may call the methods, because the client of the package redis is
+    safe to share. If Redis does not answer, they give up after about two seconds.
     """
 
-    # For one step of Redis, to connect or to answer, in seconds.
+    # How many seconds Redis has to accept a connection, and to answer.
     TIMEOUT = 1.0
-    # The follower waits so long for new entries before it asks again, in milliseconds.
+    # How long one XREAD of the follower waits for new entries, in milliseconds.
     BLOCK = 500
-    # Entries read at once.
+    # The most entries of one XREAD.
     READ_SIZE = 256
-    # Entries that the follower may lag behind, beyond the history.
+    # Redis keeps this many events more than the history, so that a slow follower misses none.
     FOLLOWER_ROOM = 10_000
-    # Messages between processes that Redis keeps: in number, and about so many bytes.
+    # How many control messages Redis keeps, and about how many bytes of them.
     MAX_MESSAGES = 1000
     MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-    # A firewall may have dropped a pooled connection that was not used for so many seconds.
+    # A connection that was idle for this many seconds is tested, because a firewall may have
+    # dropped it.
     MAX_IDLE = 5.0
 
     def __init__(self, settings: Settings, is_trimming: bool) -> None:
@@ -4543,7 +4844,7 @@ class RedisLog:
         self._history = settings.history
         # Only a process with an app trims: a script does not know the site's HISTORY.
         self._max_events = settings.history + self.FOLLOWER_ROOM if is_trimming else None
-        self._guard = ReentryGuard()
+        self._guard = AppendGuard()
         # When publish() or send() last used Redis. Setting it is atomic.
         self._used_at = time.monotonic()
         # The newest event of this process, for flush(). Setting it is atomic.
@@ -4581,20 +4882,23 @@ class RedisLog:
 
     def _write(self, write: Callable[[], Any]) -> Any:
         """Call a function that writes to Redis, over a connection that is likely to work."""
-        pool = self._redis.connection_pool
-        if time.monotonic() - self._used_at > self.MAX_IDLE:
-            try:
-                self._redis.ping()
-            except self.errors:
-                pool.disconnect(inuse_connections=False)
-        self._used_at = time.monotonic()
+        self._test_idle_connections()
         try:
             return write()
         except self._read_only_error:
             # After a failover the name leads to a new primary, but the pooled connections lead to
-            # the old one, which is a replica now and has stored nothing.
-            pool.disconnect()
+            # the old one, which is a replica now and has not stored the entry.
+            self._redis.connection_pool.disconnect()
             return write()
+
+    def _test_idle_connections(self) -> None:
+        """If Redis was not used for MAX_IDLE seconds, drop pooled connections that are dead."""
+        if time.monotonic() - self._used_at > self.MAX_IDLE:
+            try:
+                self._redis.ping()
+            except self.errors:
+                self._redis.connection_pool.disconnect(inuse_connections=False)
+        self._used_at = time.monotonic()
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a message to the other processes. Raises PublishError if Redis is away."""
@@ -4655,7 +4959,7 @@ class RedisLog:
     # -- for the follower --------------------------------------------------------------------------
 
     def find_end(self) -> Place:
-        """Return the place at which both streams end now."""
+        """Return the newest position of both streams. An empty log gets a marker event first."""
         newest = self._newest() or self.append([MARKER])[0]
         messages = self._redis.xrevrange(self._messages, count=1)
         return newest, messages[0][0] if messages else "0-0"
@@ -4693,22 +4997,23 @@ class RedisLog:
 
 
 def send_quietly(log_: RedisLog, message: Mapping[str, Any]) -> None:
-    """Send a message that repairs itself: the next list of editors contains what was lost."""
+    """Send a control message that may be lost. Lists of editors are sent again; changes are not."""
     with suppress(PublishError):
         log_.send(message)
 
 
 class Follower:
-    """A thread that reads the shared log, and gives the loop what any process has published.
+    """A thread that reads the shared log, and queues the events of all processes for the loop.
 
-    If Redis is away it tries again, and continues at its place. If the place is not in the log any
-    more, events may be lost: then all clients are disconnected, and learn that when they resume.
+    It owns the position up to which this process has read. If Redis is away, it tries again and
+    continues there. If the position is not in the log any more, events may be lost. All clients
+    are then disconnected, and learn it when they resume.
     """
 
-    # Before the next attempt, in seconds; doubled each time.
+    # The pause before the next attempt, in seconds. It is doubled each time.
     FIRST_PAUSE = 0.05
     LAST_PAUSE = 1.0
-    # For a greeting to wait until the newest event is known, in seconds.
+    # How long a greeting waits for the id of the newest event, in seconds.
     BEGIN_TIMEOUT = 1.0
 
     def __init__(self, engine: Engine, log_: RedisLog) -> None:
@@ -4718,9 +5023,9 @@ class Follower:
         self._thread: threading.Thread | None = None
         # Set by the follower; reading it is atomic. None until the place is known.
         self.newest_id: EventId | None = None
+        # Set by the loop: the history has begun at the end of the log.
+        self._has_begun = threading.Event()
         self._begin_until = 0.0
-        # Loop only: the history has begun at the end of the log.
-        self._has_begun = False
         # Thread only.
         self._place: Place | None = None
 
@@ -4732,15 +5037,18 @@ class Follower:
     def stop(self) -> None:
         self._stopped.set()
 
-    def is_beginning(self) -> bool:
-        """Return whether a greeting should wait, because the newest event will be known soon."""
-        return not self._has_begun and time.monotonic() < self._begin_until
+    def wait_for_begin(self) -> None:
+        """Wait until this process knows the newest event, but only in the second after the start.
+
+        Otherwise a greeting would name an old event, and a sign-out might not be noticed.
+        """
+        if not self._has_begun.is_set():
+            self._has_begun.wait(max(0.0, self._begin_until - time.monotonic()))
 
     def _run(self) -> None:
         """Thread body: read the log until stopped. An error is logged, and it tries again."""
         pause = self.FIRST_PAUSE
-        errors: tuple[type[Exception], ...] = (PublishError, *self._log.errors)
-        while not self._stopped.is_set():
+        while not self._stopped.is_set() and not self._engine.is_closing:
             try:
                 self._read()
                 if pause != self.FIRST_PAUSE:
@@ -4749,20 +5057,24 @@ class Follower:
                 continue
             except Exception as error:
                 if self._stopped.is_set():
-                    # Closing the log has interrupted the reading.
+                    # The log was closed while it was read.
                     return
-                if not isinstance(error, errors):
-                    log(logging.ERROR, "following Redis failed; retrying", exc_info=error)
-                elif pause == self.FIRST_PAUSE:
-                    log(
-                        logging.WARNING,
-                        "cannot reach Redis (%s). Until it is back, publish() raises PublishError"
-                        " and clients of this process get no new events. Is it running, and is"
-                        " SWIFTCMS_WS_REDIS_URL right? Retrying",
-                        error,
-                    )
+                self._log_error(error, is_first=pause == self.FIRST_PAUSE)
             pause = min(pause * 2, self.LAST_PAUSE)
             self._stopped.wait(pause * random.uniform(0.5, 1))
+
+    def _log_error(self, error: Exception, is_first: bool) -> None:
+        """Log an error. If Redis is away, log only the first of many."""
+        if not isinstance(error, (PublishError, *self._log.errors)):
+            log(logging.ERROR, "following Redis failed; retrying", exc_info=error)
+        elif is_first:
+            log(
+                logging.WARNING,
+                "cannot reach Redis (%s). Until it is back, publish() raises PublishError"
+                " and clients of this process get no new events. Is it running, and is"
+                " SWIFTCMS_WS_REDIS_URL right? Retrying",
+                error,
+            )
 
     def _read(self) -> None:
         """Read what is new and give it to the loop, in order."""
@@ -4777,10 +5089,11 @@ class Follower:
             self._place = None
             return
         events, messages, self._place = found
+        sign_outs = [json.loads(event.payload) for event in events if event.type == SIGN_OUT]
         if events:
             loop.submit(events)
             self.newest_id = events[-1].id
-        for message in messages:
+        for message in (*sign_outs, *messages):
             loop.call(self._receive, message)
 
     # -- the loop's thread -------------------------------------------------------------------------
@@ -4788,7 +5101,7 @@ class Follower:
     def _restart_history(self, newest: EventId) -> None:
         """Begin at the end of the log. Connected clients may have missed events before it."""
         engine = self._engine
-        self._has_begun = True
+        self._has_begun.set()
         engine.history.restart(newest)
         connections = engine.registry.connections()
         if connections:
@@ -4801,6 +5114,8 @@ class Follower:
         engine.loop.close_all(CloseCode.GOING_AWAY, "events may be lost; reconnect with since")
 
     def _receive(self, message: dict[str, Any]) -> None:
+        if message["process"] == self._engine.process:
+            return
         if message["do"] == "disconnect":
             self._engine.sign_out(message["user"], message["session"])
         else:
@@ -5433,34 +5748,358 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 //
 //   const cms = new SwiftCMS()              // or new SwiftCMS({url, token, since})
 //   const stop = cms.subscribe("content.*", "posts", event => show(event.payload))
-//   cms.onstatus = status => …              // "connecting", "online" or "offline"
-//   cms.ongap = subscription => …           // events are lost: load the page's data again
+//   cms.onstatus = status => …              // "connecting", "online", "offline" or "refused"
+//   cms.ongap = subscriptions => …          // events are lost: load the page's data again
 //   const edit = cms.edit("posts", "42")    // the entry's other editors, and their changes
 //   cms.close()
-//
-// There is no cms.publish(): only the site's server knows what has been saved.
 (() => {
-  "use strict";
-  const SCRIPT_URL = document.currentScript?.src ?? new URL("/ws/client.js", location).href;
-  // All times are in milliseconds.
-  const CONNECT_TIMEOUT = 10_000;
-  // A connection may have died while the device was asleep. This is its time to prove otherwise.
-  const PROBE_TIMEOUT = 5_000;
-  // A new token is fetched this long before the old one expires.
+  // The path of the WebSocket as Flask sees it. The server writes it into this line.
+  const WEBSOCKET_PATH = "/ws";
+  // A worker has no document, and a module has no current script.
+  const page = globalThis.document;
+  // Behind a proxy that strips a prefix, only the script's own address has the prefix.
+  const SCRIPT_URL = page?.currentScript?.src?.match(/.*\/ws(?=\/client\.js)/)?.[0];
+  // All times are in milliseconds. A token is renewed RENEWAL_LEAD before it expires.
+  const CONNECT_TIMEOUT = 15_000;
   const RENEWAL_LEAD = 60_000;
-  const UNSENT_TIMEOUT = 2_000;
+  // Firefox closes connections when a link or a download is clicked. That is soon repaired.
+  const OFFLINE_DELAY = 2_000;
+  const UNSENT = "SwiftCMS: messages wait for two seconds; the server slows fast senders down";
   const MAX_WAIT = 30_000;
-  const MAX_TIMEOUT = 2 ** 31 - 1;
-  const SHUTTING_DOWN = 1001;
-  const MESSAGE_TOO_BIG = 1009;
-  const UNAUTHORIZED = 4401;
+  const CLOSE = { SHUTTING_DOWN: 1001, MESSAGE_TOO_BIG: 1009, UNAUTHORIZED: 4401 };
+  // Of these, only the first two need a subscription.
   const EDITING = ["user.editing", "user.stoppedEditing", "user.edited", "system.editing"];
 
-  const matches = (pattern, name) => pattern === name || pattern === "*"
-    || (pattern.endsWith(".*") && name.startsWith(pattern.slice(0, -1)));
-  // A handler that throws must not affect other handlers.
-  const call = (handler, ...values) => {
-    try { handler?.(...values); } catch (error) { reportError(error); }
+  // An id is two numbers: milliseconds and a counter.
+  const sortKey = id => id.replace(/\d+/g, number => number.padStart(20, "0"));
+  const isLater = (id, other) => id && (!other || sortKey(id) > sortKey(other));
+  const isMatch = (pattern, name) =>
+    pattern.endsWith("*") ? name.startsWith(pattern.slice(0, -1)) : name === pattern;
+  const patternOf = ({ type, contentType }) => ({ type, contentType });
+  const hasKey = (set, key) => [...set].some(each => each.key === key);
+  // A handler that throws must not affect others: its error becomes an unhandled rejection.
+  const call = async (handler, ...values) => handler?.(...values);
+
+  // All open connections, and the one of the SwiftCMS objects that have neither url nor token.
+  const connections = new Set();
+  let shared;
+  for (const type of ["online", "offline", "pagehide", "pageshow", "visibilitychange"])
+    addEventListener(type, event => connections.forEach(each => each.wakeUp(event)));
+
+  // One WebSocket after the other, for one or more SwiftCMS objects.
+  const createConnection = (url, givenToken) => {
+    // For each SwiftCMS object its option `since`, until the client has connected.
+    const clients = new Map();
+    // Objects {cms, key, type, contentType, handler, stop, since, early, isLost}. All events up to
+    // `since` were received, and those with the ids in `early`, because they matched another
+    // subscription. If `early` is null, the subscription is live: all up to newestId were received.
+    const subscriptions = new Set();
+    const edits = new Set();
+    // Messages {subscriptions, since, left}. The server answers them in order, and sends a replay
+    // directly after its answer. `left` is how many of its events have not arrived.
+    let requests = [];
+    // The newest id that is known, and the newest that came over this WebSocket.
+    let newestId, heardId;
+    // After the server has closed the connection with 4401, only the same user is accepted.
+    let isSignedOut, ownUserId;
+    // isReady: the server has greeted this client, and there is a token if one is needed.
+    let socket, status, isReady, maxSilence, attemptedAt, offlineTimer;
+    let attempts = 0;
+    let timers = {};
+    const ownIds = new Set();
+    const connection = { clientId: null, add, remove, subscribe, edit, wakeUp };
+    const base = page?.baseURI ?? location.href;
+    const address = new URL(url ?? SCRIPT_URL ?? location.origin + WEBSOCKET_PATH, base);
+    address.protocol = address.protocol.replace("http", "ws");
+    connections.add(connection);
+    return connection;
+
+    function add(cms, since) {
+      const oldStatus = status;
+      clients.set(cms, since);
+      // Not now, because the page has not set its handlers yet.
+      setTimeout(() => {
+        if (!clients.has(cms)) return;
+        if (isReady) clients.set(cms, undefined);
+        if (!status || status === "refused") connect();
+        else if (oldStatus) call(cms.onstatus, status);
+      });
+    }
+
+    function remove(cms) {
+      for (const each of [...edits, ...subscriptions]) if (each.cms === cms) each.stop();
+      if (clients.delete(cms)) queueMicrotask(() => call(cms.onstatus, "offline"));
+      if (clients.size) return;
+      disconnect("offline");
+      connections.delete(connection);
+      if (shared === connection) shared = undefined;
+    }
+
+    function connect() {
+      disconnect("connecting");
+      attemptedAt = performance.now();
+      try {
+        socket = new WebSocket(address);
+      } catch ({ message }) {
+        return refuse(`cannot connect to ${address}, which must be like wss://HOST/ws: ${message}`);
+      }
+      socket.onclose = reconnect;
+      socket.onmessage = ({ data }) => receive(data);
+      // Messages restart it only when the client is ready, because a token may never come.
+      later("silence", CONNECT_TIMEOUT, reconnect);
+    }
+
+    function disconnect(newStatus) {
+      Object.values(timers).forEach(clearTimeout);
+      timers = {};
+      if (socket) socket.onclose = socket.onmessage = null;
+      socket?.close();
+      socket = heardId = undefined;
+      isReady = false;
+      requests = [];
+      for (const each of subscriptions)
+        if (!each.early) Object.assign(each, { since: newestId, early: new Set() });
+      setStatus(newStatus);
+    }
+
+    function reconnect({ code, reason } = {}) {
+      if (!code && heardId && !isReady)
+        console.error("SwiftCMS: no token came in 15 seconds, will ask for it again");
+      if (code === CLOSE.MESSAGE_TOO_BIG)
+        console.error("SwiftCMS: the message that was too big is dropped; reconnecting without it");
+      if (code === CLOSE.UNAUTHORIZED) isSignedOut = true;
+      // A random time, so that not all clients of a server reconnect at once.
+      let wait = Math.random() * Math.min(MAX_WAIT, 1_000 * 2 ** attempts);
+      // Firefox itself delays an attempt after failed ones: that time has passed already.
+      if (!heardId) wait -= performance.now() - attemptedAt;
+      // Without a reason it was not the server that closed the connection, but the browser.
+      if (code !== CLOSE.SHUTTING_DOWN || reason) attempts++;
+      if (code === CLOSE.SHUTTING_DOWN && reason) wait += 1_000;
+      disconnect("connecting");
+      offlineTimer ??= setTimeout(() => setStatus("offline"), OFFLINE_DELAY);
+      later("connect", wait, connect);
+    }
+
+    function refuse(message) {
+      disconnect("refused");
+      console.error(`SwiftCMS: ${message}. It will not reconnect by itself.`);
+    }
+
+    function wakeUp({ type, persisted }) {
+      // The browser may keep a page that is left, and would keep its connection open.
+      if (type === "pagehide") disconnect("connecting");
+      else if (type === "pageshow") persisted && connect();
+      else if (type === "offline") {
+        if (!socket && !timers.connect) return;
+        reconnect();
+        setStatus("offline");
+      } else if (timers.connect && !page?.hidden) connect();
+      else if (isReady && !page?.hidden) {
+        // The network or the tab is back: check within five seconds that the connection works.
+        send({ action: "heartbeat" });
+        later("silence", 5_000, reconnect);
+      }
+    }
+
+    function later(timer, milliseconds, action) {
+      clearTimeout(timers[timer]);
+      // A longer time would be over at once.
+      timers[timer] = setTimeout(action, Math.min(milliseconds, 2 ** 31 - 1));
+    }
+
+    function setStatus(newStatus) {
+      // It stays offline until it is online: a notice on the page must not flicker.
+      if (newStatus === "connecting" && status === "offline") return;
+      if (newStatus !== "connecting") offlineTimer = clearTimeout(offlineTimer);
+      if (newStatus === status) return;
+      status = newStatus;
+      // A handler may call close(), which must not happen in the middle of connect().
+      for (const cms of clients.keys()) queueMicrotask(() => call(cms.onstatus, newStatus));
+    }
+
+    // Until the client is ready, messages are dropped: greet() then sends the current state.
+    function send(message) {
+      if (!isReady) return;
+      const text = JSON.stringify(message);
+      // Started by the first message that has to wait: the others find the buffer filled.
+      if (!socket.bufferedAmount)
+        later("unsent", 2_000, () => socket.bufferedAmount && console.warn(UNSENT));
+      socket.send(text);
+      for (const cms of clients.keys()) call(cms.onframe, "out", text);
+    }
+
+    function receive(text) {
+      const { type, contentType, payload, id, timestamp } = JSON.parse(text);
+      if (isReady) later("silence", maxSilence, reconnect);
+      for (const cms of clients.keys()) call(cms.onframe, "in", text);
+      // That handler may have closed the connection.
+      if (!socket) return;
+      if (type === "system.connected") greet(payload);
+      else if (type === "system.authenticated") accept(payload, timestamp);
+      else if (type === "system.heartbeat") {
+        // A connection that lives for a heartbeat is a good one.
+        attempts = 0;
+        move(payload.lastId);
+        send({ action: "pong" });
+      } else if (type === "system.error") handleError(payload);
+      else if (type === "system.subscribed") startReplay(payload);
+      else if (EDITING.includes(type))
+        for (const { key, update } of [...edits])
+          if (key === `${contentType} ${payload.entryId}`) update(JSON.parse(text).payload);
+      if (!type.startsWith("system.")) dispatch(text, type, contentType, id);
+    }
+
+    async function greet({ clientId, userId, heartbeat, lastId }) {
+      const ownSocket = socket;
+      connection.clientId = clientId;
+      ownIds.add(clientId);
+      move(lastId);
+      const isStranger = isSignedOut && (userId === null || userId !== ownUserId);
+      let token;
+      try {
+        token = typeof givenToken === "function" ? await givenToken() : !isSignedOut && givenToken;
+      } catch (error) {
+        console.error("SwiftCMS: no token came, will ask for it again:", error);
+        return ownSocket.close();
+      }
+      // The connection may have been lost in the meantime.
+      if (ownSocket !== socket) return;
+      if (isStranger && !token) return refuse("the user is signed out");
+      ownUserId = userId ?? ownUserId;
+      isSignedOut = isStranger;
+      isReady = true;
+      // Two heartbeats, and half of one for delays.
+      maxSilence = 2_500 * heartbeat;
+      later("silence", maxSilence, reconnect);
+      if (token) send({ action: "authenticate", token });
+      for (const each of subscriptions) each.since ??= lastId;
+      for (const cms of clients.keys()) clients.set(cms, undefined);
+      request([...subscriptions]);
+      for (const each of edits) each.send("editStart");
+    }
+
+    function accept({ userId, expiresAt }, timestamp) {
+      ownUserId = userId;
+      isSignedOut = false;
+      if (typeof givenToken !== "function") return;
+      const left = Date.parse(expiresAt) - Date.parse(timestamp);
+      // If it fails, the server closes the connection, and the next one asks for a token again.
+      const renew = async () => send({ action: "authenticate", token: await givenToken() });
+      later("renewal", Math.max(left - RENEWAL_LEAD, left * 0.8), renew);
+    }
+
+    function handleError({ code, message, action }) {
+      console.error(`SwiftCMS: ${message} (${code})`);
+      if (action === "authenticate") reconnect({ code: CLOSE.UNAUTHORIZED });
+      if (code !== "invalid_since") return;
+      const [failed] = requests;
+      for (const each of failed.subscriptions) each.since = undefined;
+      request(failed.subscriptions);
+      startReplay({ recovered: false, replayed: 0 });
+    }
+
+    function subscribe(cms, type, contentType, handler) {
+      if (!clients.has(cms)) throw new Error("this SwiftCMS is closed; make a new one");
+      const key = `${type} ${contentType}`;
+      const since = clients.get(cms) ?? newestId;
+      const stop = () => {
+        if (subscriptions.delete(own) && !hasKey(subscriptions, key))
+          send({ action: "unsubscribe", type, contentType });
+      };
+      const own = { cms, key, type, contentType, handler, stop, since, early: new Set() };
+      subscriptions.add(own);
+      if (isReady) request([own]);
+      return stop;
+    }
+
+    // Subscribe and get what was missed: a message for each distinct `since`, and 1,000 items.
+    function request(rest) {
+      while (rest.length) {
+        const { since } = rest[0];
+        const group = rest.filter(each => each.since === since).slice(0, 1_000);
+        rest = rest.filter(each => !group.includes(each));
+        requests.push({ subscriptions: group, since });
+        send({ action: "subscribe", subscriptions: group.map(patternOf), since });
+      }
+      proceed();
+    }
+
+    function startReplay({ refused = [], recovered, replayed }) {
+      const [answered] = requests;
+      for (const { type, contentType, code, message } of refused)
+        console.error(`SwiftCMS: no ${type} of ${contentType}: ${message} (${code})`);
+      answered.left = replayed;
+      if (recovered) move(answered.since);
+      else {
+        // The server may have restarted with a wrong clock: only here the place moves back.
+        newestId = heardId;
+        for (const each of answered.subscriptions)
+          Object.assign(each, { since: heardId, isLost: !EDITING.includes(each.type) });
+      }
+      proceed();
+    }
+
+    function proceed() {
+      if (requests[0]?.left === 0)
+        for (const each of requests.shift().subscriptions) each.early = null;
+      if (requests.length) return;
+      const lost = [...subscriptions].filter(each => each.isLost);
+      for (const each of lost) each.isLost = false;
+      for (const cms of new Set(lost.map(each => each.cms)))
+        call(cms.ongap, lost.filter(each => each.cms === cms).map(patternOf));
+      if (isReady) setStatus("online");
+    }
+
+    function move(id) {
+      if (isLater(id, heardId)) heardId = id;
+      if (isLater(id, newestId)) newestId = id;
+    }
+
+    function dispatch(text, type, contentType, id) {
+      move(id);
+      const [first] = requests;
+      for (const each of [...subscriptions]) {
+        if (!isMatch(each.type, type) || !isMatch(each.contentType, contentType)) continue;
+        // It may be older than subscribe(), or come again after an interrupted replay.
+        if (id && (!isLater(id, each.since) || each.early?.has(id))) continue;
+        each.early?.add(id);
+        // Each handler gets an object of its own. A handler may unsubscribe others.
+        if (subscriptions.has(each)) call(each.handler, JSON.parse(text));
+      }
+      if (!id || !first?.left || first !== requests[0]) return;
+      for (const each of first.subscriptions) each.since = id;
+      first.left--;
+      proceed();
+    }
+
+    function edit(cms, contentType, entryId) {
+      const key = `${contentType} ${entryId}`;
+      const sendEdit = (action, more) => send({ action, contentType, entryId, ...more });
+      const stops = EDITING.slice(0, 2).map(type => cms.subscribe(type, contentType, () => {}));
+      const handle = {
+        // Objects {clientId, userId, since}. Handlers: (editors, conflict), (change, editor) => …
+        editors: [],
+        oneditors: null,
+        onchange: null,
+        send: payload => edits.has(own) && sendEdit("editChange", { payload }),
+        stop: () => {
+          stops.forEach(stop => stop());
+          // Another handle of the same entry may go on.
+          if (edits.delete(own) && !hasKey(edits, key)) sendEdit("editStop");
+        },
+      };
+      // The server may not have noticed yet that a former connection of this page is lost.
+      const isOther = each => each.clientId === connection.clientId || !ownIds.has(each.clientId);
+      const update = ({ editors, editor, change }) => {
+        if (!editors) return isOther(editor) && call(handle.onchange, change, editor);
+        handle.editors = editors.filter(isOther);
+        call(handle.oneditors, handle.editors, handle.editors.length > 1);
+      };
+      const own = { cms, key, send: sendEdit, update, stop: handle.stop };
+      edits.add(own);
+      sendEdit("editStart");
+      return handle;
+    }
   };
 
   globalThis.SwiftCMS = class SwiftCMS {
@@ -5468,258 +6107,40 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     ongap = null;
     // (direction, text) => …, for an inspector: every message, "in" or "out".
     onframe = null;
-    // Identifies this page among the editors of an entry.
-    clientId = null;
-    #url;
-    #token;
-    // The next connection resumes after the event with this id.
-    #lastId;
-    // The newest event's id at the start of this connection.
-    #greetedId;
-    // Objects {type, contentType, handler}.
-    #subscriptions = new Set();
-    // Objects {contentType, entryId, update}.
-    #edits = new Set();
-    #socket = null;
-    #status = "offline";
-    // The server has greeted this client and has been sent its token.
-    #isReady = false;
-    // A connection that is silent for longer is lost.
-    #maxSilence = CONNECT_TIMEOUT;
-    #timers = {};
-    #attempts = 0;
+    #connection;
 
     // since: the id of the newest event that the page shows already; by default the newest of all.
     constructor({ url, token, since, ...others } = {}) {
       const [unknown] = Object.keys(others);
       if (unknown !== undefined)
         throw new TypeError(`SwiftCMS has no option ${unknown}, only url, token and since`);
-      this.#url = url === undefined ? new URL("../ws", SCRIPT_URL) : new URL(url, location);
-      this.#url.protocol = this.#url.protocol.replace("http", "ws");
-      this.#token = token;
-      this.#lastId = since;
-      addEventListener("online", this.#wakeUp);
-      document.addEventListener("visibilitychange", this.#wakeUp);
-      // Not now, because the page has not set its handlers yet.
-      this.#later("connect", 0, this.#connect);
+      if (since !== undefined && !/^\d{1,20}-\d{1,20}$/.test(since))
+        throw new TypeError(`since must be the id of an event, not ${JSON.stringify(since)}`);
+      if (url !== undefined || token !== undefined) this.#connection = createConnection(url, token);
+      else this.#connection = shared ??= createConnection();
+      this.#connection.add(this, since);
+    }
+
+    // Identifies this page among the editors of an entry.
+    get clientId() {
+      return this.#connection.clientId;
     }
 
     // Call handler(event) for each event from now on. Returns a function that unsubscribes.
-    subscribe(type, contentType, handler) {
-      if (typeof handler !== "function")
-        throw new TypeError("subscribe(type, contentType, handler): handler must be a function");
-      const own = { type, contentType, handler };
-      this.#subscriptions.add(own);
-      this.#send({ action: "subscribe", type, contentType });
-      return () => {
-        this.#subscriptions.delete(own);
-        const isSame = other => other.type === type && other.contentType === contentType;
-        if (![...this.#subscriptions].some(isSame))
-          this.#send({ action: "unsubscribe", type, contentType });
-      };
+    subscribe(type = "*", contentType = "*", handler) {
+      const kinds = [type, contentType, handler].map(each => typeof each);
+      if (kinds.join() !== "string,string,function")
+        throw new TypeError("subscribe(): handler must be a function, and both types strings");
+      return this.#connection.subscribe(this, type, contentType, handler);
     }
 
     // Make this page an editor of an entry, until edit.stop().
     edit(contentType, entryId) {
-      const entry = { contentType, entryId: String(entryId) };
-      const unsubscribe = ["user.editing", "user.stoppedEditing"]
-        .map(type => this.subscribe(type, contentType, () => {}));
-      const edit = {
-        // Objects {clientId, userId, since}, including this page.
-        editors: [],
-        // (editors, conflict) => …
-        oneditors: null,
-        // (change, editor) => …, with the argument of another editor's edit.send().
-        onchange: null,
-        send: change => this.#send({ action: "editChange", ...entry, payload: change }),
-        stop: () => {
-          this.#edits.delete(own);
-          this.#send({ action: "editStop", ...entry });
-          unsubscribe.forEach(stop => stop());
-        },
-      };
-      const update = (type, { editors, conflict, change, editor }) => {
-        if (type === "user.edited") return call(edit.onchange, change, editor);
-        edit.editors = editors;
-        call(edit.oneditors, editors, conflict);
-      };
-      const own = { ...entry, update };
-      this.#edits.add(own);
-      this.#send({ action: "editStart", ...entry });
-      return edit;
+      return this.#connection.edit(this, contentType, String(entryId));
     }
 
     close() {
-      removeEventListener("online", this.#wakeUp);
-      document.removeEventListener("visibilitychange", this.#wakeUp);
-      this.#subscriptions.clear();
-      this.#edits.clear();
-      this.#disconnect("offline");
-    }
-
-    // -- Connect and reconnect --
-
-    #connect = () => {
-      this.#disconnect("connecting");
-      this.#socket = new WebSocket(this.#url);
-      this.#socket.onclose = ({ code }) => this.#reconnect(code);
-      this.#socket.onmessage = ({ data }) => this.#receive(data);
-      this.#later("silence", CONNECT_TIMEOUT, this.#reconnect);
-    };
-
-    #disconnect(status) {
-      Object.values(this.#timers).forEach(clearTimeout);
-      this.#timers = {};
-      if (this.#socket) this.#socket.onclose = this.#socket.onmessage = null;
-      // If the network is gone, this takes a while. Do not wait for it.
-      this.#socket?.close();
-      this.#socket = null;
-      this.#isReady = false;
-      this.#setStatus(status);
-    }
-
-    #reconnect = code => {
-      this.#disconnect("offline");
-      if (code === MESSAGE_TOO_BIG || (code === UNAUTHORIZED && typeof this.#token !== "function"))
-        return console.error(`SwiftCMS: the server closed the connection with ${code}.`
-          + " It will not reconnect, because the same message or token would be refused again.");
-      // A random time, so that not all clients of a server reconnect at once.
-      const wait = Math.random() * Math.min(MAX_WAIT, 1_000 * 2 ** this.#attempts++);
-      this.#later("connect", wait + (code === SHUTTING_DOWN ? 1_000 : 0), this.#connect);
-    };
-
-    // The network or the tab is back: connect now, or check that the connection is still alive.
-    #wakeUp = ({ type }) => {
-      if (type === "visibilitychange" && document.hidden) return;
-      if (this.#timers.connect) this.#connect();
-      if (!this.#isReady) return;
-      this.#send({ action: "heartbeat" });
-      this.#later("silence", PROBE_TIMEOUT, this.#reconnect);
-    };
-
-    #later(timer, milliseconds, action) {
-      clearTimeout(this.#timers[timer]);
-      this.#timers[timer] = setTimeout(action, milliseconds);
-    }
-
-    #setStatus(status) {
-      if (status === this.#status) return;
-      this.#status = status;
-      // A handler may call close(), which must not happen in the middle of #connect().
-      queueMicrotask(() => call(this.onstatus, status));
-    }
-
-    // -- Messages --
-
-    // Until the client is ready, messages are dropped: #resume() then sends the current state.
-    #send(message) {
-      if (this.#isReady) this.#write(message);
-    }
-
-    #write(message) {
-      const text = JSON.stringify(message);
-      // Started by the first message that has to wait: the others find the buffer filled.
-      if (!this.#socket.bufferedAmount) this.#later("unsent", UNSENT_TIMEOUT, this.#warnIfUnsent);
-      this.#socket.send(text);
-      call(this.onframe, "out", text);
-    }
-
-    #warnIfUnsent = () => {
-      if (this.#socket.bufferedAmount)
-        console.warn("SwiftCMS: messages have been waiting to be sent for two seconds."
-          + " The server slows a client down that sends too fast.");
-    };
-
-    #receive(text) {
-      call(this.onframe, "in", text);
-      const message = JSON.parse(text);
-      const { type, payload, ref } = message;
-      this.#later("silence", this.#maxSilence, this.#reconnect);
-      if (type === "system.connected") this.#resume(payload);
-      else if (type === "system.authenticated") this.#scheduleRenewal(message);
-      else if (type === "system.heartbeat") this.#answerHeartbeat(payload);
-      else if (type === "system.error") this.#reportError(payload);
-      else if (type === "system.subscribed" && ref === "resume") this.#reportLosses(payload);
-      else this.#dispatch(message);
-      if (ref === "resume" && this.#isReady) this.#setStatus("online");
-    }
-
-    async #signIn() {
-      const socket = this.#socket;
-      const token = typeof this.#token === "function" ? await this.#token() : this.#token;
-      if (token && socket === this.#socket) this.#write({ action: "authenticate", token });
-    }
-
-    #scheduleRenewal({ payload, timestamp }) {
-      if (typeof this.#token !== "function") return;
-      // Both times are by the server's clock.
-      const left = Date.parse(payload.expiresAt) - Date.parse(timestamp);
-      const wait = Math.min(Math.max(left - RENEWAL_LEAD, left * 0.8), MAX_TIMEOUT);
-      // If it fails, the server closes the connection, and the next one asks for a token again.
-      this.#later("renewal", wait, () => this.#signIn().catch(reportError));
-    }
-
-    async #resume({ clientId, heartbeat, lastId }) {
-      const socket = this.#socket;
-      this.clientId = clientId;
-      this.#greetedId = lastId;
-      this.#lastId ??= lastId;
-      // Two heartbeats, and half of one for delays.
-      this.#maxSilence = 2_500 * heartbeat;
-      this.#later("silence", this.#maxSilence, this.#reconnect);
-      try {
-        await this.#signIn();
-      } catch (error) {
-        console.error("SwiftCMS: no token came, will ask for it again:", error);
-        if (socket === this.#socket) this.#reconnect();
-      }
-      // The connection may have been lost in the meantime.
-      if (socket !== this.#socket) return;
-      this.#isReady = true;
-      // JSON leaves out their handlers, because they are functions.
-      const subscriptions = [...this.#subscriptions];
-      if (subscriptions.length)
-        this.#send({ action: "subscribe", subscriptions, since: this.#lastId, ref: "resume" });
-      else this.#setStatus("online");
-      for (const { contentType, entryId } of this.#edits)
-        this.#send({ action: "editStart", contentType, entryId });
-    }
-
-    #reportLosses({ subscriptions, refused, recovered }) {
-      for (const { code, message } of refused) this.#reportError({ code, message });
-      if (recovered) return;
-      // The server does not know the old id, so the next connection must not send it again.
-      this.#lastId = this.#greetedId;
-      for (const { type, contentType } of subscriptions)
-        if (!EDITING.includes(type)) call(this.ongap, { type, contentType });
-    }
-
-    #answerHeartbeat({ lastId }) {
-      // A connection that lives for a heartbeat is a good one.
-      this.#attempts = 0;
-      // Before the server has accepted the subscriptions, there may be older events to replay.
-      if (this.#status === "online") this.#lastId = lastId;
-      this.#send({ action: "pong" });
-    }
-
-    #reportError({ code, message, action }) {
-      console.error(`SwiftCMS: ${message} (${code})`);
-      if (action === "authenticate") this.#reconnect(UNAUTHORIZED);
-    }
-
-    #dispatch(event) {
-      const { type, contentType, payload, id } = event;
-      if (EDITING.includes(type))
-        for (const edit of [...this.#edits])
-          if (edit.contentType === contentType && edit.entryId === payload.entryId)
-            edit.update(type, payload);
-      if (type.startsWith("system.")) return;
-      // Events arrive in the order of their ids, those of a replay too.
-      this.#lastId = id ?? this.#lastId;
-      for (const each of [...this.#subscriptions])
-        if (this.#subscriptions.has(each)
-            && matches(each.type, type) && matches(each.contentType, contentType))
-          call(each.handler, event);
+      this.#connection.remove(this);
     }
   };
 })();
@@ -5770,7 +6191,7 @@ button:hover, [aria-pressed=true] { background: var(--panel); }
 :focus-visible { outline: 4px solid var(--out); outline-offset: 2px; }
 .state { font-weight: 700; color: var(--out); }
 .online, .published { color: var(--good); }
-.offline { color: var(--bad); }
+.offline, .refused { color: var(--bad); }
 #log {
   height: 60vh; overflow: auto; padding: .5rem; background: var(--panel); border-radius: .4rem;
 }
@@ -5908,10 +6329,11 @@ const make = (tag, properties, ...children) => {
   return element;
 };
 const on = (id, type, action) => $(id).addEventListener(type, action);
-const onSubmit = (id, action) => on(id, "submit", event => {
-  event.preventDefault();
-  action(Object.fromEntries(new FormData(event.target)), event);
-});
+const onSubmit = (id, action) =>
+  on(id, "submit", event => {
+    event.preventDefault();
+    action(Object.fromEntries(new FormData(event.target)), event);
+  });
 const showState = (id, state) =>
   Object.assign($(id), { textContent: state, className: `state ${state}` });
 
@@ -5934,8 +6356,10 @@ let socket = null;
 let waiting = [];
 let isPaused = false;
 
-const embolden = text => text.split(/("(?:action|type)": ?"[^"]*")/)
-  .map((part, index) => index % 2 ? make("b", {}, part) : part);
+const embolden = text =>
+  text
+    .split(/("(?:action|type)": ?"[^"]*")/)
+    .map((part, index) => (index % 2 ? make("b", {}, part) : part));
 
 function log(direction, text, source = "") {
   const now = new Date();
@@ -5998,7 +6422,8 @@ onSubmit("subscriptions", (fields, { submitter }) => {
 onSubmit("sign", ({ token }) => send({ action: "authenticate", token }));
 onSubmit("free", ({ text }) => send(text));
 on("toggle", "click", () =>
-  socket.readyState < WebSocket.CLOSING ? socket.close(1000) : connect());
+  socket.readyState < WebSocket.CLOSING ? socket.close(1000) : connect(),
+);
 on("calm", "change", ({ target }) => $("log").classList.toggle("calm", target.checked));
 on("clear", "click", () => $("log").replaceChildren());
 on("pause", "click", ({ target }) => {
@@ -6025,10 +6450,18 @@ let cms, user, token;
 // The entry in the editor: {key, version, theirs, presence, typed, focused}
 let opened = null;
 
-const showNews = text => { $("news").textContent = text; };
-const attempt = action => async (...values) => {
-  try { await action(...values); } catch (error) { showNews(error.message); }
+const showNews = text => {
+  $("news").textContent = text;
 };
+const attempt =
+  action =>
+  async (...values) => {
+    try {
+      await action(...values);
+    } catch (error) {
+      showNews(error.message);
+    }
+  };
 
 async function api(method, path, body) {
   const headers = { "Content-Type": "application/json" };
@@ -6038,8 +6471,7 @@ async function api(method, path, body) {
   if (!response.ok) throw Object.assign(new Error(answer.message), answer);
   return answer;
 }
-const getToken = async name =>
-  (await api("GET", `token?user=${encodeURIComponent(name)}`)).token;
+const getToken = async name => (await api("GET", `token?user=${encodeURIComponent(name)}`)).token;
 
 function signIn(name) {
   leave();
@@ -6049,10 +6481,14 @@ function signIn(name) {
     url: `{{ ws_url }}?line=${connectionName}`,
     token: async () => (token = await getToken(user)),
   });
-  let isFirst = true, hasGap = false, replayed = 0;
+  let isFirst = true,
+    hasGap = false,
+    replayed = 0;
   cms.subscribe("content.*", "*", take);
   cms.subscribe("notification", "users", ({ payload }) => notify(payload));
-  cms.ongap = () => { hasGap = true; };
+  cms.ongap = () => {
+    hasGap = true;
+  };
   cms.onframe = (direction, text) => {
     if ($("both").checked) log(direction, text, "client.js");
     const { type, payload } = JSON.parse(text);
@@ -6109,12 +6545,20 @@ function put(contentType, entry) {
 function addRow(contentType, key) {
   const button = (label, action) => make("button", { onclick: attempt(action) }, label);
   const row = { title: make("b"), state: make("span"), about: make("small") };
-  row.element = make("li", {},
+  row.element = make(
+    "li",
+    {},
     make("div", {}, row.title, row.state, row.about),
-    make("div", {},
-      button("Edit", () => openEditor(key, row.entry)), " ",
-      button("Publish", () => api("POST", `${key}/publish`, {})), " ",
-      button("Delete", () => api("DELETE", key))));
+    make(
+      "div",
+      {},
+      button("Edit", () => openEditor(key, row.entry)),
+      " ",
+      button("Publish", () => api("POST", `${key}/publish`, {})),
+      " ",
+      button("Delete", () => api("DELETE", key)),
+    ),
+  );
   rows.set(key, row);
   $(contentType).prepend(row.element);
 }
@@ -6157,12 +6601,14 @@ function fill(entry) {
 const written = () => Object.fromEntries(new FormData($("editor")));
 
 const save = attempt(async () => {
+  const saved = opened;
   try {
-    await api("PUT", opened.key, { ...written(), version: opened.version });
-    leave();
+    await api("PUT", saved.key, { ...written(), version: saved.version });
+    // The user may have opened another entry meanwhile.
+    if (opened === saved) leave();
   } catch (error) {
-    if (!error.entry) throw error;
-    opened.theirs = error.entry;
+    if (!error.entry || opened !== saved) throw error;
+    saved.theirs = error.entry;
     $("refusal").textContent = `Not saved: ${error.message}. That version is:`;
     $("theirs").textContent = `${error.entry.title}\n${error.entry.body}`;
     $("conflict").hidden = false;
@@ -6178,19 +6624,30 @@ const nameOf = ({ userId, clientId }) => {
 function showOthers() {
   const others = opened.presence.editors.filter(({ clientId }) => clientId !== cms.clientId);
   $("editors").className = others.length ? "notice row" : "row";
-  $("editors").replaceChildren(...others.length
-    ? ["Also editing this:", ...others.map(nameOf), "The second to save will be asked."]
-    : ["Nobody else is editing this."]);
+  $("editors").replaceChildren(
+    ...(others.length
+      ? ["Also editing this:", ...others.map(nameOf), "The second to save will be asked."]
+      : ["Nobody else is editing this."]),
+  );
   const typing = others.filter(({ clientId }) => opened.typed.has(clientId));
-  $("typing").replaceChildren(...typing.map(other =>
-    make("li", {}, nameOf(other), ` is typing:\n${opened.typed.get(other.clientId)}`)));
+  $("typing").replaceChildren(
+    ...typing.map(other =>
+      make("li", {}, nameOf(other), ` is typing:\n${opened.typed.get(other.clientId)}`),
+    ),
+  );
 }
 
 onSubmit("editor", save);
 on("editor", "input", () => opened.presence.send(written()));
 on("leave", "click", leave);
-on("take", "click", () => { fill(opened.theirs); opened.presence.send(written()); });
-on("keep", "click", () => { opened.version = opened.theirs.version; save(); });
+on("take", "click", () => {
+  fill(opened.theirs);
+  opened.presence.send(written());
+});
+on("keep", "click", () => {
+  opened.version = opened.theirs.version;
+  save();
+});
 
 // -- Other forms --
 
@@ -6200,22 +6657,38 @@ function notify({ from, text }) {
 }
 
 onSubmit("sign-in", ({ user: name }) => signIn(name));
-onSubmit("create", attempt(async ({ contentType, title }, { target }) => {
-  await api("POST", contentType, { title });
-  target.elements.title.value = "";
-}));
-onSubmit("tell", attempt(async ({ to, text }, { target }) => {
-  await api("POST", "notices", { to, text });
-  target.elements.text.value = "";
-  showNews(`Sent to ${to}, in every window where ${to} is signed in.`);
-}));
-on("cut", "click", attempt(async () => {
-  const { seconds } = await api("POST", "cut", { line: connectionName });
-  showNews(`The connection is cut for ${seconds} seconds. Changes made now will arrive after it.`);
-}));
-on("get-token", "click", attempt(async () => {
-  $("sign").elements.token.value = await getToken($("whose").value);
-}));
+onSubmit(
+  "create",
+  attempt(async ({ contentType, title }, { target }) => {
+    await api("POST", contentType, { title });
+    target.elements.title.value = "";
+  }),
+);
+onSubmit(
+  "tell",
+  attempt(async ({ to, text }, { target }) => {
+    await api("POST", "notices", { to, text });
+    target.elements.text.value = "";
+    showNews(`Sent to ${to}, in every window where ${to} is signed in.`);
+  }),
+);
+on(
+  "cut",
+  "click",
+  attempt(async () => {
+    const { seconds } = await api("POST", "cut", { line: connectionName });
+    showNews(
+      `The connection is cut for ${seconds} seconds. Changes made now will arrive after it.`,
+    );
+  }),
+);
+on(
+  "get-token",
+  "click",
+  attempt(async () => {
+    $("sign").elements.token.value = await getToken($("whose").value);
+  }),
+);
 const NAMES = ["ana", "ben", "cleo", "dario", "eva"];
 signIn(sessionStorage.user ?? NAMES[Math.floor(Math.random() * NAMES.length)]);
 </script>
