@@ -61,7 +61,7 @@ identify runs in the web server's thread, and receivers of event_published in th
 
 Locks (each is documented where it is created)
     Hub._starting    creating and starting an engine; the others may be taken while it is held
-    Loop._lock       ids and the queue              Registry._lock   connections, subscriptions
+    EventQueue._lock ids and the queue              Registry._lock   connections, subscriptions
     Workers._lock    tasks and threads              Editing._lock    editors of entries
     Counters._lock   the numbers of stats()         Lane._lock       one ordered queue of tasks
 A thread holds one lock at a time, except that it may take others while it holds Hub._starting.
@@ -795,6 +795,7 @@ class Engine:
         self.history = History(self.settings.history)
         self.workers = Workers()
         self.editing = Editing(self)
+        self.exchange = EditorExchange(self)
         self.log: RedisLog | None = None
         if self.settings.redis_url is not None:
             self.log = RedisLog(self.settings, is_trimming=app is not None)
@@ -1492,13 +1493,8 @@ class Flush:
         self.targets: list[tuple[Connection, int]] | None = None
 
 
-class Loop:
-    """The thread that owns the order of events, all sockets, the history and the editors.
-
-    Any thread may call start() and the methods under "any thread"; a forked child, close_copies().
-    The others are for the loop's own thread. It never runs code of the site, and never waits for a
-    client, because sockets are non-blocking.
-    """
+class EventQueue:
+    """The queue of a loop: events and calls, in one order. Any thread may call its methods."""
 
     # publish() waits while this much is queued. Otherwise a fast publisher could fill the memory.
     MAX_QUEUED_BYTES = 8 * 1024 * 1024
@@ -1509,18 +1505,7 @@ class Loop:
     BATCH_BYTES = 64 * 1024
     BATCH_EVENTS = 512
 
-    def __init__(
-        self,
-        registry: Registry,
-        history: History,
-        counters: Counters,
-        report: Callable[..., None],
-    ) -> None:
-        self.registry = registry
-        self.history = history
-        self.thread: threading.Thread | None = None
-        self._counters = counters
-        self._report = report
+    def __init__(self, newest_id: EventId) -> None:
         # Guards the queue, its size, the newest id and the flags below, so that events are queued
         # in the order of their ids. It is held for that long only.
         self._lock = threading.Lock()
@@ -1530,35 +1515,13 @@ class Loop:
         self._queue: deque[Event | Call] = deque()
         self._queued_bytes = 0
         # The newest id that this process gave, or that the follower brought.
-        self.last_id: EventId = history.newest_id
+        self.last_id: EventId = newest_id
         # The loop waits for sockets, or is about to: a new entry of the queue must wake it.
         self._is_asleep = False
         self._is_stopped = False
-        # Set by any thread, without the lock: a signal handler must not wait for it.
-        self._must_close_all = False
-        # Loop only from here on.
-        self._timers: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
-        self._timer_number = itertools.count()
-        # Connections with a close frame sent or queued, and an open socket.
-        self.closing: set[Connection] = set()
-        self._flushes: list[Flush] = []
-
-    def start(self) -> None:
-        """Create the selector and the wake-up sockets, and start the thread."""
-        self.selector = selectors.DefaultSelector()
-        self._wake_up, self._waker = socket.socketpair()
-        for sock in (self._wake_up, self._waker):
-            sock.setblocking(False)
-        self.selector.register(self._wake_up, selectors.EVENT_READ, None)
-        self.thread = threading.Thread(target=self._run, name="swiftcms-ws loop", daemon=True)
-        try:
-            self.thread.start()
-        except BaseException:
-            self.thread = None
-            self._close_descriptors()
-            raise
-
-    # -- any thread --------------------------------------------------------------------------------
+        # The thread of the loop, and the socket that wakes it; None before the start.
+        self.thread: threading.Thread | None = None
+        self._waker: socket.socket | None = None
 
     def publish(self, drafts: Iterable[Draft]) -> list[EventId]:
         """Queue events for delivery and return their ids. Waits while the queue is full.
@@ -1621,11 +1584,84 @@ class Loop:
 
     def _wake(self) -> None:
         # If the buffer is full, a wake-up is in it. If it is closed, the loop has stopped.
-        with suppress(OSError):
-            self._waker.send(b"\0")
+        if self._waker is not None:
+            with suppress(OSError):
+                self._waker.send(b"\0")
 
     def queue_length(self) -> int:
         return len(self._queue)
+
+    def _take(self) -> list[Event] | Call:
+        """Return the next call, or the events before it that make one batch."""
+        with self._lock:
+            first = self._queue.popleft()
+            if not isinstance(first, Event):
+                return first
+            batch = [first]
+            size = first.size
+            while self._queue and size < self.BATCH_BYTES and len(batch) < self.BATCH_EVENTS:
+                following = self._queue[0]
+                if not isinstance(following, Event):
+                    break
+                batch.append(following)
+                size += following.size
+                self._queue.popleft()
+            self._release_room(size + len(batch) * self.EVENT_OVERHEAD)
+            return batch
+
+    def _release_room(self, size: int) -> None:
+        """Let publishers that wait for room continue. The lock is held."""
+        was_full = self._queued_bytes >= self.MAX_QUEUED_BYTES
+        self._queued_bytes -= size
+        if was_full:
+            self._room.notify_all()
+
+
+class Loop(EventQueue):
+    """The thread that owns the order of events, all sockets, the history and the editors.
+
+    Any thread may call start() and the methods under "any thread"; a forked child, close_copies().
+    The others are for the loop's own thread. It never runs code of the site, and never waits for a
+    client, because sockets are non-blocking.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        history: History,
+        counters: Counters,
+        report: Callable[..., None],
+    ) -> None:
+        super().__init__(history.newest_id)
+        self.registry = registry
+        self.history = history
+        self._counters = counters
+        self._report = report
+        # Set by any thread, without the lock: a signal handler must not wait for it.
+        self._must_close_all = False
+        # Loop only from here on.
+        self._timers: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
+        self._timer_number = itertools.count()
+        # Connections with a close frame sent or queued, and an open socket.
+        self.closing: set[Connection] = set()
+        self._flushes: list[Flush] = []
+
+    def start(self) -> None:
+        """Create the selector and the wake-up sockets, and start the thread."""
+        self.selector = selectors.DefaultSelector()
+        self._wake_up, self._waker = socket.socketpair()
+        for sock in (self._wake_up, self._waker):
+            sock.setblocking(False)
+        self.selector.register(self._wake_up, selectors.EVENT_READ, None)
+        self.thread = threading.Thread(target=self._run, name="swiftcms-ws loop", daemon=True)
+        try:
+            self.thread.start()
+        except BaseException:
+            self.thread = None
+            self._close_descriptors()
+            raise
+
+    # -- any thread --------------------------------------------------------------------------------
 
     def request_close_all(self) -> None:
         """Close all connections with 1001 soon. Takes no lock: a signal handler calls it."""
@@ -1706,31 +1742,6 @@ class Loop:
             if count > 0:
                 # Clients that read now must not be taken for slow ones.
                 self._serve(self.selector.select(0), selectors.EVENT_WRITE)
-
-    def _take(self) -> list[Event] | Call:
-        """Return the next call, or the events before it that make one batch."""
-        with self._lock:
-            first = self._queue.popleft()
-            if not isinstance(first, Event):
-                return first
-            batch = [first]
-            size = first.size
-            while self._queue and size < self.BATCH_BYTES and len(batch) < self.BATCH_EVENTS:
-                following = self._queue[0]
-                if not isinstance(following, Event):
-                    break
-                batch.append(following)
-                size += following.size
-                self._queue.popleft()
-            self._release_room(size + len(batch) * self.EVENT_OVERHEAD)
-            return batch
-
-    def _release_room(self, size: int) -> None:
-        """Let publishers that wait for room continue. The lock is held."""
-        was_full = self._queued_bytes >= self.MAX_QUEUED_BYTES
-        self._queued_bytes -= size
-        if was_full:
-            self._room.notify_all()
 
     def _serve(
         self, ready: list[tuple[selectors.SelectorKey, int]], allowed: int = ~0
@@ -1816,8 +1827,9 @@ class Loop:
 
     def _close_descriptors(self) -> None:
         self.selector.close()
-        self._wake_up.close()
-        self._waker.close()
+        for sock in (self._wake_up, self._waker):
+            if sock is not None:
+                sock.close()
 
     def close_copies(self) -> None:
         """Close a forked child's copies. unregister() would change the parent's selector."""
@@ -2459,11 +2471,18 @@ SUPPORTED_SERVERS = "serve the site with gunicorn, waitress or flask run"
 
 
 class HandshakeRefused(Exception):
-    """A handshake is refused; `response` is the HTTP response, such as a 403."""
+    """A handshake that is answered with HTTP (README, Reference).
 
-    def __init__(self, response: Response) -> None:
-        super().__init__(response.status)
-        self.response = response
+    status:  of the response
+    code:    in its JSON body, as `code`
+    message: in its JSON body: a sentence with the mistake and the remedy
+    headers: more headers of the response
+    """
+
+    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.response = make_response({"code": code, "message": message}, status, headers)
 
 
 class Handshake:
@@ -2526,8 +2545,6 @@ class Endpoint:
     returns: the request ends as any other, and the WebSocket holds no thread of the server.
     """
 
-    # Names and values of a handshake's headers together: they are kept if the site has hooks.
-    MAX_HEADERS = 32 * 1024
     # Take the path of TLS and Windows also where it is not necessary, in tests.
     FORCE_RELAY = False
 
@@ -2555,139 +2572,23 @@ class Endpoint:
             return None
         engine, environ = self._engine(), request.environ
         try:
-            sock = self._find_socket(engine)
-            self._warn_of_processes(engine)
-            self._check_headers()
-            self._check_origin(engine)
-            # Started before the site is asked for the user: a sign-out from now on is noticed.
-            self._hub.start(engine)
-            if engine.follower is not None:
-                engine.follower.wait_for_begin()
-            began = time.monotonic()
-            user = self._find_user(engine)
-            self._reserve_slot(engine)
+            handshake = HandshakeCheck(self._hub, engine).run()
         except HandshakeRefused as refused:
+            engine.counters.add(f"refused_{refused.status}")
             return refused.response
         # simple-websocket looks for the socket under the second key.
-        environ[HANDSHAKE_KEY] = environ["werkzeug.socket"] = Handshake(sock, user, began)
+        environ[HANDSHAKE_KEY] = environ["werkzeug.socket"] = handshake
         # Without compression, the same frame can be sent to all clients.
         environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
         return None
 
-    def _find_socket(self, engine: Engine) -> Any:
-        environ = request.environ
-        server = environ.get("SERVER_SOFTWARE", "this web server")
-        sock = find_socket(environ)
-        problem = ""
-        if sock is None:
-            problem = "gives no access to the socket"
-        elif "gunicorn.socket" not in environ and environ.get("wsgi.multiprocess"):
-            problem = "starts a process for each request"
-        elif self._needs_relay(sock) and not environ.get("wsgi.multithread"):
-            problem = "has one thread, which TLS inside the process would occupy"
-        if problem:
-            engine.warn("refused a WebSocket: %s %s; %s", server, problem, SUPPORTED_SERVERS)
-            self._refuse(501, "not_supported", f"{server} {problem}; {SUPPORTED_SERVERS}")
-        return sock
-
-    def _warn_of_processes(self, engine: Engine) -> None:
-        if request.environ.get("wsgi.multiprocess") and engine.log is None:
-            engine.warn(
-                "the web server has several processes, and an event reaches only the clients of"
-                " the process that publishes it: set SWIFTCMS_WS_REDIS_URL, or run one process",
-                once=True,
-            )
-
-    def _needs_relay(self, sock: Any) -> bool:
-        return self.FORCE_RELAY or fcntl is None or isinstance(sock, ssl.SSLSocket)
-
-    def _check_headers(self) -> None:
-        """Refuse a handshake that RFC 6455 section 4.2.1 does not allow."""
-        environ = request.environ
-        headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
-        size = sum(len(key) + len(value) for key, value in headers.items())
-        if size + len(environ.get("QUERY_STRING", "")) > self.MAX_HEADERS:
-            self._refuse(431, "bad_handshake", f"the headers are over {self.MAX_HEADERS} bytes")
-        if request.method != "GET":
-            self._refuse(400, "bad_handshake", f"a handshake is a GET, not a {request.method}")
-        if environ.get("SERVER_PROTOCOL") == "HTTP/1.0":
-            self._refuse(400, "bad_handshake", "a handshake needs HTTP/1.1")
-        for key, value in headers.items():
-            is_used = key in ("HTTP_HOST", "HTTP_CONNECTION") or "_WEBSOCKET_" in key
-            if is_used and not value.isascii():
-                name = key.removeprefix("HTTP_").replace("_", "-").title()
-                self._refuse(400, "bad_handshake", f"the header {name} must be ASCII")
-        version = headers.get("HTTP_SEC_WEBSOCKET_VERSION")
-        if version != "13":
-            self._refuse(
-                426,
-                "upgrade_required",
-                f"Sec-WebSocket-Version must be 13, not {version}",
-                **{"Sec-WebSocket-Version": "13"},
-            )
-        if not _is_handshake_key(headers.get("HTTP_SEC_WEBSOCKET_KEY", "")):
-            self._refuse(400, "bad_handshake", "Sec-WebSocket-Key must be 16 bytes in base64")
-
-    def _check_origin(self, engine: Engine) -> None:
-        """Refuse handshakes of pages of other sites (RFC 6455 section 10.2).
-
-        A browser adds the visitor's cookies to them, so such a page could act as the visitor.
-        Clients that are not browsers send no Origin.
-        """
-        origin, host = request.headers.get("Origin"), request.environ.get("HTTP_HOST", "")
-        if origin is None or is_origin_allowed(origin, host, engine.settings.origins):
-            return
-        engine.warn(
-            "refused a WebSocket to a page of %r, because that is not the host of the request"
-            " (%s). If such pages may connect, add the origin to SWIFTCMS_WS_ORIGINS. If it is"
-            " this site, let its proxy pass the Host header on",
-            origin[:200],
-            host[:200],
-        )
-        self._refuse(403, "forbidden", "pages of this origin may not connect to this site")
-
-    def _find_user(self, engine: Engine) -> User | None:
-        """Return the user of the token in the handshake, or of the identify hook."""
-        parameter, bearer = request.args.get("token"), _bearer_token()
-        token = parameter if parameter is not None else bearer
-        if token is not None:
-            try:
-                return check_token(engine.settings, token)
-            except ClientError as error:
-                # Some proxies add a Bearer header of their own. Then the identify hook decides.
-                if parameter is not None or self._hub.identify_hook is None:
-                    self._refuse(401, error.code, str(error), **{"WWW-Authenticate": "Bearer"})
-        if self._hub.identify_hook is None:
-            return None
-        # In the request itself: a context of its own would need a second connection of the site's
-        # database pool, and concurrent handshakes could wait for each other.
-        return _user_of_hook(self._hub.identify_hook())
-
-    def _reserve_slot(self, engine: Engine) -> None:
-        limit = engine.settings.max_connections or descriptors().max_connections
-        if not engine.registry.reserve(limit):
-            engine.warn(
-                "refused a WebSocket: all %s slots are taken. Set SWIFTCMS_WS_MAX_CONNECTIONS and,"
-                " if need be, the limit of open files (ulimit -n, LimitNOFILE in systemd) higher",
-                limit,
-            )
-            self._refuse(503, "too_many_connections", "too many connections", **RETRY_SOON)
-        # Checked with the slot taken: closing waits until all slots are released.
-        if engine.is_closing:
-            engine.registry.release()
-            self._refuse(503, "going_away", "the server is shutting down", **{"Retry-After": "2"})
-
-    def _refuse(self, status: int, code: str, message: str, **headers: str) -> None:
-        """Raise HandshakeRefused, with the response of _refusal()."""
-        raise HandshakeRefused(self._refusal(status, code, message, **headers))
-
-    def _refusal(self, status: int, code: str, message: str, **headers: str) -> Response:
-        """Count a refused handshake, and return its JSON response."""
+    def _refuse(self, status: int, code: str, message: str, **headers: str) -> Response:
+        """Count a refused handshake, and return its response."""
         self._engine().counters.add(f"refused_{status}")
-        return make_response({"code": code, "message": message}, status, headers)
+        return HandshakeRefused(status, code, message, **headers).response
 
     def _refuse_malformed(self, error: ProtocolError) -> Response:
-        return self._refusal(400, "bad_handshake", f"not a WebSocket handshake: {error}")
+        return self._refuse(400, "bad_handshake", f"not a WebSocket handshake: {error}")
 
     # -- the handshake -----------------------------------------------------------------------------
 
@@ -2700,7 +2601,7 @@ class Endpoint:
         engine = self._engine()
         engine.has_served = True
         try:
-            if self._needs_relay(handshake.sock):
+            if needs_relay(handshake.sock):
                 handshake.relay, handshake.own = descriptors().create_pair()
                 handshake.sock.setblocking(False)
             else:
@@ -2733,7 +2634,7 @@ class Endpoint:
             if handshake.response and response.status_code == 200:
                 # The handshake was accepted, but the socket could not be taken over.
                 message = "too many open files"
-                return self._refusal(503, "too_many_connections", message, **RETRY_SOON)
+                return self._refuse(503, "too_many_connections", message, **RETRY_SOON)
             # Refused by simple-websocket, or by an exception.
             return response
         if handshake.relay is not None:
@@ -2770,7 +2671,7 @@ class Endpoint:
             is_inspector_on = current_app.debug
         if is_inspector_on:
             return render_page(demo=False)
-        return self._refusal(
+        return self._refuse(
             426,
             "upgrade_required",
             "this is the address of a WebSocket; connect to it with ws:// or wss://",
@@ -2797,6 +2698,153 @@ class Endpoint:
             response.cache_control.no_cache = True
         response.add_etag()
         return cast(Response, response.make_conditional(request))
+
+
+class HandshakeCheck:
+    """Decides about one handshake, in a thread of the web server.
+
+    It runs before the request reaches flask-sock's route.
+    """
+
+    # Names and values of a handshake's headers together: they are kept if the site has hooks.
+    MAX_HEADERS = 32 * 1024
+
+    def __init__(self, hub: Hub, engine: Engine) -> None:
+        self._hub = hub
+        self._engine = engine
+
+    def run(self) -> Handshake:
+        """Return the handshake, with a slot reserved for it; raise HandshakeRefused."""
+        sock = self._find_socket()
+        self._warn_of_processes()
+        self._check_headers()
+        self._check_origin()
+        # Started before the site is asked for the user: a sign-out from now on is noticed.
+        self._hub.start(self._engine)
+        if self._engine.follower is not None:
+            self._engine.follower.wait_for_begin()
+        began = time.monotonic()
+        user = self._find_user()
+        self._reserve_slot()
+        return Handshake(sock, user, began)
+
+    def _find_socket(self) -> Any:
+        environ = request.environ
+        server = environ.get("SERVER_SOFTWARE", "this web server")
+        sock = find_socket(environ)
+        problem = ""
+        if sock is None:
+            problem = "gives no access to the socket"
+        elif "gunicorn.socket" not in environ and environ.get("wsgi.multiprocess"):
+            problem = "starts a process for each request"
+        elif needs_relay(sock) and not environ.get("wsgi.multithread"):
+            problem = "has one thread, which TLS inside the process would occupy"
+        if problem:
+            self._engine.warn("refused a WebSocket: %s %s; %s", server, problem, SUPPORTED_SERVERS)
+            raise HandshakeRefused(501, "not_supported", f"{server} {problem}; {SUPPORTED_SERVERS}")
+        return sock
+
+    def _warn_of_processes(self) -> None:
+        if request.environ.get("wsgi.multiprocess") and self._engine.log is None:
+            self._engine.warn(
+                "the web server has several processes, and an event reaches only the clients of"
+                " the process that publishes it: set SWIFTCMS_WS_REDIS_URL, or run one process",
+                once=True,
+            )
+
+    def _check_headers(self) -> None:
+        """Refuse a handshake that RFC 6455 section 4.2.1 does not allow."""
+        environ = request.environ
+        headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
+        size = sum(len(key) + len(value) for key, value in headers.items())
+        if size + len(environ.get("QUERY_STRING", "")) > self.MAX_HEADERS:
+            raise HandshakeRefused(
+                431, "bad_handshake", f"the headers are over {self.MAX_HEADERS} bytes"
+            )
+        if request.method != "GET":
+            raise HandshakeRefused(
+                400, "bad_handshake", f"a handshake is a GET, not a {request.method}"
+            )
+        if environ.get("SERVER_PROTOCOL") == "HTTP/1.0":
+            raise HandshakeRefused(400, "bad_handshake", "a handshake needs HTTP/1.1")
+        for key, value in headers.items():
+            is_used = key in ("HTTP_HOST", "HTTP_CONNECTION") or "_WEBSOCKET_" in key
+            if is_used and not value.isascii():
+                name = key.removeprefix("HTTP_").replace("_", "-").title()
+                raise HandshakeRefused(400, "bad_handshake", f"the header {name} must be ASCII")
+        version = headers.get("HTTP_SEC_WEBSOCKET_VERSION")
+        if version != "13":
+            raise HandshakeRefused(
+                426,
+                "upgrade_required",
+                f"Sec-WebSocket-Version must be 13, not {version}",
+                **{"Sec-WebSocket-Version": "13"},
+            )
+        if not _is_handshake_key(headers.get("HTTP_SEC_WEBSOCKET_KEY", "")):
+            raise HandshakeRefused(
+                400, "bad_handshake", "Sec-WebSocket-Key must be 16 bytes in base64"
+            )
+
+    def _check_origin(self) -> None:
+        """Refuse handshakes of pages of other sites (RFC 6455 section 10.2).
+
+        A browser adds the visitor's cookies to them, so such a page could act as the visitor.
+        Clients that are not browsers send no Origin.
+        """
+        origin, host = request.headers.get("Origin"), request.environ.get("HTTP_HOST", "")
+        if origin is None or is_origin_allowed(origin, host, self._engine.settings.origins):
+            return
+        self._engine.warn(
+            "refused a WebSocket to a page of %r, because that is not the host of the request"
+            " (%s). If such pages may connect, add the origin to SWIFTCMS_WS_ORIGINS. If it is"
+            " this site, let its proxy pass the Host header on",
+            origin[:200],
+            host[:200],
+        )
+        raise HandshakeRefused(
+            403, "forbidden", "pages of this origin may not connect to this site"
+        )
+
+    def _find_user(self) -> User | None:
+        """Return the user of the token in the handshake, or of the identify hook."""
+        parameter, bearer = request.args.get("token"), _bearer_token()
+        token = parameter if parameter is not None else bearer
+        if token is not None:
+            try:
+                return check_token(self._engine.settings, token)
+            except ClientError as error:
+                # Some proxies add a Bearer header of their own. Then the identify hook decides.
+                if parameter is not None or self._hub.identify_hook is None:
+                    challenge = {"WWW-Authenticate": "Bearer"}
+                    raise HandshakeRefused(401, error.code, str(error), **challenge) from error
+        if self._hub.identify_hook is None:
+            return None
+        # In the request itself: a context of its own would need a second connection of the site's
+        # database pool, and concurrent handshakes could wait for each other.
+        return _user_of_hook(self._hub.identify_hook())
+
+    def _reserve_slot(self) -> None:
+        limit = self._engine.settings.max_connections or descriptors().max_connections
+        if not self._engine.registry.reserve(limit):
+            self._engine.warn(
+                "refused a WebSocket: all %s slots are taken. Set SWIFTCMS_WS_MAX_CONNECTIONS and,"
+                " if need be, the limit of open files (ulimit -n, LimitNOFILE in systemd) higher",
+                limit,
+            )
+            raise HandshakeRefused(
+                503, "too_many_connections", "too many connections", **RETRY_SOON
+            )
+        # Checked with the slot taken: closing waits until all slots are released.
+        if self._engine.is_closing:
+            self._engine.registry.release()
+            raise HandshakeRefused(
+                503, "going_away", "the server is shutting down", **{"Retry-After": "2"}
+            )
+
+
+def needs_relay(sock: Any) -> bool:
+    """Return whether a socket cannot be taken over: TLS, or Windows."""
+    return Endpoint.FORCE_RELAY or fcntl is None or isinstance(sock, ssl.SSLSocket)
 
 
 @functools.lru_cache(maxsize=64)
@@ -4369,7 +4417,7 @@ class Heartbeat:
         """Send system.heartbeat, which scripts can see, and a ping, which libraries answer."""
         engine = self._engine
         if number == 0:
-            engine.editing.beat()
+            engine.exchange.beat()
         connections = list(self._slices[number])
         if connections:
             message = message_frame("system.heartbeat", place_fields(engine))
@@ -4410,9 +4458,8 @@ class Editor:
 class Editing:
     """The editors of all entries, in this and in other processes.
 
-    The loop alone changes it, so that every message about a change is true when it is sent. With a
-    shared log each process sends a list of its own editors when they change, and once a heartbeat
-    while it has some. Other processes compare the list with the one before.
+    The loop alone changes it, so that every message about a change is true when it is sent. Any
+    thread may read it.
     """
 
     MAX_EDITORS = 50
@@ -4420,8 +4467,6 @@ class Editing:
     MAX_PRESENCE = 256 * 1024
     # Editors of clients that are gone: so many are removed before other clients are served.
     STOPS_AT_ONCE = 50
-    # Without a list from a process for so many heartbeats, its editors are gone.
-    MISSED_LISTS = 3
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -4430,12 +4475,6 @@ class Editing:
         # The editors of each entry, by client id; and the entries of each client id.
         self._editors: dict[Entry, dict[str, Editor]] = {}
         self._entries: dict[str, dict[Entry, None]] = {}
-        # When each other process last sent its list. Loop only.
-        self._heard_at: dict[str, float] = {}
-        # Messages to other processes, in order. Only a worker waits for the shared log.
-        self._outbox = Lane(engine.workers, limit=1000)
-        # A list of our own editors waits in the outbox. Setting it is atomic.
-        self._is_list_queued = False
         # Clients that are gone, and may have been editors. Loop only.
         self._leaving: deque[str] = deque()
 
@@ -4535,7 +4574,7 @@ class Editing:
         for content_type, joined in frames.items():
             connections = self._engine.registry.matching("user.stoppedEditing", content_type)
             Connection.send_to_all(connections, b"".join(joined))
-        self.queue_list()
+        self._engine.exchange.queue_list()
         if self._leaving:
             self._engine.loop.call_at(time.monotonic(), self._stop_leaving)
 
@@ -4550,7 +4589,7 @@ class Editing:
         if connections:
             Connection.send_to_all(connections, self._frame(event_type, entry, editor))
         if editor.process == self._engine.process:
-            self.queue_list()
+            self._engine.exchange.queue_list()
 
     def _frame(self, event_type: str, entry: Entry, editor: Editor) -> bytes:
         payload = {**self.describe(entry), "editor": editor.as_json()}
@@ -4565,11 +4604,30 @@ class Editing:
             if connection is not None and other.client_id != editor.client_id:
                 connection.send(frame)
 
-    # -- the loop's thread: other processes --------------------------------------------------------
+
+class EditorExchange:
+    """Sends the editors of this process to the others, and receives theirs.
+
+    With a shared log each process sends a list of its own editors when they change, and once a
+    heartbeat while it has some. Other processes compare the list with the one before. Loop only,
+    except for the tasks in the outbox.
+    """
+
+    # Without a list from a process for so many heartbeats, its editors are gone.
+    MISSED_LISTS = 3
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        # When each other process last sent its list.
+        self._heard_at: dict[str, float] = {}
+        # Messages to other processes, in order. Only a worker waits for the shared log.
+        self._outbox = Lane(engine.workers, limit=1000)
+        # A list of our own editors waits in the outbox. Setting it is atomic.
+        self._is_list_queued = False
 
     def send_change(self, entry: Entry, editor: Editor, change: object) -> None:
         """Send a change to other processes, if the entry has editors there."""
-        if any(other.process != editor.process for other in self.editors(entry)):
+        if any(other.process != editor.process for other in self._engine.editing.editors(entry)):
             fields = {"entry": entry, "editor": dataclasses.asdict(editor), "change": change}
             self._send("change", **fields)
 
@@ -4591,14 +4649,15 @@ class Editing:
         self._is_list_queued = False
         engine = self._engine
         assert engine.log is not None
-        own = [(*entry, dataclasses.asdict(e)) for entry, e in self.of_process(engine.process)]
-        send_quietly(engine.log, {"do": "editors", "process": engine.process, "editors": own})
+        own = engine.editing.of_process(engine.process)
+        editors = [(*entry, dataclasses.asdict(editor)) for entry, editor in own]
+        send_quietly(engine.log, {"do": "editors", "process": engine.process, "editors": editors})
 
     def beat(self) -> None:
         """Once a heartbeat: send our list if it is not empty, and forget silent processes."""
         if self._engine.log is None:
             return
-        if self.of_process(self._engine.process):
+        if self._engine.editing.of_process(self._engine.process):
             # The outbox may have dropped the one before.
             self._is_list_queued = False
             self.queue_list()
@@ -4613,7 +4672,7 @@ class Editing:
         match message["do"]:
             case "hello":
                 # A new process asks for all editors.
-                if self.of_process(self._engine.process):
+                if self._engine.editing.of_process(self._engine.process):
                     self.queue_list()
             case "editors":
                 found = {
@@ -4624,19 +4683,19 @@ class Editing:
             case "change":
                 content_type, entry_id = message["entry"]
                 editor = Editor(**message["editor"])
-                self.relay((content_type, entry_id), editor, message["change"])
+                self._engine.editing.relay((content_type, entry_id), editor, message["change"])
 
     def _receive_list(self, process: str, found: set[tuple[Entry, Editor]]) -> None:
         """Replace the editors of another process."""
-        known = self.of_process(process)
+        known = self._engine.editing.of_process(process)
         if found:
             self._heard_at[process] = time.monotonic()
         else:
             self._heard_at.pop(process, None)
         for entry, editor in known - found:
-            self.stop(entry, editor.client_id)
+            self._engine.editing.stop(entry, editor.client_id)
         for entry, editor in found - known:
-            self.start(entry, editor)
+            self._engine.editing.start(entry, editor)
 
 
 # -- actions ---------------------------------------------------------------------------------------
@@ -4702,7 +4761,7 @@ def _change_allowed(
     if editor is None:
         raise ClientError("not_editing", f"send editStart for entry {describe(entry[1])} first")
     editing.relay(entry, editor, change)
-    editing.send_change(entry, editor, change)
+    session.engine.exchange.send_change(entry, editor, change)
 
 
 def presence(session: Session, message: Mapping[str, Any]) -> None:
@@ -5119,7 +5178,7 @@ class Follower:
         if message["do"] == "disconnect":
             self._engine.sign_out(message["user"], message["session"])
         else:
-            self._engine.editing.receive(message)
+            self._engine.exchange.receive(message)
 
 
 # == 14. The ready-made hub ======================================================================
