@@ -9717,6 +9717,754 @@ def test_client_js_of_version_1_works(browser: Browser, version_1_client: str) -
         page.close()
 
 
+# --------------------------------------------------------------------------------------------------
+# Review: what a hostile reader of the server proved
+# --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def received_signals() -> Iterator[dict[str, list[str]]]:
+    """Collect client_connected and client_disconnected, in order, as lists of names by client."""
+    signals: dict[str, list[str]] = {}
+
+    def connected(app: Flask, client_id: str, **more: Any) -> None:
+        signals.setdefault(client_id, []).append("connected")
+
+    def disconnected(app: Flask, client_id: str, **more: Any) -> None:
+        signals.setdefault(client_id, []).append("disconnected")
+
+    with (
+        swiftcms_ws.client_connected.connected_to(connected),
+        swiftcms_ws.client_disconnected.connected_to(disconnected),
+    ):
+        yield signals
+
+
+def sign_everyone_in_as_ana(app: Flask, hub: Hub) -> None:
+    @hub.identify
+    def identify() -> str:
+        return "ana"
+
+
+def is_nobody_connected(server: Server) -> bool:
+    return engine_of(server).registry.slots == 0
+
+
+# -- Editors that vanish ---------------------------------------------------------------------------
+
+
+def test_many_editors_reset_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """If a proxy restarts, the server finds hundreds of dead editors while it sends one event.
+
+    Their closing must not nest, which raised RecursionError: other clients then missed the event,
+    the editors stayed for ever, and client_disconnected was not sent.
+    """
+    count = 200
+    with (
+        received_signals() as signals,
+        Server(HEARTBEAT=NEVER) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        editors = [stack.enter_context(open_raw(server.port)) for _ in range(count)]
+        for number, sock in enumerate(editors):
+            sock.sendall(text(action="editStart", contentType="posts", entryId=str(number)))
+        entries = [str(number) for number in range(count)]
+        until(
+            lambda: all(server.hub.editors("posts", entry) for entry in entries),
+            "the editing of all entries",
+        )
+        for sock in editors:
+            sock.sendall(text(action="subscribe"))
+        until(lambda: stat(server, "subscriptions") == count, "all subscriptions")
+        with server.client() as watcher:
+            watcher.subscribe()
+            with held_loop(server):
+                for sock in editors:
+                    vanish(sock)
+                server.publish(1)
+            until(lambda: engine_of(server).registry.slots == 1, "the end of all editors")
+            until(
+                lambda: not any(server.hub.editors("posts", entry) for entry in entries),
+                "the end of all editing",
+            )
+            messages = watcher.rest()
+        assert numbers(messages) == [1]
+        stopped = [m for m in messages if m["type"] == "user.stoppedEditing"]
+        assert {m["payload"]["entryId"] for m in stopped} == set(entries)
+        assert len(stopped) == count
+    ends = [names for names in signals.values() if names == ["connected", "disconnected"]]
+    assert len(ends) == count + 1
+    assert logged_errors(caplog) == []
+
+
+def test_two_editors_of_one_entry_reset_at_once(server: Server) -> None:
+    """The last message about an entry must be the true one: it has no editors any more."""
+    with server.client() as one, server.client() as two, server.client() as watcher:
+        for client in (one, two, watcher):
+            client.subscribe("user.*")
+        for client in (one, two):
+            client.ask("editStart", contentType="posts", entryId="1")
+        watcher.rest()
+        with held_loop(server):
+            one.reset()
+            two.reset()
+        until(lambda: engine_of(server).registry.slots == 1, "the end of both editors")
+        until(lambda: not server.hub.editors("posts", "1"), "the end of their editing")
+        counts = [len(message["payload"]["editors"]) for message in watcher.rest()]
+    assert counts == [1, 0]
+
+
+def test_close_of_hub_beside_editors_that_watch_each_other() -> None:
+    """Closing must not send each client the end of all others' editing before its close frame.
+
+    With hundreds of editors that took longer than the time to close, and nobody received 1001.
+    """
+    with Server(HEARTBEAT=NEVER) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.client()) for _ in range(20)]
+        for number, client in enumerate(clients):
+            for entry in range(5):
+                client.ask("editStart", contentType="posts", entryId=f"{number}.{entry}")
+        for client in clients:
+            client.subscribe("user.*")
+        with running([server.hub.close]):
+            codes = [client.closing().code for client in clients]
+        assert codes == [1001] * len(clients)
+        assert [m for client in clients for m in client.messages] == []
+
+
+# -- Order of a client's messages ------------------------------------------------------------------
+
+
+def test_messages_behind_a_replay_and_a_slow_hook(slow_hook: SlowHook) -> None:
+    """A message must not overtake one whose hook runs, although a replay was written meanwhile.
+
+    An unsubscribe that was handled before its subscribe removed nothing, and events came for ever.
+    """
+    with (
+        Server(slow_hook, HEARTBEAT=NEVER) as server,
+        server.client() as client,
+        server.client() as other,
+    ):
+        start = client.hello["payload"]["lastId"]
+        for number in range(100):
+            server.publish(number, text="x" * 1000)
+        assert server.hub.flush()
+        client.sock.sendall(
+            text(action="subscribe", type="content.*", since=start, ref="replay")
+            + text(action="subscribe", type="slow", ref="slow")
+            + text(action="unsubscribe", type="slow", ref="unsubscribe")
+        )
+        assert client.receive()["ref"] == "replay"
+        assert numbers(client.receive_many(100)) == list(range(100))
+        assert slow_hook.was_asked.wait(PATIENCE), "the hook was not asked"
+        # These take rounds of the loop, in which nothing else may be answered.
+        for _ in range(3):
+            other.ask("heartbeat")
+        slow_hook.gate.set()
+        assert client.receive()["ref"] == "slow"
+        answer = client.receive()
+        assert (answer["ref"], answer["payload"]["removed"]) == ("unsubscribe", 1)
+        server.publish(kind="slow")
+        client.nothing_more()
+
+
+def test_client_whose_messages_take_long_beside_another_client() -> None:
+    """One client's messages have turns, so that another client is answered in between.
+
+    The answers' own timestamps show the order in which they were made.
+    """
+    with (
+        Server(HEARTBEAT=NEVER, HISTORY=5000, RATE=10**9) as server,
+        server.client() as greedy,
+        server.client() as other,
+    ):
+        start = greedy.hello["payload"]["lastId"]
+        server.hub.publish_many(
+            [("content.updated", f"posts.n{number}", {}) for number in range(5000)]
+        )
+        assert server.hub.flush()
+        message = text(action="subscribe", type="none", contentType="none", since=start)
+        with held_loop(server):
+            greedy.sock.sendall(message * 50)
+            other.sock.sendall(text(action="heartbeat"))
+        answer = other.receive(heartbeats=True)
+        last = greedy.receive_many(50)[-1]
+    assert answer["timestamp"] < last["timestamp"]
+
+
+def test_hook_is_not_asked_for_clients_that_have_left() -> None:
+    """If the hook is slow, clients that have left must not delay those that are there."""
+    asked: list[str] = []
+    gate = threading.Event()
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @hub.authorize
+        def authorize(user: object, event_type: str, content_type: str) -> bool:
+            asked.append(event_type)
+            return event_type != "slow" or gate.wait(PATIENCE)
+
+    with Server(configure, HEARTBEAT=NEVER) as server, contextlib.ExitStack() as stack:
+        workers = engine_of(server).workers
+        for _ in range(workers.COUNT):
+            client = stack.enter_context(server.client())
+            client.send(action="subscribe", type="slow")
+        until(lambda: len(asked) == workers.COUNT, "a hook in each worker")
+        for number in range(1, 11):
+            sock = open_raw(server.port)
+            sock.sendall(text(action="subscribe", type="gone"))
+            until(lambda n=number: workers.unfinished == workers.COUNT + n, "the queued message")
+            vanish(sock)
+        with server.client() as present:
+            present.send(action="subscribe", type="here")
+            gate.set()
+            assert present.receive()["type"] == "system.subscribed"
+            until(lambda: stat(server, "connections") == workers.COUNT + 1, "the end of the others")
+    assert "gone" not in asked
+
+
+def test_worker_thread_that_cannot_start_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the system has no thread left for a moment, the next task starts the workers.
+
+    Otherwise no hook was ever run again, and clients waited for their answers for ever.
+    """
+    has_failed, may_start = threading.Event(), threading.Event()
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if "swiftcms-ws worker" in thread.name and not may_start.is_set():
+            has_failed.set()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def configure(app: Flask, hub: Hub) -> None:
+        hub.authorize(lambda user, event_type, content_type: True)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with (
+        Server(configure, HEARTBEAT=NEVER) as server,
+        server.client() as one,
+        server.client() as two,
+    ):
+        one.send(action="subscribe", type="one")
+        assert has_failed.wait(PATIENCE), "no worker was to start"
+        may_start.set()
+        two.send(action="subscribe", type="two")
+        assert one.receive()["payload"]["type"] == "one"
+        assert two.receive()["payload"]["type"] == "two"
+
+
+# -- Sign-outs and signals -------------------------------------------------------------------------
+
+
+SITE_OF_ANA = """
+import sys
+from flask import Flask
+from swiftcms_ws import blueprint, hub
+
+app = Flask("site")
+app.register_blueprint(blueprint)
+hub.identify(lambda: "ana")
+app.run(port=int(sys.argv[1]), threaded=True)
+"""
+
+
+@needs_redis
+def test_redis_sign_out_while_a_process_is_held_up(redis: Redis, tmp_path: Path) -> None:
+    """A process that is held up must learn of a sign-out, also if messages were trimmed meanwhile.
+
+    Otherwise its clients receive the private events of a user that is signed out.
+    """
+    with (
+        script_site(tmp_path, SITE_OF_ANA, SWIFTCMS_WS_REDIS_URL=redis.url) as process,
+        Server(REDIS_URL=redis.url) as server,
+        server.client(),
+        process.client() as ana,
+    ):
+        process.popen.send_signal(signal.SIGSTOP)
+        server.hub.disconnect("ana")
+        redis.send("XTRIM swiftcms_ws:messages MAXLEN 0")
+        process.popen.send_signal(signal.SIGCONT)
+        assert ana.closing().code == 4401
+
+
+@needs_redis
+def test_redis_sign_out_during_the_first_handshake_of_a_process(redis: Redis) -> None:
+    """A process that is about to serve its first client must learn of a sign-out in another."""
+    is_asked, may_answer = threading.Event(), threading.Event()
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @hub.identify
+        def identify() -> str:
+            is_asked.set()
+            assert may_answer.wait(PATIENCE)
+            return "ana"
+
+    clients: list[Client] = []
+    with (
+        Server(configure, REDIS_URL=redis.url) as first,
+        Server(REDIS_URL=redis.url) as second,
+        second.client(),
+    ):
+        with running([lambda: clients.append(first.client())]):
+            assert is_asked.wait(PATIENCE), "the handshake did not begin"
+            second.hub.disconnect("ana")
+            may_answer.set()
+        with clients[0] as client:
+            assert client.closing().code == 4401
+
+
+@needs_redis
+def test_redis_sign_in_before_the_own_sign_out_is_read_back(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process reads its own sign-out from the log, and must not apply it for a second time.
+
+    Otherwise it disconnects a client that has signed in since.
+    """
+    may_read = threading.Event()
+    may_read.set()
+    read_on = swiftcms_ws.RedisLog.read_on
+
+    def late(log: swiftcms_ws.RedisLog, *place: Any) -> Any:
+        found = read_on(log, *place)
+        if found is not None and (found[0] or found[1]):
+            may_read.wait(PATIENCE)
+        return found
+
+    monkeypatch.setattr(swiftcms_ws.RedisLog, "read_on", late)
+    with Server(sign_everyone_in_as_ana, REDIS_URL=redis.url, HEARTBEAT=NEVER) as server:
+        with server.client() as old:
+            may_read.clear()
+            assert server.hub.disconnect("ana") == 1
+            assert old.closing().code == 4401
+        with server.client() as new:
+            new.subscribe()
+            may_read.set()
+            server.publish(1, to="ana")
+            # The event comes after the sign-out in the log.
+            assert new.receive()["payload"] == {"n": 1}
+            new.nothing_more()
+
+
+def test_sign_out_of_a_session_whose_client_sent_a_token_too() -> None:
+    """A token of the same user must not hide the session from which the identify hook knows it."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        hub.identify(lambda: ("ana", "a session"))
+
+    with Server(configure) as server, server.client() as plain, server.client() as both:
+        assert both.authenticate(token("ana"))["type"] == "system.authenticated"
+        assert server.hub.disconnect("ana", "another session") == 0
+        assert server.hub.disconnect("ana", "a session") == 2
+        assert plain.closing().code == 4401
+        assert both.closing().code == 4401
+
+
+def test_signals_of_clients_that_leave_at_once() -> None:
+    """client_disconnected must come after client_connected, or a user is online for ever."""
+    handshakes: list[int] = []
+
+    def configure(app: Flask, hub: Hub) -> None:
+        hub.identify(lambda: handshakes.append(1))
+
+    with received_signals() as signals, Server(configure, HEARTBEAT=NEVER) as server:
+        for _ in range(40):
+            with socket.create_connection(("127.0.0.1", server.port)) as sock:
+                sock.sendall(upgrade_request(server.port))
+        until(lambda: len(handshakes) == 40, "all handshakes")
+        until(lambda: is_nobody_connected(server), "the end of all connections")
+    assert {tuple(names) for names in signals.values()} <= {("connected", "disconnected")}
+
+
+def test_signals_of_a_client_that_is_signed_out_during_its_handshake() -> None:
+    """A client that is never served has no client_disconnected without a client_connected."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @hub.identify
+        def identify() -> str:
+            hub.disconnect("ana")
+            return "ana"
+
+    with received_signals() as signals, Server(configure) as server, server.client() as client:
+        assert client.closing().code == 4401
+    assert signals == {}
+
+
+# -- Limits ----------------------------------------------------------------------------------------
+
+
+def test_long_names_of_clients_take_no_memory() -> None:
+    """The caches of names must not keep strings of any length that clients have sent."""
+    with Server(HEARTBEAT=NEVER, RATE=10**9) as server, server.client() as client:
+        name = "a" * 65_000 + "\U0001f600"
+        before = resident()
+        for number in range(400):
+            for fields in (
+                {"action": "subscribe", "type": f"{name}{number}"},
+                {"action": "editStart", "contentType": f"{name}{number}", "entryId": "1"},
+            ):
+                data = json.dumps(fields, ensure_ascii=False).encode()
+                client.sock.sendall(Frames.masked(0x1, data))
+                assert client.receive()["payload"]["code"] == "invalid_type"
+        # Each of 400 strings has 260 KB.
+        assert resident() - before < 50_000_000
+
+
+def test_frames_after_the_close_frame_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames that were under way are dropped, and a client that goes on sending is cut off.
+
+    The rate is not limited then, so a flood would take the time of the loop.
+    """
+    monkeypatch.setattr(Connection, "CLOSE_TIMEOUT", NEVER)
+    with Server(MAX_MESSAGE=1000, HEARTBEAT=NEVER) as server:
+        with closed_by_server(server, 1009) as polite:
+            polite.sendall(Frames.masked(0xA) * 1000 + Frames.masked(0x8, struct.pack("!H", 1009)))
+            # The end of the stream comes without a reset.
+            while polite.recv(4096):
+                pass
+        until(lambda: is_nobody_connected(server), "the end of the polite client")
+        with closed_by_server(server, 1009) as flooding:
+            with contextlib.suppress(ConnectionError):
+                flooding.sendall(Frames.masked(0xA) * 10_000)
+            until(lambda: is_nobody_connected(server), "the end of the flooding client")
+
+
+def test_hold_up_of_the_process_for_longer_than_two_heartbeats() -> None:
+    """After a process was suspended, clients that had no heartbeat to answer must stay."""
+    with Server(HEARTBEAT=0.4) as server, server.client() as client:
+        client.ask("heartbeat")
+        with held_loop(server):
+            # This is the length of the hold-up, and not a wait for something.
+            threading.Event().wait(1.7)
+        for _ in range(3):
+            client.ask("heartbeat")
+        assert stat(server, "closed_4408") == 0
+
+
+def test_flush_that_gave_up_is_forgotten() -> None:
+    """flush() beside a slow client must leave nothing behind that the loop looks at for ever."""
+    with (
+        Server(HEARTBEAT=NEVER, MAX_QUEUE=50_000_000) as server,
+        server.client(receive_buffer=4096) as slow,
+        server.client() as other,
+    ):
+        slow.subscribe()
+        for number in range(60):
+            server.publish(number, text="x" * 100_000)
+        until(lambda: stat(server, "waiting_bytes") > 0, "unsent data")
+        for _ in range(20):
+            assert not server.hub.flush(0)
+        other.ask("heartbeat")
+        flushes = [thing for thing in gc.get_objects() if type(thing).__name__ == "Flush"]
+        assert flushes == []
+
+
+@needs_redis
+def test_redis_list_of_editors_that_the_outbox_dropped(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If Redis is slow and an editor types, the list of editors may be pushed out of the outbox.
+
+    A later heartbeat must send it, or other processes never learn of the editors.
+    """
+    may_send = threading.Event()
+    is_sending = threading.Event()
+    send = swiftcms_ws.RedisLog.send
+
+    def slow(log: swiftcms_ws.RedisLog, message: Any) -> None:
+        if message["do"] == "change":
+            is_sending.set()
+            may_send.wait(PATIENCE)
+        else:
+            send(log, message)
+
+    monkeypatch.setattr(swiftcms_ws.RedisLog, "send", slow)
+    config = {"REDIS_URL": redis.url, "HEARTBEAT": 1, "RATE": 10**9}
+    with (
+        Server(**config) as first,
+        Server(**config) as second,
+        first.client() as one,
+        second.client() as two,
+    ):
+        for client in (one, two):
+            client.ask("editStart", contentType="posts", entryId="0")
+        until(lambda: len(first.hub.editors("posts", 0)) == 2, "the list of the second process")
+        change = {"action": "editChange", "contentType": "posts", "entryId": "0"}
+        one.send(**change, payload=0)
+        assert is_sending.wait(PATIENCE), "no change was sent"
+        one.ask("editStart", contentType="posts", entryId="1")
+        one.sock.sendall(text(**change, payload=1) * 1100)
+        one.ask("heartbeat")
+        may_send.set()
+
+        def does_second_know() -> bool:
+            for client in (one, two):
+                client.ask("heartbeat")
+            return len(second.hub.editors("posts", 1)) == 1
+
+        until(does_second_know, "the list that was dropped")
+
+
+# -- Forks, jobs and signal handlers ---------------------------------------------------------------
+
+
+FORK_BESIDE_HELD_LOCKS = """
+import contextlib, os, signal
+from flask import Flask
+from swiftcms_ws import Hub
+
+hub = Hub()
+app = Flask("site")
+hub.init_app(app)
+hub.publish("content.created", "posts", {})
+locks = [getattr(part, "_lock", None) for part in vars(hub._engine()).values()]
+with contextlib.ExitStack() as stack:
+    for lock in (hub._starting, *locks):
+        if lock is not None:
+            stack.enter_context(lock)
+    child = os.fork()
+    if child == 0:
+        hub.publish("content.created", "posts", {})
+        os._exit(7 if hub.flush() else 8)
+signal.signal(signal.SIGALRM, lambda number, frame: os.kill(child, signal.SIGKILL))
+signal.alarm(5)
+print("child:", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_fork_while_locks_are_held(tmp_path: Path) -> None:
+    """A child is forked while other threads hold locks, and nobody will release them in it.
+
+    It must begin with locks of its own: it hung before it ran anything of the site.
+    """
+    result = run_script(tmp_path, FORK_BESIDE_HELD_LOCKS)
+    assert result.stdout.split() == ["child:", "7"], result.stderr
+
+
+FORK_BESIDE_CLOSING_CONNECTIONS = """
+import os, socket
+from test_swiftcms_ws import Server, open_raw, stat, text, token, until
+
+def count_connections(port):
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(name))) as sock:
+                count += sock.getsockname()[1] == port and sock.getpeername()[1] > 0
+        except (OSError, IndexError, TypeError):
+            pass
+    return count
+
+with Server() as server:
+    clients = [open_raw(server.port) for _ in range(5)]
+    for client in clients:
+        client.sendall(text(action="authenticate", token=token("ana")))
+
+    def are_all_closing():
+        server.hub.disconnect("ana")
+        return stat(server, "closed_4401") == 5
+
+    until(are_all_closing, "the close frames")
+    before = count_connections(server.port)
+    child = os.fork()
+    if child == 0:
+        os._exit(count_connections(server.port))
+    print(before, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_fork_while_connections_are_closing(tmp_path: Path) -> None:
+    """A child must not keep sockets whose close frame is sent: their clients would wait for it."""
+    result = run_script(tmp_path, FORK_BESIDE_CLOSING_CONNECTIONS)
+    assert result.stdout.split() == ["5", "0"], result.stderr
+
+
+CHAINED_HANDLER = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from flask import Flask
+from swiftcms_ws import blueprint
+
+app = Flask("site")
+app.register_blueprint(blueprint)
+former = signal.getsignal(signal.SIGINT)
+signal.signal(signal.SIGINT, lambda number, frame: former(number, frame))
+child = os.fork()
+if child == 0:
+    signal.alarm(5)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    except KeyboardInterrupt:
+        os._exit(7)
+    except BaseException:
+        os._exit(8)
+print("child:", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_signal_handler_that_calls_the_former_one_in_a_forked_child(tmp_path: Path) -> None:
+    """A site's handler calls ours, which must call the one before it in a child too."""
+    result = run_script(tmp_path, CHAINED_HANDLER)
+    assert result.stdout.split() == ["child:", "7"], result.stderr
+
+
+def publish_in_a_new_app(hub: Hub) -> None:
+    app = Flask("job")
+    hub.init_app(app)
+    with app.app_context():
+        hub.publish("content.created", "posts", {})
+
+
+@pytest.mark.parametrize("hub", [None, Hub()], ids=["a hub for each job", "one hub"])
+def test_jobs_that_create_an_app_each(hub: Hub | None) -> None:
+    """If a job's app is freed, the threads and the descriptors of its engine must be freed too."""
+    threads, files = thread_count(), open_files()
+    for _ in range(10):
+        publish_in_a_new_app(hub or Hub())
+
+    def is_all_freed() -> bool:
+        # open_files() collects garbage first.
+        return open_files() <= files and thread_count() <= threads
+
+    until(is_all_freed, "the end of the jobs' threads")
+
+
+# -- Arguments -------------------------------------------------------------------------------------
+
+
+def test_generator_as_recipients(server: Server) -> None:
+    """`to` may be a generator, which can be read once: clients and receivers must both see it."""
+    recipients: list[list[str]] = []
+
+    def published(app: Flask, to: Any, **more: Any) -> None:
+        recipients.append(list(to))
+
+    with server.client() as client, swiftcms_ws.event_published.connected_to(published):
+        client.authenticate(token("ana"))
+        client.subscribe()
+        server.publish(1, to=(name for name in ("ana", "bob")))
+        assert client.receive()["payload"] == {"n": 1}
+    assert recipients == [["ana", "bob"]]
+
+
+@needs_redis
+def test_redis_over_resp3(redis: Redis) -> None:
+    """`?protocol=3` in the address changes the form of Redis' answers; events arrive all the same."""
+    url = f"{redis.url}?protocol=3"
+    with Server(REDIS_URL=url) as first, Server(REDIS_URL=url) as second, second.client() as client:
+        client.subscribe()
+        first.publish(1)
+        assert client.receive()["payload"] == {"n": 1}
+
+
+@needs_redis
+def test_redis_sign_out_while_redis_is_away(redis: Redis) -> None:
+    """disconnect() raises: the user's connections in other processes would stay open."""
+    with Server(REDIS_URL=redis.url) as server, server.client() as ana:
+        ana.authenticate(token("ana"))
+        redis.kill()
+        with pytest.raises(swiftcms_ws.PublishError):
+            server.hub.disconnect("ana")
+        assert ana.ask("heartbeat")["type"] == "system.heartbeat"
+
+
+@needs_redis
+def test_redis_refuses_one_of_many_events(redis: Redis) -> None:
+    """publish_many() stores all events or none, also if Redis refuses one in the middle."""
+    with Server(REDIS_URL=redis.url) as server, server.client() as client:
+        client.subscribe()
+        server.publish(0)
+        assert client.receive()["payload"] == {"n": 0}
+        redis.send("CONFIG SET maxmemory 1")
+        with pytest.raises(swiftcms_ws.PublishError):
+            server.hub.publish_many([("content.created", "posts", {"n": n}) for n in range(1, 50)])
+        redis.send("CONFIG SET maxmemory 0")
+        server.publish(99)
+        assert client.receive()["payload"] == {"n": 99}
+
+
+@needs_redis
+def test_redis_primary_becomes_a_replica(redis: Redis, tmp_path: Path) -> None:
+    """After a failover the pooled connections lead to a replica: publish() soon works again."""
+    with Server(REDIS_URL=redis.url) as server:
+        server.publish(0)
+        redis.send("REPLICAOF 127.0.0.1 1")
+        with pytest.raises(swiftcms_ws.PublishError):
+            server.publish(1)
+        redis.send("REPLICAOF NO ONE")
+        server.publish(2)
+
+
+@needs_redis
+def test_redis_script_does_not_trim_the_history(redis: Redis) -> None:
+    """A script does not know the site's HISTORY: only a process with an app trims the stream."""
+    with Server(REDIS_URL=redis.url, HISTORY=15_000) as server:
+        server.hub.publish_many([("content.created", "posts", n) for n in range(12_000)])
+        with Hub(redis_url=redis.url) as script:
+            script.publish("content.created", "posts", 12_000)
+        with socket.create_connection(("127.0.0.1", redis.port), PATIENCE) as sock:
+            sock.sendall(b"XLEN swiftcms_ws:events\r\n")
+            assert int(sock.recv(100)[1:].split()[0]) >= 12_001
+
+
+@needs_redis
+def test_redis_scripts_leave_no_threads_and_descriptors(redis: Redis) -> None:
+    """A task that publishes with a hub of its own starts no thread and keeps no descriptor."""
+    with Hub(redis_url=redis.url) as first:
+        first.publish("content.created", "posts", 0)
+    threads, files = threading.active_count(), open_files()
+    for number in range(10):
+        with Hub(redis_url=redis.url) as task:
+            task.publish("content.created", "posts", number)
+    assert threading.active_count() == threads
+    assert open_files() <= files
+
+
+def test_log_filter_leaves_wrong_arguments_to_the_site(server: Server) -> None:
+    """A wrong argument for the server's logger is reported by logging, not raised in the caller."""
+    server.hub.last_id()
+    werkzeug_logger = logging.getLogger("werkzeug")
+    record = werkzeug_logger.makeRecord("werkzeug", logging.INFO, "f", 1, "%d", ("x",), None)
+    assert werkzeug_logger.filter(record)
+
+
+CHILD_PROCESS = """
+import logging, multiprocessing, sys
+from flask import Flask
+from swiftcms_ws import blueprint, publish
+
+logging.basicConfig()
+app = Flask(__name__)
+app.register_blueprint(blueprint)
+
+def child():
+    publish("content.created", "posts", {})
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    publish("content.created", "posts", {})
+"""
+
+
+def test_publish_in_a_process_without_clients_is_logged(tmp_path: Path) -> None:
+    """An event of a child process or of a script reaches no client, and the log says so."""
+    (tmp_path / "script.py").write_text(CHILD_PROCESS)
+    run = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "child process of multiprocessing" in run.stderr
+    assert "published 1 events and served no client" in run.stderr
+
+
 @pytest.mark.parametrize(
     "header",
     [{"crit": ["x-policy"], "x-policy": 1}, {"crit": ["x-policy"]}, {"crit": []}, {"crit": "b64"}],
