@@ -3648,7 +3648,9 @@ class Session:
             self.connection.id,
             self._address,
         )
-        self._wait_for_token()
+        # Not at once: the next message must not be handled before the one that is being handled.
+        seconds = self._bucket.seconds_to_wait()
+        self.engine.loop.call_at(time.monotonic() + seconds, self._wait_for_token)
 
     def _wait_for_token(self) -> None:
         seconds = self._bucket.seconds_to_wait()
