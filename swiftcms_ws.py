@@ -3540,8 +3540,10 @@ class Session:
             return
         engine.registry.add(connection)
         engine.heartbeat.add(connection)
+        # Read before the greeting: the site hears of every client that was greeted before closing.
+        is_closing = engine.is_closing
         self._greet()
-        if engine.is_closing:
+        if is_closing:
             connection.close(CloseCode.GOING_AWAY, "the server is going away; reconnect with since")
         elif handshake.user and engine.was_signed_out(handshake.user, handshake.began):
             close_signed_out(connection)
