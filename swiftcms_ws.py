@@ -258,6 +258,7 @@ def log(level: int, message: str, *values: object, exc_info: Any = None) -> None
     try:
         logger.log(level, message, *values, exc_info=exc_info, stacklevel=2)
     except Exception:
+        # The site's own handlers may raise anything, and the log cannot report that.
         traceback.print_exc()
 
 
