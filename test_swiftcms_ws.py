@@ -434,10 +434,13 @@ class Process:
     def __init__(self, *command: str, cwd: Path, port: int, **environ: str) -> None:
         self.port = port
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        # gunicorn 25 and newer keep a control socket there. Two servers that share it log errors.
+        self._runtime = tempfile.TemporaryDirectory(prefix="run-")
+        own = {"PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1", "XDG_RUNTIME_DIR": self._runtime.name}
         self.popen = subprocess.Popen(
             command,
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1", **environ},
+            env={**os.environ, **own, **environ},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -458,6 +461,7 @@ class Process:
             self.popen.kill()
         self.popen.wait(PATIENCE)
         self._log.close()
+        self._runtime.cleanup()
 
     def output(self) -> str:
         # The server writes at the offset of the same open file: it must not be moved.
