@@ -74,9 +74,10 @@ Sections
     II   From the handshake to an answer
          8 Endpoint  9 Tokens  10 Session and workers
     III  Further parts
-         11 Heartbeat  12 Editing  13 Shared log  14 The ready-made hub
+         11 Heartbeat  12 Editing  13 Shared log  14 Live pages and track  15 Plain HTTP
+         16 The ready-made hub
     IV   Around it
-         15 Command line  16 Demo  17 client.js and pages
+         17 Command line  18 Demo  19 client.js and pages
 """
 
 from __future__ import annotations
@@ -5186,7 +5187,13 @@ class Follower:
             self._engine.exchange.receive(message)
 
 
-# == 14. The ready-made hub ======================================================================
+# == 14. Live pages and track ====================================================================
+
+
+# == 15. Plain HTTP ==============================================================================
+
+
+# == 16. The ready-made hub ======================================================================
 
 hub = Hub()
 blueprint = hub.blueprint
@@ -5195,7 +5202,7 @@ publish_many = hub.publish_many
 
 
 # IV  Around it
-# == 15. Command line ============================================================================
+# == 17. Command line ============================================================================
 
 # Seconds to wait for each answer of a server.
 REPLY_TIMEOUT = 10.0
@@ -5533,7 +5540,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-# == 16. Demo ====================================================================================
+# == 18. Demo ====================================================================================
 
 # The longest text of each field of a request, in characters.
 DEMO_LENGTHS = {"title": 200, "body": 10_000, "line": 40, "to": 40, "user": 40, "text": 500}
@@ -5793,7 +5800,7 @@ def serve_demo(options: argparse.Namespace) -> int:
     return 0
 
 
-# == 17. client.js and pages =====================================================================
+# == 19. client.js and pages =====================================================================
 
 
 def render_page(*, demo: bool) -> str:
