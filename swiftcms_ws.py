@@ -5081,7 +5081,7 @@ class LogFile:
         "unable to open": "This process must be able to read and write the file and its directory.",
         "Permission denied": "This process must be able to write the directory.",
         "full": "Free some space.",
-        "disk I/O": "Is the disk full, or broken?",
+        "disk I/O": "Is the disk full or broken, or was its -wal deleted?",
         "malformed": "It is damaged: delete it with its -wal and -shm, and clients load again.",
         "not a database": "It is damaged, or another file: delete it, or choose another name.",
         "No such file": "Create the directory.",
@@ -5200,6 +5200,7 @@ class LogFile:
         with self._locked_directory(deadline):
             self._remove_old_journal()
             self._close()
+            self._close_others()
             if not os.path.lexists(self._path):
                 self._create()
             created = self._find_identity()[0]
@@ -5250,6 +5251,21 @@ class LogFile:
             if now[0] is None or is_old:
                 with suppress(FileNotFoundError):
                     os.unlink(self._path + suffix)
+
+    def _close_others(self) -> None:
+        """Close other connections of this process, if their -wal or -shm was deleted.
+
+        SQLite uses the files of one connection for a second one that has the same main file.
+        """
+        now = self._find_identity()
+        for other in list(_log_files):
+            before, is_open = other._identity, other._connection is not None
+            if other is self or not is_open or before[0] != now[0] or before == now:
+                continue
+            if not other._lock.acquire(blocking=False):
+                raise self._unavailable("its -wal or -shm was deleted")
+            other._close()
+            other._lock.release()
 
     def _create(self) -> None:
         """Create an empty file, with mode 0600 and the group's bits of its directory."""
@@ -5495,19 +5511,21 @@ class SqliteLog(SharedLog):
             return -1
         return milliseconds << self.COUNTER_BITS | counter
 
-    def _trim(self, connection: sqlite3.Connection) -> None:
-        """Delete events that are too old, in a process with an app."""
+    def _trim(self, connection: sqlite3.Connection) -> bool:
+        """Delete events that are too old, in a process with an app. Return whether it did."""
         newest = self._last_row(connection)
         if self._max_events is None or newest is None:
-            return
+            return False
         limits = (newest[1] - self._max_events, newest[2] - self.MAX_BYTES)
         found = connection.execute(
             "SELECT max(id) FROM (SELECT id, position, bytes FROM events ORDER BY id LIMIT ?)"
             " WHERE position <= ? OR bytes <= ?",
             (self.MAX_DELETED, *limits),
         ).fetchone()
-        if found[0] is not None:
-            connection.execute("DELETE FROM events WHERE id <= ?", found)
+        if found[0] is None:
+            return False
+        connection.execute("DELETE FROM events WHERE id <= ?", found)
+        return True
 
     @staticmethod
     def _ports(connection: sqlite3.Connection) -> list[int]:
@@ -5556,7 +5574,8 @@ class SqliteLog(SharedLog):
             # The publisher does not know our port, or cannot reach it.
             self._confirm_at = 0
         self._untidy += len(rows)
-        if self._untidy >= self.TIDY_STEP or (self._untidy and not is_woken):
+        # Not while there is more to read, because it would delete what is not read yet.
+        if not rows and self._untidy and (self._untidy >= self.TIDY_STEP or not is_woken):
             self._tidy()
         if rows:
             number = rows[-1][0]
@@ -5597,7 +5616,8 @@ class SqliteLog(SharedLog):
         """
         self._untidy = 0
         with suppress(LogUnavailable), self._own_file.use() as connection:
-            self._trim(connection)
+            while self._trim(connection):
+                pass
             _, pages, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             if pages > self.MAX_JOURNAL:
                 # If events are published all the time, the journal would grow for ever.
