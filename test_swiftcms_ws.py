@@ -3942,7 +3942,7 @@ def test_readme_browser_examples(browser: Browser, name: str, place: str) -> Non
 
 @pytest.mark.core
 def test_readme_python_blocks(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """README's Python runs, one block after the other, and its test of a site passes."""
     # Its hooks belong to the ready-made hub, which other tests use too.
@@ -3953,12 +3953,15 @@ def test_readme_python_blocks(
     found: dict[str, Any] = {"__name__": "readme"}
     for indent, block in blocks:
         code = "\n".join(line.removeprefix(indent) for line in block.splitlines())
+        code = code.replace("/srv/site/instance", str(tmp_path))
         # The factory's site has names of its own.
         names = dict(found) if "create_app" in code else found
         exec(compile(code, "README.md", "exec"), names)
         if "create_app" in names:
             factory_client = names["create_app"]().test_client()
             assert factory_client.get("/live/ws/client.js").status_code == 200
+    assert len(stored_ids(tmp_path / "live.sqlite3")) == 1
+    found["app"].instance_path = str(tmp_path)
     with found["app"].app_context():
         found["test_creating_a_post_is_published"]()
         client = found["app"].test_client()
@@ -3968,6 +3971,7 @@ def test_readme_python_blocks(
         assert client.get("/posts").json["lastId"]
         found["tell"]("content.created", "posts", {})
         assert found["hub"].stats()["published"] == 3
+        assert len(stored_ids(tmp_path / "live.sqlite3")) == 4
 
         def refuse(*event: Any) -> str:
             raise swiftcms_ws.PublishError("Redis is away")
@@ -4853,6 +4857,8 @@ def test_readme_maintainer_listens_and_creates_a_post(tmp_path: Path) -> None:
 def test_readme_gunicorn_commands(tmp_path: Path, block: str) -> None:
     """README's gunicorn line, and the one in its systemd unit, serve WebSockets as they stand."""
     readme_site(tmp_path)
+    (tmp_path / "instance").mkdir()
+    environ = {"SWIFTCMS_WS_DATABASE": str(tmp_path / "instance" / "live.sqlite3")}
     if block == "sh":
         line = readme_block("sh", "gunicorn app:app").splitlines()[-1]
     else:
@@ -4860,12 +4866,16 @@ def test_readme_gunicorn_commands(tmp_path: Path, block: str) -> None:
         unit.optionxform = str  # type: ignore[assignment,method-assign]
         unit.read_string(readme_block("ini", "[Service]"))
         line = unit["Service"]["ExecStart"].replace(unit["Service"]["WorkingDirectory"] + "/.venv/bin/", "")
+        name, _, value = unit["Service"]["Environment"].partition("=")
+        environ = {name: value.replace(unit["Service"]["WorkingDirectory"], str(tmp_path))}
     port = free_port()
     line = line.replace("8000", str(port))
-    with Process("bash", "-c", f"exec {line}", cwd=tmp_path, port=port, PATH=PATH) as process, process.client() as client:
+    environ["PATH"] = PATH
+    with Process("bash", "-c", f"exec {line}", cwd=tmp_path, port=port, **environ) as process, process.client() as client:
         client.subscribe()
         assert http(f"http://127.0.0.1:{port}/posts", "POST", {"title": "Hi"})[0] == 200
         assert client.receive()["payload"]["title"] == "Hi"
+        assert "several processes" not in process.output()
 
 
 def test_readme_command_lines(tmp_path: Path) -> None:
