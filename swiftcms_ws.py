@@ -5013,18 +5013,14 @@ class SharedLog:
             self._report(logging.ERROR, message, format_event_id(event_id), self.name)
             return Event(event_id, MARKER)
 
-    def interrupt(self) -> bool:
-        """Let read_on() return soon. Return False if that is not possible."""
-        return False
-
     def stop_reading(self) -> None:
-        """Free what the follower alone uses."""
+        """Free what the follower alone uses. Its thread calls this last."""
 
     def close_copies(self) -> None:
         """Close a forked child's copies of descriptors."""
 
     def close(self) -> None:
-        """Close the connections of all other threads. A later call opens them again."""
+        """Close connections, and let read_on() return soon. A later call opens them again."""
         raise NotImplementedError
 
 
@@ -5079,7 +5075,8 @@ class LogFile:
         "locked": "Another program holds it; `sqlite3 FILE '.backup COPY'` copies it and does not.",
         "readonly": "This process must be able to write the file and its directory.",
         "unable to open": "This process must be able to read and write the file and its directory.",
-        "Permission denied": "This process must be able to write the directory.",
+        "Permission denied": "This process must be able to read and write the directory.",
+        "temporarily unavailable": "Other processes take too long to open it.",
         "full": "Free some space.",
         "disk I/O": "Is the disk full or broken, or was its -wal deleted?",
         "malformed": "It is damaged: delete it with its -wal and -shm, and clients load again.",
@@ -5198,9 +5195,7 @@ class LogFile:
             )
         # Otherwise two processes could create the file, or remove its journal, at the same time.
         with self._locked_directory(deadline):
-            self._remove_old_journal()
-            self._close()
-            self._close_others()
+            self._forget_old_files()
             if not os.path.lexists(self._path):
                 self._create()
             created = self._find_identity()[0]
@@ -5218,13 +5213,12 @@ class LogFile:
     @contextmanager
     def _locked_directory(self, deadline: float) -> Iterator[None]:
         """Hold a lock on the directory, against other processes that open the file."""
-        descriptor = None
-        if fcntl is not None:
-            # If the directory cannot be read, it may still be possible to use a file in it.
-            with suppress(PermissionError):
-                descriptor = os.open(self._directory, os.O_RDONLY)
+        if fcntl is None:
+            yield
+            return
+        descriptor = os.open(self._directory, os.O_RDONLY)
         try:
-            while descriptor is not None:
+            while True:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
@@ -5234,38 +5228,30 @@ class LogFile:
                     time.sleep(0.005)
             yield
         finally:
-            if descriptor is not None:
-                os.close(descriptor)
+            os.close(descriptor)
 
-    def _remove_old_journal(self) -> None:
-        """Remove the journal of a file that was deleted or replaced.
+    def _forget_old_files(self) -> None:
+        """Close connections to files that were deleted or replaced, and remove an old journal.
 
-        Otherwise SQLite would copy parts of the old file into the new one.
+        Otherwise SQLite would use the journal of another file, and lose events or damage the file.
         """
-        is_open, before = self._connection is not None, self._identity
-        now = self._find_identity()
-        for suffix in self.SUFFIXES[1:]:
-            number = self.SUFFIXES.index(suffix)
+        now, before, is_open = self._find_identity(), self._identity, self._connection is not None
+        for number, suffix in enumerate(self.SUFFIXES[1:], 1):
             # While the connection is open, no other file can have the same device and number.
             is_old = is_open and now[0] != before[0] and now[number] == before[number]
             if now[0] is None or is_old:
                 with suppress(FileNotFoundError):
                     os.unlink(self._path + suffix)
-
-    def _close_others(self) -> None:
-        """Close other connections of this process, if their -wal or -shm was deleted.
-
-        SQLite uses the files of one connection for a second one that has the same main file.
-        """
-        now = self._find_identity()
+        self._close()
+        # If only the -wal or the -shm is gone, SQLite shares the old one between all connections of
+        # this process. So all must be closed before one is opened.
         for other in list(_log_files):
-            before, is_open = other._identity, other._connection is not None
-            if other is self or not is_open or before[0] != now[0] or before == now:
-                continue
-            if not other._lock.acquire(blocking=False):
-                raise self._unavailable("its -wal or -shm was deleted")
-            other._close()
-            other._lock.release()
+            is_open = other is not self and other._connection is not None
+            if is_open and other._identity[0] == now[0] and other._identity != now:
+                if not other._lock.acquire(blocking=False):
+                    raise self._unavailable("its -wal or -shm was deleted")
+                other._close()
+                other._lock.release()
 
     def _create(self) -> None:
         """Create an empty file, with mode 0600 and the group's bits of its directory."""
@@ -5481,6 +5467,7 @@ class SqliteLog(SharedLog):
 
     def close(self) -> None:
         self._file.close()
+        self._wake([self._port])
 
     @staticmethod
     def _last_row(connection: sqlite3.Connection) -> tuple[int, int, int] | None:
@@ -5622,10 +5609,6 @@ class SqliteLog(SharedLog):
             if pages > self.MAX_JOURNAL:
                 # If events are published all the time, the journal would grow for ever.
                 connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
-
-    def interrupt(self) -> bool:
-        self._wake([self._port])
-        return True
 
     def stop_reading(self) -> None:
         with suppress(LogUnavailable), self._own_file.write() as connection:
@@ -5847,9 +5830,9 @@ class Follower:
 
     def stop(self) -> None:
         self._stopped.set()
-        thread = self._thread
-        if self._log.interrupt() and thread not in (None, threading.current_thread()):
-            thread.join(1.0)
+        self._log.close()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(1.0)
 
     def wait_for_begin(self) -> None:
         """Wait until this process knows the newest event, but only in the second after the start.
