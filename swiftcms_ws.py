@@ -65,10 +65,10 @@ Locks (each is documented where it is created)
     EventQueue._lock ids and the queue              Registry._lock   connections, subscriptions
     Workers._lock    tasks and threads              Editing._lock    editors of entries
     Counters._lock   the numbers of stats()         Lane._lock       one ordered queue of tasks
-    LogFile._lock    one connection to the file of a shared log
+    LogFile._queue   one connection to the file of a shared log
 A thread holds one lock at a time, except that it may take others while it holds Hub._starting.
-No code of the site, no logging and no network I/O runs while a lock is held. Only under
-LogFile._lock a thread reads and writes a file.
+No code of the site, no logging and no network I/O runs while a lock is held. Only while it is first
+in LogFile._queue, a thread reads and writes a file.
 
 Sections
          1 Map
@@ -118,7 +118,7 @@ import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import Enum, IntEnum
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -4885,28 +4885,6 @@ MARKER = Draft("system.marker", "system", "{}", frozenset())
 SIGN_OUT = "system.disconnect"
 
 
-class AppendGuard:
-    """Raises RuntimeError if a signal handler publishes while its own thread is inside.
-
-    For any thread. If a signal handler raises, its entry may stay; so entries expire after LIMIT.
-    """
-
-    LIMIT = 3.0
-
-    def __init__(self) -> None:
-        # When each thread entered. Each step is atomic.
-        self._entered: dict[int, float] = {}
-
-    def __enter__(self) -> None:
-        thread, now = threading.get_ident(), time.monotonic()
-        if now - self._entered.get(thread, now - self.LIMIT) < self.LIMIT:
-            raise RuntimeError(SIGNAL_HINT)
-        self._entered[thread] = now
-
-    def __exit__(self, *exception: object) -> None:
-        self._entered.pop(threading.get_ident(), None)
-
-
 class SharedLog:
     """A log that all processes append to and read: the interface of SqliteLog and RedisLog.
 
@@ -4936,7 +4914,6 @@ class SharedLog:
         # Only a process with an app trims: a script does not know the site's HISTORY.
         self._max_events = settings.history + self.FOLLOWER_ROOM if is_trimming else None
         self._report = report
-        self._guard = AppendGuard()
         # The newest event of this process, for flush(). Setting it is atomic.
         self.last_appended: EventId = (0, 0)
         # When a failure was last logged. Setting it is atomic.
@@ -4950,8 +4927,7 @@ class SharedLog:
         if not drafts:
             return []
         try:
-            with self._guard:
-                event_ids = self._add_events(drafts)
+            event_ids = self._add_events(drafts)
         except LogUnavailable as error:
             # A site may catch PublishError, and the follower may be able to read all the same.
             if time.monotonic() > self._logged_at + self.LOG_INTERVAL:
@@ -5093,12 +5069,13 @@ class LogFile:
         self._path = path
         self._timeout = timeout
         self._directory = os.path.dirname(path)
-        # Held while SQLite reads or writes: the only I/O under a lock. A connection for each thread
-        # would need none, but Werkzeug starts a thread for each request.
-        self._lock = threading.Lock()
-        self._guard = ReentryGuard(self._lock)
-        self._is_held_for_fork = False
-        # These need the lock: the connection, and device and number of the three files.
+        # The thread that uses the connection, and those that wait for it. (A connection for each
+        # thread would need no lock, but Werkzeug starts a thread for each request.) This list is
+        # the lock. A threading.Lock with a timeout would stay locked for ever if a signal handler
+        # raised an exception, such as Celery's time limit, just when acquire() returns.
+        self._queue = list[int]()
+        self._fork_turn: AbstractContextManager[None] | None = None
+        # Only for the first in the queue: the connection, and device and number of the three files.
         self._connection: sqlite3.Connection | None = None
         self._identity: list[tuple[int, int] | None] = []
         _log_files.add(self)
@@ -5108,17 +5085,14 @@ class LogFile:
 
     @contextmanager
     def use(self) -> Iterator[sqlite3.Connection]:
-        """Lock the connection to the file that has the path now, and open it if need be.
+        """Yield the connection to the file that has the path now; open it if need be.
 
         Raises LogUnavailable if the file cannot be used.
         """
-        deadline = time.monotonic() + self._timeout
-        with self._guard:
-            if not self._lock.acquire(timeout=self._timeout):
-                raise self._unavailable("other threads of this process still wait for it")
+        with self._turn(self._timeout):
             try:
                 if self._connection is None or self._find_identity() != self._identity:
-                    self._open(deadline)
+                    self._open()
                 yield cast("sqlite3.Connection", self._connection)
             except BaseException as error:
                 connection = self._connection
@@ -5128,8 +5102,22 @@ class LogFile:
                 if isinstance(error, (sqlite3.Error, OSError)):
                     raise self._unavailable(str(error)) from error
                 raise
-            finally:
-                self._lock.release()
+
+    @contextmanager
+    def _turn(self, timeout: float) -> Iterator[None]:
+        """Wait until this thread may use the connection. Each step on the queue is atomic."""
+        thread, deadline = threading.get_ident(), time.monotonic() + timeout
+        if thread in self._queue:
+            raise RuntimeError(SIGNAL_HINT)
+        try:
+            self._queue.append(thread)
+            while self._queue[0] != thread:
+                if time.monotonic() >= deadline:
+                    raise self._unavailable("other threads of this process still wait for it")
+                time.sleep(0.0002)
+            yield
+        finally:
+            self._queue.remove(thread)
 
     def _unavailable(self, problem: str) -> LogUnavailable:
         hints = [hint for words, hint in self.HINTS.items() if words in problem]
@@ -5145,11 +5133,10 @@ class LogFile:
 
     def close(self) -> None:
         """Close the connection, unless a thread uses it for longer than the timeout."""
-        if self._lock.acquire(timeout=self._timeout):
+        with suppress(LogUnavailable), self._turn(self._timeout):
             self._close()
-            self._lock.release()
 
-    # -- with the lock held ------------------------------------------------------------------------
+    # -- for the first in the queue ----------------------------------------------------------------
 
     def _begin(self, connection: sqlite3.Connection) -> None:
         """Begin a transaction that writes, as soon as no other process writes.
@@ -5187,14 +5174,14 @@ class LogFile:
                 found.append(None)
         return found
 
-    def _open(self, deadline: float) -> None:
+    def _open(self) -> None:
         if self.inherited:
             raise self._unavailable(
                 "this process was forked while another thread wrote to it; start the process in"
                 " another way, such as multiprocessing with the method spawn"
             )
         # Otherwise two processes could create the file, or remove its journal, at the same time.
-        with self._locked_directory(deadline):
+        with self._locked_directory():
             self._forget_old_files()
             if not os.path.lexists(self._path):
                 self._create()
@@ -5211,11 +5198,12 @@ class LogFile:
                 raise self._unavailable(problem)
 
     @contextmanager
-    def _locked_directory(self, deadline: float) -> Iterator[None]:
+    def _locked_directory(self) -> Iterator[None]:
         """Hold a lock on the directory, against other processes that open the file."""
         if fcntl is None:
             yield
             return
+        deadline = time.monotonic() + self._timeout / 2
         descriptor = os.open(self._directory, os.O_RDONLY)
         try:
             while True:
@@ -5248,10 +5236,8 @@ class LogFile:
         for other in list(_log_files):
             is_open = other is not self and other._connection is not None
             if is_open and other._identity[0] == now[0] and other._identity != now:
-                if not other._lock.acquire(blocking=False):
-                    raise self._unavailable("its -wal or -shm was deleted")
-                other._close()
-                other._lock.release()
+                with other._turn(0):
+                    other._close()
 
     def _create(self) -> None:
         """Create an empty file, with mode 0600 and the group's bits of its directory."""
@@ -5274,14 +5260,17 @@ class LogFile:
 
         A child that inherits one would believe that it holds the locks of its parent.
         """
-        self._is_held_for_fork = self._lock.acquire(timeout=self.FORK_TIMEOUT)
-        if self._is_held_for_fork:
+        self._fork_turn = self._turn(self.FORK_TIMEOUT)
+        try:
+            self._fork_turn.__enter__()
             self._close()
+        except (LogUnavailable, RuntimeError):
+            self._fork_turn = None
 
     def end_fork(self, is_child: bool) -> None:
-        if self._is_held_for_fork:
-            self._is_held_for_fork = False
-            self._lock.release()
+        turn, self._fork_turn = self._fork_turn, None
+        if turn is not None:
+            turn.__exit__(None, None, None)
         elif is_child and self._connection is not None:
             self.inherited.append(self._connection)
 
@@ -5300,6 +5289,9 @@ def _begin_fork() -> None:
 def _end_fork(is_child: bool) -> None:
     for file in list(_log_files):
         file.end_fork(is_child)
+    if is_child:
+        # The child forgets its engines, and their queues may have threads of the parent.
+        _log_files.clear()
     _fork_lock.release()
 
 
@@ -5637,6 +5629,28 @@ def import_redis() -> Any:
     return redis
 
 
+class AppendGuard:
+    """Raises RuntimeError if a signal handler publishes while its own thread is inside.
+
+    For any thread. If a signal handler raises, its entry may stay; so entries expire after LIMIT.
+    """
+
+    LIMIT = 3.0
+
+    def __init__(self) -> None:
+        # When each thread entered. Each step is atomic.
+        self._entered: dict[int, float] = {}
+
+    def __enter__(self) -> None:
+        thread, now = threading.get_ident(), time.monotonic()
+        if now - self._entered.get(thread, now - self.LIMIT) < self.LIMIT:
+            raise RuntimeError(SIGNAL_HINT)
+        self._entered[thread] = now
+
+    def __exit__(self, *exception: object) -> None:
+        self._entered.pop(threading.get_ident(), None)
+
+
 class RedisLog(SharedLog):
     """A log in Redis: a stream of events, and a second one of control messages.
 
@@ -5674,6 +5688,7 @@ class RedisLog(SharedLog):
         self._read_only_error: type[Exception] = redis.ReadOnlyError
         self._events = f"{settings.redis_prefix}:events"
         self._messages = f"{settings.redis_prefix}:messages"
+        self._guard = AppendGuard()
         # When publish() or send() last used Redis. Setting it is atomic.
         self._used_at = time.monotonic()
 
@@ -5688,7 +5703,8 @@ class RedisLog(SharedLog):
             ) from error
 
     def _add_events(self, drafts: Sequence[Draft]) -> list[EventId]:
-        event_ids: list[EventId] = self._write(lambda: self._add(drafts))
+        with self._guard:
+            event_ids: list[EventId] = self._write(lambda: self._add(drafts))
         return event_ids
 
     def _add(self, drafts: Sequence[Draft]) -> list[EventId]:
