@@ -118,7 +118,7 @@ import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum, IntEnum
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -4984,7 +4984,7 @@ class SharedLog:
             to = None if fields.get("to") is None else frozenset(json.loads(fields["to"]))
             draft = Draft(fields["type"], fields["contentType"], fields["payload"], to)
             return Event(event_id, draft)
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, AttributeError):
             message = "ignored the entry %s in %s, which swiftcms_ws did not write"
             self._report(logging.ERROR, message, format_event_id(event_id), self.name)
             return Event(event_id, MARKER)
@@ -5060,12 +5060,12 @@ class LogFile:
         "No such file": "Create the directory.",
         "locking protocol": "Is it on a network file system? Choose a local disk, or use Redis.",
     }
-    # Connections that a forked child has inherited while another thread used them. Closing them
-    # would damage the file, and this process cannot use SQLite any more.
-    inherited: ClassVar[list[sqlite3.Connection | None]] = []
+    # Files of which a forked child has inherited a connection, because another thread used it for
+    # too long. To close it would damage the file, and this process cannot use SQLite any more.
+    inherited: ClassVar[list[LogFile]] = []
 
     def __init__(self, path: str, timeout: float) -> None:
-        """timeout: for waiting for other threads, and then for other processes, in seconds."""
+        """timeout: how long one use may wait for other threads and processes, in seconds."""
         self._path = path
         self._timeout = timeout
         self._directory = os.path.dirname(path)
@@ -5074,11 +5074,10 @@ class LogFile:
         # the lock. A threading.Lock with a timeout would stay locked for ever if a signal handler
         # raised an exception, such as Celery's time limit, just when acquire() returns.
         self._queue = list[int]()
-        self._fork_turn: AbstractContextManager[None] | None = None
         # Only for the first in the queue: the connection, and device and number of the three files.
         self._connection: sqlite3.Connection | None = None
         self._identity: list[tuple[int, int] | None] = []
-        _log_files.add(self)
+        _log_files.append(weakref.ref(self, _log_files.remove))
 
     def __del__(self) -> None:
         self._close()
@@ -5089,7 +5088,7 @@ class LogFile:
 
         Raises LogUnavailable if the file cannot be used.
         """
-        with self._turn(self._timeout):
+        with self._turn(self._timeout / 2):
             try:
                 if self._connection is None or self._find_identity() != self._identity:
                     self._open()
@@ -5100,7 +5099,9 @@ class LogFile:
                 if not is_locked(error) or (connection is not None and connection.in_transaction):
                     self._close()
                 if isinstance(error, (sqlite3.Error, OSError)):
-                    raise self._unavailable(str(error)) from error
+                    # Without the path, in which a word of HINTS may occur.
+                    problem = getattr(error, "strerror", None) or str(error)
+                    raise self._unavailable(problem) from error
                 raise
 
     @contextmanager
@@ -5126,25 +5127,25 @@ class LogFile:
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
         """As use(), for one transaction that writes. At the end it is stored, all or nothing."""
+        deadline = time.monotonic() + self._timeout
         with self.use() as connection:
-            self._begin(connection)
+            self._begin(connection, deadline)
             yield connection
             connection.execute("COMMIT")
 
     def close(self) -> None:
         """Close the connection, unless a thread uses it for longer than the timeout."""
-        with suppress(LogUnavailable), self._turn(self._timeout):
+        with suppress(LogUnavailable), self._turn(self._timeout / 2):
             self._close()
 
     # -- for the first in the queue ----------------------------------------------------------------
 
-    def _begin(self, connection: sqlite3.Connection) -> None:
+    def _begin(self, connection: sqlite3.Connection, deadline: float) -> None:
         """Begin a transaction that writes, as soon as no other process writes.
 
         SQLite itself would pause for up to 100 ms between two attempts. If other processes publish
         all the time, the file is free for microseconds only, and this process would starve.
         """
-        deadline = time.monotonic() + self._timeout
         connection.execute("PRAGMA busy_timeout = 0")
         try:
             while True:
@@ -5156,7 +5157,7 @@ class LogFile:
                         raise
                 time.sleep(random.uniform(0.0002, 0.002))
         finally:
-            connection.execute(f"PRAGMA busy_timeout = {round(self._timeout * 1000)}")
+            connection.execute(f"PRAGMA busy_timeout = {round(self._timeout * 250)}")
 
     def _close(self) -> None:
         connection, self._connection = self._connection, None
@@ -5188,7 +5189,7 @@ class LogFile:
             created = self._find_identity()[0]
             uri = f"{Path(self._path).as_uri()}?{self.URI_OPTIONS}"
             self._connection = sqlite3.connect(
-                uri, self._timeout, isolation_level=None, check_same_thread=False, uri=True
+                uri, self._timeout / 4, isolation_level=None, check_same_thread=False, uri=True
             )
             problem = prepare_database(self._connection)
             self._identity = self._find_identity()
@@ -5203,7 +5204,7 @@ class LogFile:
         if fcntl is None:
             yield
             return
-        deadline = time.monotonic() + self._timeout / 2
+        deadline = time.monotonic() + self._timeout / 4
         descriptor = os.open(self._directory, os.O_RDONLY)
         try:
             while True:
@@ -5233,9 +5234,9 @@ class LogFile:
         self._close()
         # If only the -wal or the -shm is gone, SQLite shares the old one between all connections of
         # this process. So all must be closed before one is opened.
-        for other in list(_log_files):
-            is_open = other is not self and other._connection is not None
-            if is_open and other._identity[0] == now[0] and other._identity != now:
+        for other in log_files():
+            is_other = other is not self and other.has_connection()
+            if is_other and other._identity[0] == now[0] and other._identity != now:
                 with other._turn(0):
                     other._close()
 
@@ -5253,53 +5254,53 @@ class LogFile:
         finally:
             os.close(descriptor)
 
-    # -- forks -------------------------------------------------------------------------------------
-
     def begin_fork(self) -> None:
         """Close the connection, and let no thread open it until the fork is over.
 
         A child that inherits one would believe that it holds the locks of its parent.
         """
-        self._fork_turn = self._turn(self.FORK_TIMEOUT)
-        try:
-            self._fork_turn.__enter__()
+        with suppress(LogUnavailable, RuntimeError):
+            _fork_turns.enter_context(self._turn(self.FORK_TIMEOUT))
             self._close()
-        except (LogUnavailable, RuntimeError):
-            self._fork_turn = None
 
-    def end_fork(self, is_child: bool) -> None:
-        turn, self._fork_turn = self._fork_turn, None
-        if turn is not None:
-            turn.__exit__(None, None, None)
-        elif is_child and self._connection is not None:
-            self.inherited.append(self._connection)
+    def has_connection(self) -> bool:
+        return self._connection is not None
 
 
-_log_files: weakref.WeakSet[LogFile] = weakref.WeakSet()
-# Held during a fork, because two threads may fork at the same time.
+# Each step on this list is atomic. A WeakSet may not be copied while another thread changes it.
+_log_files: list[weakref.ref[LogFile]] = []
+# Held during a fork, because two threads may fork at the same time; and what it has to end.
 _fork_lock = threading.Lock()
+_fork_turns = ExitStack()
+
+
+def log_files() -> list[LogFile]:
+    return [file for reference in list(_log_files) if (file := reference()) is not None]
 
 
 def _begin_fork() -> None:
     _fork_lock.acquire()
-    for file in list(_log_files):
+    for file in log_files():
         file.begin_fork()
 
 
-def _end_fork(is_child: bool) -> None:
-    for file in list(_log_files):
-        file.end_fork(is_child)
-    if is_child:
-        # The child forgets its engines, and their queues may have threads of the parent.
-        _log_files.clear()
+def _end_fork() -> None:
+    _fork_turns.close()
     _fork_lock.release()
+
+
+def _end_fork_in_child() -> None:
+    """Forget the files, as the engines are forgotten: other threads may wait in their queues."""
+    LogFile.inherited += [file for file in log_files() if file.has_connection()]
+    _log_files.clear()
+    _end_fork()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_begin_fork,
-        after_in_parent=functools.partial(_end_fork, is_child=False),
-        after_in_child=functools.partial(_end_fork, is_child=True),
+        after_in_parent=_end_fork,
+        after_in_child=_end_fork_in_child,
     )
 
 
@@ -5368,10 +5369,10 @@ class SqliteLog(SharedLog):
     them looks once a second anyway: a container may share the file, but not the network.
     """
 
-    # How long to wait for other threads, and then for other processes, in seconds.
-    TIMEOUT = 0.9
+    # How long a method may wait for the file, in seconds.
+    TIMEOUT = 1.8
     # The same for the follower. Clients wait for it meanwhile.
-    FOLLOWER_TIMEOUT = 0.5
+    FOLLOWER_TIMEOUT = 0.8
     POLL_INTERVAL = 1.0
     # An id is one number: milliseconds << COUNTER_BITS | counter.
     COUNTER_BITS = 16

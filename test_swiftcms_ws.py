@@ -11536,7 +11536,8 @@ def test_file_kills_and_restarts_under_gunicorn_lose_nothing(path: Path, tmp_pat
         ids = stored_ids(path)
         assert ids[0] == first
         assert set(told) <= set(ids)
-        assert len(ids) > CHAOS_SECONDS * 100
+        # On a busy machine there are few of the 200 a second.
+        assert len(ids) > CHAOS_SECONDS * 20
         until(lambda: swarm.failures or swarm.has_all(ids[-1]), "the last event at all clients", 60)
         assert swarm.failures == []
         assert swarm.connects > 400
