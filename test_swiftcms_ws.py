@@ -11014,6 +11014,34 @@ def test_database_signal_handler_that_publishes(path: Path) -> None:
         hub.publish("a", "b", 3)
 
 
+class TimeLimit(BaseException):
+    """What Celery's handler of its soft time limit raises."""
+
+
+def test_database_signal_handler_that_raises(path: Path) -> None:
+    """An exception anywhere in publish() leaves no lock behind, in this process or in the file."""
+    chance = random.Random(2)
+
+    def interrupt(*_: object) -> None:
+        raise TimeLimit
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with Hub(database=path) as hub:
+            hub.publish("a", "b", 0)
+            for _ in range(400):
+                with contextlib.suppress(TimeLimit):
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(20e-6, 400e-6))
+                    hub.publish("a", "b", 1)
+                # It may come only now.
+                with contextlib.suppress(TimeLimit):
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            hub.publish("a", "b", 2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert is_intact(path)
+
+
 def expect_recovery(server: Server) -> None:
     """A new client gets an event soon: the fault is gone."""
 
@@ -11288,6 +11316,49 @@ def test_file_and_fork(path: Path) -> None:
     """
     run = script_of(FORKS, path)
     assert run.returncode == 0, run.stderr
+    assert is_intact(path)
+
+
+HANGING_THREAD = """
+import os, sys, threading, time, warnings
+from swiftcms_ws import Hub, LogFile, PublishError
+warnings.simplefilter("ignore")
+LogFile.FORK_TIMEOUT = 0.1
+with Hub(database=sys.argv[1]) as hub:
+    hub.publish("a", "b", 1)
+    is_held, may_end = threading.Event(), threading.Event()
+
+    def hang():
+        with hub._engine().log._file.use():
+            is_held.set()
+            may_end.wait(20)
+
+    thread = threading.Thread(target=hang)
+    thread.start()
+    is_held.wait(20)
+    child = os.fork()
+    began = time.monotonic()
+    try:
+        hub.publish("a", "b", 2)
+    except PublishError as error:
+        print(error, flush=True)
+    assert time.monotonic() - began < 2 * int(sys.argv[2])
+    if child == 0:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    may_end.set()
+    thread.join()
+    hub.publish("a", "b", 3)
+"""
+
+
+def test_file_and_thread_that_hangs(path: Path) -> None:
+    """If a disk does not answer one thread, others get PublishError, and so does a forked child."""
+    run = script_of(HANGING_THREAD, path, SLOWNESS)
+    assert run.returncode == 0, run.stderr
+    problems = ("other threads of this process still wait", "was forked while another thread")
+    assert all(run.stdout.count(problem) == 1 for problem in problems), run.stdout
+    assert query(path, "SELECT payload FROM events") == ["1", "3"]
     assert is_intact(path)
 
 
