@@ -10719,7 +10719,8 @@ def test_serves_without_fcntl_resource_and_unix_sockets(tmp_path: Path) -> None:
     (tmp_path / "windows_app.py").write_text(WINDOWS)
     port = free_port()
     command = (sys.executable, "windows_app.py", str(port))
-    with Process(*command, cwd=tmp_path, port=port) as process:
+    environ = {"SWIFTCMS_WS_DATABASE": str(tmp_path / "live.sqlite3")}
+    with Process(*command, cwd=tmp_path, port=port, **environ) as process:
         with process.client() as client:
             client.subscribe("content.*", "posts")
             event_id = publish_over_http(process)
@@ -10727,6 +10728,7 @@ def test_serves_without_fcntl_resource_and_unix_sockets(tmp_path: Path) -> None:
             assert client.close().code == 1000
         log = process.output()
     assert "Traceback" not in log
+    assert event_id in stored_ids(tmp_path / "live.sqlite3")
 
 
 # -- Shared log: SQLite ----------------------------------------------------------------------------
@@ -11377,6 +11379,8 @@ def test_file_published_while_preloading(path: Path, tmp_path: Path) -> None:
         ids = [publish_over_http(process, n=n) for n in range(10)]
         for client in clients:
             assert [message["id"] for message in client.receive_many(10)] == ids
+        run = command("check", f"ws://127.0.0.1:{process.port}/ws")
+        assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_follower_survives_what_it_reads(
