@@ -5189,7 +5189,11 @@ class LogFile:
             created = self._find_identity()[0]
             uri = f"{Path(self._path).as_uri()}?{self.URI_OPTIONS}"
             self._connection = sqlite3.connect(
-                uri, self._timeout / 4, isolation_level=None, check_same_thread=False, uri=True
+                uri,
+                uri=True,
+                timeout=self._timeout / 4,
+                isolation_level=None,
+                check_same_thread=False,
             )
             problem = prepare_database(self._connection)
             self._identity = self._find_identity()
