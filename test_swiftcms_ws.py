@@ -11020,8 +11020,8 @@ class TimeLimit(BaseException):
     """What Celery's handler of its soft time limit raises."""
 
 
-# An interrupted close() leaves the rest to the garbage collector, of which Python 3.13 warns.
-@pytest.mark.filterwarnings("ignore:.*sqlite3.Connection:pytest.PytestUnraisableExceptionWarning")
+# An interrupted close() leaves the rest to the garbage collector, and Python 3.13 warns of that.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_database_signal_handler_that_raises(path: Path) -> None:
     """An exception anywhere in publish() leaves no lock behind, in this process or in the file."""
     chance = random.Random(2)
