@@ -30,6 +30,9 @@ Glossary
     history       the latest events, from which a client that reconnects gets the ones it missed
     replay        the missed events, sent in answer to a subscribe with `since`
     slot          one of the MAX_CONNECTIONS places for a connection or a handshake
+    stream        a connection over plain HTTP: a response that does not end (GET /ws/events)
+    poll          the same request, if its response ends at once and the client asks again
+    framing       how messages are written: as WebSocket frames, or as an event stream
     hook          a function of the site: identify, authorize, or a receiver of a signal
     shared log    Redis: all processes of a site append their events to it and read it
     engine        everything that runs for one app in one process
@@ -58,6 +61,7 @@ Threads of each engine, started by its first connection or, without a shared log
                   handlers; read from and write to the shared log. Started by the first such task
     follower      reads the shared log, if there is one
 identify runs in the web server's thread, and receivers of event_published in the publisher's.
+For plain HTTP, authorize runs in the web server's thread too.
 
 Locks (each is documented where it is created)
     Hub._starting    creating and starting an engine; the others may be taken while it is held
@@ -97,6 +101,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -147,6 +152,7 @@ try:
     from flask_sock import Sock
     from jwt.algorithms import get_default_algorithms
     from werkzeug.exceptions import HTTPException
+    from werkzeug.http import http_date
     from werkzeug.serving import make_server
     from wsproto.events import CloseConnection, Ping
     from wsproto.frame_protocol import FrameProtocol, Opcode, ParseFailed
@@ -566,8 +572,8 @@ class Hub:
         Now: `connections`, `subscriptions`, `queue_length` (events not delivered yet) and
         `waiting_bytes` (not accepted yet by the sockets of slow clients). Since the start:
         `published`, `delivered`, `replayed`, `slow_clients` (closed with 1013), `throttled`
-        (pauses of clients that sent too fast), `errors`, and, if there was one, `error_CODE`,
-        `closed_CODE` (closed by the server) and `refused_STATUS`.
+        (pauses of clients that sent too fast), `polls`, `errors`, and, if there was one,
+        `error_CODE`, `closed_CODE` (closed by the server) and `refused_STATUS`.
         """
         engine = self._engine()
         connections = engine.registry.connections()
@@ -798,6 +804,7 @@ class Engine:
         self.workers = Workers()
         self.editing = Editing(self)
         self.exchange = EditorExchange(self)
+        self.pollers = Pollers()
         self.log: RedisLog | None = None
         if self.settings.redis_url is not None:
             self.log = RedisLog(self.settings, is_trimming=app is not None)
@@ -959,7 +966,7 @@ class Engine:
         """Close the connections of a user in this process. Loop only."""
         self._signed_out.append((time.monotonic(), user_id, session))
         for connection in self._of_session(user_id, session):
-            close_signed_out(connection)
+            connection.session.sign_out()
 
     def was_signed_out(self, user: User, since: float) -> bool:
         """Return whether a user was signed out after `since`, when the handshake began."""
@@ -1045,10 +1052,6 @@ class Engine:
             connection.close_copy()
 
 
-def close_signed_out(connection: Connection) -> None:
-    connection.close(CloseCode.UNAUTHORIZED, "the site signed you out; sign in again")
-
-
 class Counters:
     """The numbers of stats() that are counted from the start of the engine. For any thread."""
 
@@ -1056,8 +1059,8 @@ class Counters:
         # Guards the numbers. Re-entrant, because a signal handler that publishes may interrupt its
         # own thread while that thread holds the lock.
         self._lock = threading.RLock()
-        names = ("published", "delivered", "replayed", "errors", "slow_clients", "throttled")
-        self._numbers = Counter(dict.fromkeys(names, 0))
+        names = "published delivered replayed polls errors slow_clients throttled"
+        self._numbers = Counter(dict.fromkeys(names.split(), 0))
 
     def add(self, name: str, number: int = 1) -> None:
         with self._lock:
@@ -1165,12 +1168,13 @@ class Draft(NamedTuple):
 
 
 class Event:
-    """One published event. Any thread may create one and read it, except `frame`: loop only.
+    """One published event. Any thread may create one and read it.
 
-    To save memory it keeps either the payload or, once that was asked for, the frame.
+    The loop alone may use `frame` and `block`. To save memory it keeps either the payload or, once
+    that was asked for, the frame.
     """
 
-    __slots__ = ("_frame", "_payload", "content_type", "id", "size", "to", "type")
+    __slots__ = ("_block", "_frame", "_payload", "content_type", "id", "size", "to", "type")
 
     def __init__(self, event_id: EventId, draft: Draft) -> None:
         self.id = event_id
@@ -1179,7 +1183,7 @@ class Event:
         self.to = draft.to
         self.size = utf8_length(draft.payload)
         self._payload: str | None = draft.payload
-        self._frame = b""
+        self._frame = self._block = b""
 
     @property
     def payload(self) -> str:
@@ -1188,7 +1192,7 @@ class Event:
 
     @property
     def frame(self) -> bytes:
-        """The bytes that every client receives. Loop only."""
+        """The bytes that every WebSocket receives. Loop only."""
         if self._payload is not None:
             # Names need no escaping, and the payload is JSON already.
             text = (
@@ -1199,6 +1203,14 @@ class Event:
             self._frame = text_frame(text)
             self._payload = None
         return self._frame
+
+    @property
+    def block(self) -> bytes:
+        """The bytes that every client over plain HTTP receives. Loop only."""
+        if not self._block:
+            message = self.frame[frame_head_length(self.frame) :]
+            self._block = stream_block(message, event_id=format_event_id(self.id))
+        return self._block
 
 
 def utf8_length(text: str) -> int:
@@ -1374,6 +1386,11 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
     return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
 
 
+def frame_head_length(frame: bytes) -> int:
+    """Return where the payload of an unmasked frame begins."""
+    return {126: 4, 127: 10}.get(frame[1], 2)
+
+
 def text_frame(text: str) -> bytes:
     return encode_frame(Opcode.TEXT, text.encode())
 
@@ -1391,7 +1408,17 @@ def message_frame(
     content_type: str | None = None,
     ref: str | float | None = None,
 ) -> bytes:
-    """Return the frame of a message of the server. The payload needs no JSON provider."""
+    """Return the frame of a message of the server."""
+    return text_frame(message_text(message_type, payload, content_type, ref))
+
+
+def message_text(
+    message_type: str,
+    payload: Mapping[str, Any],
+    content_type: str | None = None,
+    ref: str | float | None = None,
+) -> str:
+    """Return a message of the server as JSON. The payload needs no JSON provider."""
     message: dict[str, Any] = {"type": message_type}
     if content_type is not None:
         message["contentType"] = content_type
@@ -1399,7 +1426,40 @@ def message_frame(
     message["timestamp"] = timestamp(now_milliseconds())
     if ref is not None:
         message["ref"] = ref
-    return text_frame(json.dumps(message))
+    return json.dumps(message)
+
+
+class Framing:
+    """How messages are written to a client: here as WebSocket frames. Pure functions.
+
+    EventStream, in section 15, is the other one. Each event is encoded once for each framing.
+    """
+
+    # Clients answer heartbeats, so one that is silent has left.
+    has_pongs = True
+
+    def event(self, event: Event) -> bytes:
+        return event.frame
+
+    def message(
+        self,
+        message_type: str,
+        payload: Mapping[str, Any],
+        content_type: str | None = None,
+        ref: str | float | None = None,
+    ) -> bytes:
+        return message_frame(message_type, payload, content_type, ref)
+
+    def heartbeat(self, place: Mapping[str, Any]) -> bytes:
+        """Return system.heartbeat, which scripts can see, and a ping, which libraries answer."""
+        return message_frame("system.heartbeat", place) + encode_frame(Opcode.PING, b"")
+
+    def closing(self, code: int, reason: str) -> bytes:
+        """Return the last bytes of a connection that the server closes."""
+        return close_frame(code, reason)
+
+
+WEBSOCKET = Framing()
 
 
 def parse_message(data: str | bytes) -> dict[str, Any]:
@@ -1778,19 +1838,32 @@ class Loop(EventQueue):
         kinds: dict[tuple[str, str, frozenset[str] | None], int] = defaultdict(int)
         for index, event in enumerate(events):
             kinds[event.type, event.content_type, event.to] |= 1 << index
-        routes: Iterable[tuple[int, Collection[Connection]]]
-        routes = [(bits, self.registry.matching(*kind)) for kind, bits in kinds.items()]
-        if len(kinds) > 1:
-            routes = _merge_routes(routes)
         try:
-            for bits, connections in routes:
-                if not connections:
-                    continue
-                chosen = [event.frame for index, event in enumerate(events) if bits >> index & 1]
-                Connection.send_to_all(connections, b"".join(chosen))
-                self._counters.add("delivered", len(chosen) * len(connections))
+            for framing in self.registry.framings:
+                routes: Iterable[tuple[int, Collection[Connection]]]
+                routes = [
+                    (bits, self.registry.matching(*kind, framing)) for kind, bits in kinds.items()
+                ]
+                if len(kinds) > 1:
+                    routes = _merge_routes(routes)
+                self._send_events(events, routes, framing)
         finally:
             self.history.add(events)
+
+    def _send_events(
+        self,
+        events: list[Event],
+        routes: Iterable[tuple[int, Collection[Connection]]],
+        framing: Framing,
+    ) -> None:
+        for bits, connections in routes:
+            if not connections:
+                continue
+            chosen = [
+                framing.event(event) for index, event in enumerate(events) if bits >> index & 1
+            ]
+            Connection.send_to_all(connections, b"".join(chosen))
+            self._counters.add("delivered", len(chosen) * len(connections))
 
     # -- flushing and closing ----------------------------------------------------------------------
 
@@ -1932,11 +2005,14 @@ class Registry:
         self._released = threading.Condition(self._lock)
         # Slots taken by connections and by handshakes. Reading it is atomic.
         self.slots = 0
+        # The framings that connections have had so far. Reading it is atomic.
+        self.framings: tuple[Framing, ...] = (WEBSOCKET,)
         # Dictionaries without values are sets that keep their order.
         self._connections: dict[str, Connection] = {}
-        self._subscribers: dict[Pattern, dict[Connection, None]] = {}
+        # Those of each framing apart, because each framing is encoded once for all of them.
+        self._subscribers: dict[tuple[Framing, Pattern], dict[Connection, None]] = {}
         self._by_user: dict[str, dict[Connection, None]] = {}
-        self._match_cache: dict[tuple[str, str], tuple[Connection, ...]] = {}
+        self._match_cache: dict[tuple[Framing, str, str], tuple[Connection, ...]] = {}
 
     # -- slots -------------------------------------------------------------------------------------
 
@@ -1965,6 +2041,8 @@ class Registry:
     def add(self, connection: Connection) -> None:
         with self._lock:
             self._connections[connection.id] = connection
+            if connection.framing not in self.framings:
+                self.framings = (*self.framings, connection.framing)
             if connection.user:
                 self._by_user.setdefault(connection.user.id, {})[connection] = None
 
@@ -2015,7 +2093,7 @@ class Registry:
         with self._lock:
             public, private = connection.subscriptions.get(pattern, (after, after))
             connection.subscriptions[pattern] = (min(public, after), min(private, after))
-            self._subscribers.setdefault(pattern, {})[connection] = None
+            self._subscribers.setdefault((connection.framing, pattern), {})[connection] = None
             self._match_cache.clear()
 
     def unsubscribe(self, connection: Connection, patterns: Iterable[Pattern] | None) -> int:
@@ -2028,7 +2106,7 @@ class Registry:
     def _unsubscribe(self, connection: Connection, pattern: Pattern) -> bool:
         if connection.subscriptions.pop(pattern, None) is None:
             return False
-        self._discard(self._subscribers, pattern, connection)
+        self._discard(self._subscribers, (connection.framing, pattern), connection)
         self._match_cache.clear()
         return True
 
@@ -2049,35 +2127,43 @@ class Registry:
     # -- matching ----------------------------------------------------------------------------------
 
     def matching(
-        self, event_type: str, content_type: str, to: frozenset[str] | None = None
+        self,
+        event_type: str,
+        content_type: str,
+        to: frozenset[str] | None,
+        framing: Framing,
     ) -> Collection[Connection]:
-        """Return the connections that subscribe to such an event, each once."""
+        """Return the connections of a framing that subscribe to such an event, each once."""
         with self._lock:
             if to is not None:
-                return self._matching_users(event_type, content_type, to)
-            found = self._match_cache.get((event_type, content_type))
+                return self._matching_users(event_type, content_type, to, framing)
+            key = (framing, event_type, content_type)
+            found = self._match_cache.get(key)
             if found is None:
-                found = self._find_subscribers(event_type, content_type)
+                found = self._find_subscribers(*key)
                 if len(self._match_cache) >= self.CACHE_SIZE:
                     self._match_cache.clear()
-                self._match_cache[event_type, content_type] = found
+                self._match_cache[key] = found
             return found
 
-    def _find_subscribers(self, event_type: str, content_type: str) -> tuple[Connection, ...]:
+    def _find_subscribers(
+        self, framing: Framing, event_type: str, content_type: str
+    ) -> tuple[Connection, ...]:
         found: dict[Connection, None] = {}
         for pattern in patterns_of(event_type, content_type):
-            found |= self._subscribers.get(pattern, {})
+            found |= self._subscribers.get((framing, pattern), {})
         return tuple(found)
 
     def _matching_users(
-        self, event_type: str, content_type: str, to: frozenset[str]
+        self, event_type: str, content_type: str, to: frozenset[str], framing: Framing
     ) -> list[Connection]:
         patterns = patterns_of(event_type, content_type)
         return [
             connection
             for user_id in to
             for connection in self._by_user.get(user_id, ())
-            if not connection.subscriptions.keys().isdisjoint(patterns)
+            if connection.framing is framing
+            and not connection.subscriptions.keys().isdisjoint(patterns)
         ]
 
     def missed(
@@ -2122,6 +2208,8 @@ class State(Enum):
 class Connection:
     """Owns one client's socket and the unsent data for it. Loop only, except has_left().
 
+    The client speaks WebSocket or, with the other framing, receives a response that does not end.
+
     The socket is non-blocking. If the socket buffer of a slow client is full, unsent data is
     queued here and later frames queue behind it. Other clients are not affected.
     """
@@ -2153,6 +2241,7 @@ class Connection:
         "_unsent",
         "close_code",
         "close_deadline",
+        "framing",
         "id",
         "session",
         "state",
@@ -2164,7 +2253,13 @@ class Connection:
     )
 
     def __init__(
-        self, client_id: str, sock: socket.socket, loop: Loop, max_queue: int, user: User | None
+        self,
+        client_id: str,
+        sock: socket.socket,
+        loop: Loop,
+        max_queue: int,
+        user: User | None,
+        framing: Framing = WEBSOCKET,
     ) -> None:
         sock.setblocking(False)
         # The web servers do not set it, and small frames would wait 40 ms. A Unix socket behind
@@ -2172,6 +2267,7 @@ class Connection:
         with suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.id = client_id
+        self.framing = framing
         self.state = State.OPEN
         self.close_code: int | None = None
         self.session: Session
@@ -2195,8 +2291,8 @@ class Connection:
         self._is_direct = True
         # When the socket last accepted data, if some is unsent.
         self._progress_at = 0.0
-        # Since when the client has been silent; infinity while the server does not read it,
-        # because its silence does not count then.
+        # Since when the client has been silent; infinity while the server does not read it, or if
+        # it has nothing to send, because its silence does not count then.
         self.waiting_since = time.monotonic()
         # Close the socket as soon as everything is written: the client's close frame has arrived.
         self._close_when_written = False
@@ -2337,7 +2433,8 @@ class Connection:
         if not data:
             self.abort()
             return
-        self.waiting_since = time.monotonic()
+        if self.framing.has_pongs:
+            self.waiting_since = time.monotonic()
         self.session.receive(data)
 
     @property
@@ -2371,7 +2468,7 @@ class Connection:
 
     def _note_reading(self, is_reading: bool) -> None:
         """Count the client's silence only while the server reads from it."""
-        if not is_reading:
+        if not is_reading or not self.framing.has_pongs:
             self.waiting_since = float("inf")
         elif not self._selected & selectors.EVENT_READ:
             self.waiting_since = time.monotonic()
@@ -2379,7 +2476,10 @@ class Connection:
     # -- closing -----------------------------------------------------------------------------------
 
     def close(self, code: int, reason: str) -> None:
-        """Send a close frame, and close the socket after the client's answer or CLOSE_TIMEOUT."""
+        """Send a close frame, and close the socket after the client's answer or CLOSE_TIMEOUT.
+
+        The client of a stream does not answer, so its socket is closed when everything is written.
+        """
         if self.state is not State.OPEN:
             return
         if code == CloseCode.TRY_AGAIN_LATER and self._unsent:
@@ -2389,7 +2489,8 @@ class Connection:
             self._unsent = deque([first])
             self.unsent_bytes = len(first)
         self.close_code = code
-        self._begin_closing(close_frame(code, reason))
+        self._close_when_written = not self.framing.has_pongs
+        self._begin_closing(self.framing.closing(code, reason))
 
     def answer_close(self, code: int | None) -> None:
         """The client's close frame has arrived: answer it unless it is an answer; then close."""
@@ -2484,6 +2585,7 @@ class HandshakeRefused(Exception):
     def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
         super().__init__(message)
         self.status = status
+        self.code = code
         self.response = make_response({"code": code, "message": message}, status, headers)
 
 
@@ -2508,6 +2610,8 @@ class Handshake:
         self.own: socket.socket | None = None
         self.relay: socket.socket | None = None
         self.read_ahead = b""
+        # Its open() gives the socket to the loop.
+        self.session_type: type[Session] = Session
 
     def send(self, data: bytes) -> int:
         """Receive the 101 response of simple-websocket."""
@@ -2561,6 +2665,7 @@ class Endpoint:
         Sock().route("/ws", bp=self.blueprint, endpoint="websocket")(self._websocket)
         self.blueprint.add_url_rule("/ws", "about", self._about)
         self.blueprint.add_url_rule("/ws/client.js", "client_js", self._client_js)
+        self.blueprint.add_url_rule("/ws/events", "events", self._events)
         self.blueprint.url_defaults(self._add_version)
 
     def _engine(self) -> Engine:
@@ -2610,19 +2715,9 @@ class Endpoint:
                 handshake.own = descriptors().take_over(handshake.sock)
         except (OSError, ValueError) as error:
             # ValueError: the server has closed its socket, because the client has left.
-            self._log_lost_socket(engine, error)
+            log_lost_socket(engine, error)
             return
         handshake.read_ahead = read_server_buffers(environ)
-
-    def _log_lost_socket(self, engine: Engine, error: Exception) -> None:
-        """Log it if the process has too many open files. That a client has left is not logged."""
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.EINVAL, errno.ENFILE):
-            engine.warn(
-                "refused a WebSocket: this process has %s connections and may not open more files"
-                " (its limit is %s). Raise the limit: ulimit -n, or LimitNOFILE in systemd",
-                engine.registry.slots,
-                descriptors().limit,
-            )
 
     def _answer_handshake(self, response: Response) -> Response:
         """Answer with a plain 101, so that the server logs this status.
@@ -2659,7 +2754,7 @@ class Endpoint:
             if self._hub.authorize_hook or has_connection_receivers():
                 kept = hook_environ(environ)
             address = environ.get("REMOTE_ADDR", "")
-            if engine.loop.call(Session.open, engine, handshake, kept, address):
+            if engine.loop.call(handshake.session_type.open, engine, handshake, kept, address):
                 return
             handshake.own.close()
         engine.registry.release()
@@ -2676,8 +2771,13 @@ class Endpoint:
         return self._refuse(
             426,
             "upgrade_required",
-            "this is the address of a WebSocket; connect to it with ws:// or wss://",
+            "this is the address of a WebSocket; connect to it with ws:// or wss://, or use plain"
+            f" HTTP: GET {url_for('.events')}",
         )
+
+    def _events(self) -> Response:
+        """Answer GET /ws/events: with a stream, or with the events that there are."""
+        return EventsRequest(self._hub, self._engine()).answer()
 
     def _add_version(self, endpoint: str, values: dict[str, Any]) -> None:
         """Add `v`, a hash of client.js, to the address of it that url_for() returns."""
@@ -2705,7 +2805,7 @@ class Endpoint:
 class HandshakeCheck:
     """Decides about one handshake, in a thread of the web server.
 
-    It runs before the request reaches flask-sock's route.
+    It runs before the request reaches flask-sock's route. EventsRequest uses its parts.
     """
 
     # Names and values of a handshake's headers together: they are kept if the site has hooks.
@@ -2721,11 +2821,7 @@ class HandshakeCheck:
         self._warn_of_processes()
         self._check_headers()
         self._check_origin()
-        # Started before the site is asked for the user: a sign-out from now on is noticed.
-        self._hub.start(self._engine)
-        if self._engine.follower is not None:
-            self._engine.follower.wait_for_begin()
-        began = time.monotonic()
+        began = self._start()
         user = self._find_user()
         self._reserve_slot()
         return Handshake(sock, user, began)
@@ -2737,14 +2833,22 @@ class HandshakeCheck:
         problem = ""
         if sock is None:
             problem = "gives no access to the socket"
-        elif "gunicorn.socket" not in environ and environ.get("wsgi.multiprocess"):
+        elif is_forking(environ):
             problem = "starts a process for each request"
         elif needs_relay(sock) and not environ.get("wsgi.multithread"):
             problem = "has one thread, which TLS inside the process would occupy"
         if problem:
             self._engine.warn("refused a WebSocket: %s %s; %s", server, problem, SUPPORTED_SERVERS)
-            raise HandshakeRefused(501, "not_supported", f"{server} {problem}; {SUPPORTED_SERVERS}")
+            hint = f"{SUPPORTED_SERVERS}, or use plain HTTP: GET {url_for('.events')}"
+            raise HandshakeRefused(501, "not_supported", f"{server} {problem}; {hint}")
         return sock
+
+    def _start(self) -> float:
+        """Start the engine, and return the time. A sign-out from then on is noticed."""
+        self._hub.start(self._engine)
+        if self._engine.follower is not None:
+            self._engine.follower.wait_for_begin()
+        return time.monotonic()
 
     def _warn_of_processes(self) -> None:
         if request.environ.get("wsgi.multiprocess") and self._engine.log is None:
@@ -2757,12 +2861,7 @@ class HandshakeCheck:
     def _check_headers(self) -> None:
         """Refuse a handshake that RFC 6455 section 4.2.1 does not allow."""
         environ = request.environ
-        headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
-        size = sum(len(key) + len(value) for key, value in headers.items())
-        if size + len(environ.get("QUERY_STRING", "")) > self.MAX_HEADERS:
-            raise HandshakeRefused(
-                431, "bad_handshake", f"the headers are over {self.MAX_HEADERS} bytes"
-            )
+        headers = self._check_size()
         if request.method != "GET":
             raise HandshakeRefused(
                 400, "bad_handshake", f"a handshake is a GET, not a {request.method}"
@@ -2787,6 +2886,17 @@ class HandshakeCheck:
                 400, "bad_handshake", "Sec-WebSocket-Key must be 16 bytes in base64"
             )
 
+    def _check_size(self) -> dict[str, str]:
+        """Return the headers, as the environ has them, or refuse them because they are too long."""
+        environ = request.environ
+        headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
+        size = sum(len(key) + len(value) for key, value in headers.items())
+        if size + len(environ.get("QUERY_STRING", "")) > self.MAX_HEADERS:
+            raise HandshakeRefused(
+                431, "bad_handshake", f"the headers are over {self.MAX_HEADERS} bytes"
+            )
+        return headers
+
     def _check_origin(self) -> None:
         """Refuse handshakes of pages of other sites (RFC 6455 section 10.2).
 
@@ -2797,7 +2907,7 @@ class HandshakeCheck:
         if origin is None or is_origin_allowed(origin, host, self._engine.settings.origins):
             return
         self._engine.warn(
-            "refused a WebSocket to a page of %r, because that is not the host of the request"
+            "refused a connection to a page of %r, because that is not the host of the request"
             " (%s). If such pages may connect, add the origin to SWIFTCMS_WS_ORIGINS. If it is"
             " this site, let its proxy pass the Host header on",
             origin[:200],
@@ -2829,7 +2939,7 @@ class HandshakeCheck:
         limit = self._engine.settings.max_connections or descriptors().max_connections
         if not self._engine.registry.reserve(limit):
             self._engine.warn(
-                "refused a WebSocket: all %s slots are taken. Set SWIFTCMS_WS_MAX_CONNECTIONS and,"
+                "refused a connection: all %s slots are taken. Set SWIFTCMS_WS_MAX_CONNECTIONS and,"
                 " if need be, the limit of open files (ulimit -n, LimitNOFILE in systemd) higher",
                 limit,
             )
@@ -2842,6 +2952,17 @@ class HandshakeCheck:
             raise HandshakeRefused(
                 503, "going_away", "the server is shutting down", **{"Retry-After": "2"}
             )
+
+
+def log_lost_socket(engine: Engine, error: Exception) -> None:
+    """Log it if the process has too many open files. That a client has left is not logged."""
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.EINVAL, errno.ENFILE):
+        engine.warn(
+            "refused a connection: this process has %s connections and may not open more files"
+            " (its limit is %s). Raise the limit: ulimit -n, or LimitNOFILE in systemd",
+            engine.registry.slots,
+            descriptors().limit,
+        )
 
 
 def needs_relay(sock: Any) -> bool:
@@ -3008,6 +3129,11 @@ def find_socket(environ: Mapping[str, Any]) -> Any:
     if type(sock).__module__.startswith("eventlet"):
         return None
     return sock
+
+
+def is_forking(environ: Mapping[str, Any]) -> bool:
+    """Return whether the web server starts a process for each request, as Werkzeug can."""
+    return "gunicorn.socket" not in environ and bool(environ.get("wsgi.multiprocess"))
 
 
 def read_server_buffers(environ: Mapping[str, Any]) -> bytes:
@@ -3478,6 +3604,7 @@ class Session:
         CloseCode.HEARTBEAT_TIMEOUT: "it sent nothing for two heartbeats (SWIFTCMS_WS_HEARTBEAT)",
     }
 
+    FRAMING = WEBSOCKET
     # Messages of one client are handled for so many seconds before the others get their turn.
     TURN = 0.005
     # Frames of a client that it sent before it received our close frame. With more, it floods.
@@ -3526,11 +3653,12 @@ class Session:
     def open(
         cls, engine: Engine, handshake: Handshake, environ: dict[str, Any] | None, address: str
     ) -> None:
-        """Adopt the socket of a handshake: send the 101 and the greeting, then begin to read."""
+        """Adopt the socket of a handshake: send the response and the greeting; begin to read."""
         client_id = engine.process + secrets.token_hex(6)
         max_queue = engine.settings.max_queue
         assert handshake.own is not None
-        connection = Connection(client_id, handshake.own, engine.loop, max_queue, handshake.user)
+        own, user = handshake.own, handshake.user
+        connection = Connection(client_id, own, engine.loop, max_queue, user, cls.FRAMING)
         connection.session = session = cls(engine, connection, environ, address)
         session.guarded(session._start, handshake)
 
@@ -3541,32 +3669,37 @@ class Session:
         if connection.state is State.CLOSED:
             return
         engine.registry.add(connection)
-        engine.heartbeat.add(connection)
         # Read before the greeting: the site hears of every client that was greeted before closing.
         is_closing = engine.is_closing
         self._greet()
         if is_closing:
             connection.close(CloseCode.GOING_AWAY, "the server is going away; reconnect with since")
         elif handshake.user and engine.was_signed_out(handshake.user, handshake.began):
-            close_signed_out(connection)
+            self.sign_out()
         if connection.state is not State.OPEN:
             return
         self.expiry.schedule()
         self._has_begun = True
-        self._begin(handshake.read_ahead)
+        self._begin(handshake)
 
-    def _begin(self, read_ahead: bytes) -> None:
-        """Handle the first bytes, after the receivers of client_connected have returned."""
+    def _begin(self, handshake: Handshake) -> None:
+        """Serve the client, after the receivers of client_connected have returned."""
 
         def connected(_: object = None) -> None:
-            self.receive(read_ahead)
+            self._serve_first(handshake)
 
         if client_connected.receivers:
             self.tasks.start(self.tasks.signal(client_connected), connected)
         else:
             connected()
 
+    def _serve_first(self, handshake: Handshake) -> None:
+        """Handle the bytes that the client has sent together with the handshake."""
+        self.receive(handshake.read_ahead)
+
     def _greet(self) -> None:
+        """Send the first message. The client gets heartbeats from now on."""
+        self.engine.heartbeat.add(self.connection)
         user = self.connection.user
         payload = {
             "clientId": self.connection.id,
@@ -3709,7 +3842,8 @@ class Session:
         self, message_type: str, payload: Mapping[str, Any], content_type: str | None = None
     ) -> None:
         """Answer the message that is being handled."""
-        self.connection.send(message_frame(message_type, payload, content_type, self.ref))
+        framing = self.connection.framing
+        self.connection.send(framing.message(message_type, payload, content_type, self.ref))
 
     def report_error(self, error: ClientError) -> None:
         """Answer with system.error, and close the connection if the error says so."""
@@ -3740,6 +3874,10 @@ class Session:
         self.connection.close(CloseCode.INTERNAL_ERROR, "the server failed; its log has the reason")
 
     # -- the end -----------------------------------------------------------------------------------
+
+    def sign_out(self) -> None:
+        """Close the connection, because the site has signed its user out."""
+        self.connection.close(CloseCode.UNAUTHORIZED, "the site signed you out; sign in again")
 
     def end(self) -> None:
         """The connection is not OPEN any more: forget the client, and notify the site."""
@@ -3800,7 +3938,7 @@ class ClientTasks:
             if connection.has_left():
                 return None
             with hook_context(engine.app, self._environ):
-                return [self._is_allowed(hook(user, *pattern), pattern) for pattern in patterns]
+                return [is_allowed(engine, hook(user, *pattern), pattern) for pattern in patterns]
 
         def answered(answers: list[bool] | None) -> None:
             if answers is None:
@@ -3809,19 +3947,6 @@ class ClientTasks:
                 then(*args, answers)
 
         self.start(task, answered)
-
-    def _is_allowed(self, answer: object, pattern: Pattern) -> bool:
-        """Return whether the hook allowed it. Anything but True refuses."""
-        if answer is not True and answer is not False:
-            if inspect.iscoroutine(answer):
-                answer.close()
-            self._session.engine.warn(
-                "the authorize hook returned %s for %s, which refuses it: it must return True"
-                " or False, and be a plain function without a login decorator",
-                type(answer).__name__,
-                " ".join(pattern),
-            )
-        return answer is True
 
     def read_log(self, since: EventId, then: Callable[..., None]) -> None:
         """Read the events after `since` from the shared log, then call `then(events)`."""
@@ -3886,6 +4011,20 @@ class ClientTasks:
                 session.handle_received()
             else:
                 session.connection.update_selector()
+
+
+def is_allowed(engine: Engine, answer: object, pattern: Pattern) -> bool:
+    """Return whether the authorize hook allowed a pattern. Anything but True refuses it."""
+    if answer is not True and answer is not False:
+        if inspect.iscoroutine(answer):
+            answer.close()
+        engine.warn(
+            "the authorize hook returned %s for %s, which refuses it: it must return True"
+            " or False, and be a plain function without a login decorator",
+            type(answer).__name__,
+            " ".join(pattern),
+        )
+    return answer is True
 
 
 def _raise(error: BaseException) -> None:
@@ -4139,13 +4278,17 @@ class Subscribing:
         for pattern in self.patterns:
             engine.registry.subscribe(connection, pattern, start)
         recovery = {"recovered": events is not None, "replayed": len(missed)}
-        session.answer("system.subscribed", {**self._describe(), **recovery})
-        connection.send_replay([event.frame for event in missed])
+        self.answer({**self.describe(), **recovery})
+        connection.send_replay([connection.framing.event(event) for event in missed])
         engine.counters.add("replayed", len(missed))
         # Looking at events costs as much as sending them.
         session.consume(self.REPLAY_COST * len(events or []) / max(1, engine.settings.history))
 
-    def _describe(self) -> dict[str, Any]:
+    def answer(self, payload: Mapping[str, Any]) -> None:
+        self.session.answer("system.subscribed", payload)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the patterns, as the answer names them."""
         if not self.is_list:
             event_type, content_type = self.patterns[0]
             return {"type": event_type, "contentType": content_type}
@@ -4420,14 +4563,14 @@ class Heartbeat:
             del self._slices[number][connection]
 
     def _beat(self, number: int) -> None:
-        """Send system.heartbeat, which scripts can see, and a ping, which libraries answer."""
+        """Send a slice of the connections their heartbeat."""
         engine = self._engine
         if number == 0:
             engine.exchange.beat()
-        connections = list(self._slices[number])
-        if connections:
-            message = message_frame("system.heartbeat", place_fields(engine))
-            Connection.send_to_all(connections, message + encode_frame(Opcode.PING, b""))
+        for framing in engine.registry.framings:
+            connections = [each for each in self._slices[number] if each.framing is framing]
+            if connections:
+                Connection.send_to_all(connections, framing.heartbeat(place_fields(engine)))
 
 
 def is_gunicorn_stopping() -> bool:
@@ -4567,19 +4710,18 @@ class Editing:
 
     def _stop_leaving(self) -> None:
         """Stop the editing of clients that are gone; a few at a time, so that others are served."""
-        frames: dict[str, list[bytes]] = defaultdict(list)
-        while self._leaving and sum(map(len, frames.values())) < self.STOPS_AT_ONCE:
+        changes: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        while self._leaving and sum(map(len, changes.values())) < self.STOPS_AT_ONCE:
             client_id = self._leaving[0]
             entries = self.entries_of(client_id)
             for entry in entries[: self.STOPS_AT_ONCE]:
                 editor = self._remove(entry, client_id)
                 if editor is not None:
-                    frames[entry[0]].append(self._frame("user.stoppedEditing", entry, editor))
+                    changes[entry[0]].append(self._describe_change(entry, editor))
             if len(entries) <= self.STOPS_AT_ONCE:
                 self._leaving.popleft()
-        for content_type, joined in frames.items():
-            connections = self._engine.registry.matching("user.stoppedEditing", content_type)
-            Connection.send_to_all(connections, b"".join(joined))
+        for content_type, payloads in changes.items():
+            self._broadcast("user.stoppedEditing", content_type, payloads)
         self._engine.exchange.queue_list()
         if self._leaving:
             self._engine.loop.call_at(time.monotonic(), self._stop_leaving)
@@ -4591,15 +4733,23 @@ class Editing:
 
     def _changed(self, event_type: str, entry: Entry, editor: Editor) -> None:
         """Broadcast a change to its subscribers, and queue our list for other processes."""
-        connections = self._engine.registry.matching(event_type, entry[0])
-        if connections:
-            Connection.send_to_all(connections, self._frame(event_type, entry, editor))
+        self._broadcast(event_type, entry[0], [self._describe_change(entry, editor)])
         if editor.process == self._engine.process:
             self._engine.exchange.queue_list()
 
-    def _frame(self, event_type: str, entry: Entry, editor: Editor) -> bytes:
-        payload = {**self.describe(entry), "editor": editor.as_json()}
-        return message_frame(event_type, payload, entry[0])
+    def _describe_change(self, entry: Entry, editor: Editor) -> dict[str, Any]:
+        return {**self.describe(entry), "editor": editor.as_json()}
+
+    def _broadcast(
+        self, event_type: str, content_type: str, payloads: list[dict[str, Any]]
+    ) -> None:
+        """Send changes of one content type to their subscribers."""
+        registry = self._engine.registry
+        for framing in registry.framings:
+            connections = registry.matching(event_type, content_type, None, framing)
+            if connections:
+                messages = [framing.message(event_type, each, content_type) for each in payloads]
+                Connection.send_to_all(connections, b"".join(messages))
 
     def relay(self, entry: Entry, editor: Editor, change: object) -> None:
         """Send a change to the other editors of this process, subscribed or not."""
@@ -5191,6 +5341,435 @@ class Follower:
 
 
 # == 15. Plain HTTP ==============================================================================
+
+# A client that has to wait comes again after so many seconds: the server is full, or stops.
+BUSY_RETRY = (10.0, 20.0)
+
+
+def stream_block(
+    data: bytes, event_type: str | None = None, event_id: str | None = None
+) -> bytes:
+    """Return one message of an event stream (WHATWG HTML, section 9.2.6)."""
+    head = ""
+    if event_type is not None:
+        head += f"event: {event_type}\n"
+    if event_id is not None:
+        head += f"id: {event_id}\n"
+    # JSON of the site's own provider may have line breaks. The client puts the lines together.
+    lines = b"\ndata: ".join(data.splitlines())
+    return head.encode() + b"data: " + lines + b"\n\n"
+
+
+def retry_block(seconds: float) -> bytes:
+    """Return the field that says after how many seconds the client shall connect again."""
+    return f"retry: {round(seconds * 1000)}\n\n".encode()
+
+
+class EventStream(Framing):
+    """How messages are written to a client over plain HTTP: as server-sent events."""
+
+    has_pongs = False
+    # Each close code's `code` in the last system.error. For UNAUTHORIZED it was sent already.
+    ERRORS: Mapping[int, str] = {
+        CloseCode.GOING_AWAY: "going_away",
+        CloseCode.TRY_AGAIN_LATER: "too_slow",
+    }
+
+    def event(self, event: Event) -> bytes:
+        return event.block
+
+    def message(
+        self,
+        message_type: str,
+        payload: Mapping[str, Any],
+        content_type: str | None = None,
+        ref: str | float | None = None,
+        event_id: str | None = None,
+    ) -> bytes:
+        text = message_text(message_type, payload, content_type)
+        return stream_block(text.encode(), message_type, event_id)
+
+    def heartbeat(self, place: Mapping[str, Any]) -> bytes:
+        return self.message("system.heartbeat", place, event_id=place["lastId"])
+
+    def closing(self, code: int, reason: str) -> bytes:
+        if code not in self.ERRORS:
+            return b""
+        error = {"code": self.ERRORS[code], "message": reason, "action": None}
+        return self.message("system.error", error)
+
+
+EVENT_STREAM = EventStream()
+
+
+class EventsRequest(HandshakeCheck):
+    """Checks and answers one request for /ws/events, in a thread of the web server.
+
+    It asks all hooks in the request itself, because the request waits for the answer anyway.
+    """
+
+    def answer(self) -> Response:
+        """Return a stream, the result of a poll, or a refusal."""
+        cors: dict[str, str] = {}
+        try:
+            self._check_size()
+            self._check_origin()
+            origin = request.headers.get("Origin")
+            if origin is not None:
+                cors["Access-Control-Allow-Origin"] = origin
+                cors["Access-Control-Allow-Credentials"] = "true"
+            response = self._answer()
+        except HandshakeRefused as refused:
+            self._engine.counters.add(f"refused_{refused.status}")
+            response = refused.response
+            if refused.status == 503:
+                # A browser would give up for good at 503.
+                response = busy_response(refused.code, str(refused))
+        response.headers.update(cors)
+        response.vary.add("Origin")
+        return response
+
+    def _answer(self) -> Response:
+        engine = self._engine
+        self._warn_of_processes()
+        message = self._parse()
+        began = self._start()
+        user = self._find_user()
+        if user is None and engine.settings.auth == "required":
+            challenge = {"WWW-Authenticate": "Bearer"}
+            raise HandshakeRefused(401, "auth_required", "sign in first: add a token", **challenge)
+        if request.method == "HEAD":
+            return EventsResponse(has_length=False)
+        handshake = EventsHandshake(find_socket(request.environ), user, began, message)
+        handshake.answers = self._ask(user, message)
+        engine.has_served = True
+        if request.args.get("mode") == "poll" or not can_stream(handshake.sock):
+            return self._poll(handshake)
+        self._reserve_slot()
+        request.environ[HANDSHAKE_KEY] = handshake
+        return StreamResponse(engine, handshake)
+
+    def _parse(self) -> dict[str, Any]:
+        """Return the `subscribe` message that the query stands for; raise HandshakeRefused."""
+        message: dict[str, Any] = {"subscriptions": []}
+        for text in request.args.getlist("sub") or [""]:
+            event_type, _, content_type = text.partition(":")
+            item = {"type": event_type or "*", "contentType": content_type or "*"}
+            message["subscriptions"].append(item)
+        since = request.headers.get("Last-Event-ID") or request.args.get("since")
+        if since is not None:
+            message["since"] = since
+        try:
+            for item in subscription_list(message):
+                parse_pattern(item)
+            if since is not None:
+                parse_event_id(since)
+        except ClientError as error:
+            raise HandshakeRefused(400, error.code, str(error)) from error
+        return message
+
+    def _ask(self, user: User | None, message: Mapping[str, Any]) -> list[bool]:
+        """Ask the authorize hook for the patterns, each once and in the order of the message."""
+        patterns = dict.fromkeys(map(parse_pattern, message["subscriptions"]))
+        hook = self._hub.authorize_hook
+        if hook is None:
+            return [True] * len(patterns)
+        return [is_allowed(self._engine, hook(user, *pattern), pattern) for pattern in patterns]
+
+    def _poll(self, handshake: EventsHandshake) -> Response:
+        engine = self._engine
+        engine.counters.add("polls")
+        poll = Poll(engine, handshake)
+        if not engine.is_closing and engine.loop.call(poll.run):
+            poll.is_done.wait(Poll.TIMEOUT)
+        return EventsResponse(poll.body())
+
+
+def can_stream(sock: Any) -> bool:
+    """Return whether the socket can be taken over. A relay is none, because it holds a thread."""
+    return sock is not None and not is_forking(request.environ) and not needs_relay(sock)
+
+
+class EventsHandshake(Handshake):
+    """What is known about a request for /ws/events, for the session that serves it on the loop.
+
+    message: the `subscribe` message that the query stands for
+    answers: those of the authorize hook
+    """
+
+    def __init__(
+        self, sock: Any, user: User | None, began: float, message: dict[str, Any]
+    ) -> None:
+        super().__init__(sock, user, began)
+        self.session_type = StreamSession
+        self.message = message
+        self.answers: list[bool] = []
+
+
+class EventsResponse(Response):
+    """A response in the form of an event stream."""
+
+    def __init__(self, body: bytes = b"", has_length: bool = True) -> None:
+        super().__init__(body, mimetype="text/event-stream")
+        self.automatically_set_content_length = has_length
+        self.headers["Cache-Control"] = "no-store"
+        # nginx would collect 8 KiB before it sends any.
+        self.headers["X-Accel-Buffering"] = "no"
+
+
+def busy_response(code: str, message: str) -> Response:
+    """Tell a client to connect again later, because the server is full or stops."""
+    error = {"code": code, "message": message, "action": None}
+    body = retry_block(random.uniform(*BUSY_RETRY)) + EVENT_STREAM.message("system.error", error)
+    return EventsResponse(body)
+
+
+class StreamResponse(EventsResponse):
+    """Takes the socket over when the server calls it, with the headers that the site has left.
+
+    The server gets the same headers for its log, and writes them into a dead socket.
+    """
+
+    # Seconds until the client of a stream that was cut connects again.
+    RETRY = (1.0, 3.0)
+
+    def __init__(self, engine: Engine, handshake: EventsHandshake) -> None:
+        super().__init__(has_length=False)
+        self._engine = engine
+        self._handshake = handshake
+
+    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        handshake = self._handshake
+        try:
+            own = descriptors().take_over(handshake.sock)
+        except (OSError, ValueError) as error:
+            # ValueError: the server has closed its socket, because the client has left.
+            log_lost_socket(self._engine, error)
+            busy = busy_response("too_many_connections", "too many open files")
+            return busy(environ, start_response)
+        handshake.response = self._head(environ) + retry_block(random.uniform(*self.RETRY))
+        # Another request of this client would be answered into the dead socket.
+        read_server_buffers(environ)
+        set_timeout(own, self._engine.settings.heartbeat * (MISSED_HEARTBEATS + 1))
+        handshake.own = own
+        return super().__call__(environ, start_response)
+
+    def _head(self, environ: Any) -> bytes:
+        headers = self.get_wsgi_headers(environ)
+        headers.remove("Content-Length")
+        headers.setdefault("Date", http_date())
+        # Not for the server: PEP 3333 forbids applications to send it, and waitress checks that.
+        headers["Connection"] = "close"
+        lines = [f"HTTP/1.1 {self.status}", *(f"{name}: {value}" for name, value in headers)]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def set_timeout(sock: socket.socket, seconds: float) -> None:
+    """Let the kernel close a socket whose peer has not confirmed any data for so long.
+
+    The client of a stream never sends anything, so it would take 15 minutes to notice that it has
+    vanished. Linux alone has this option.
+    """
+    with suppress(OSError, AttributeError):
+        milliseconds = round(max(10.0, seconds) * 1000)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
+class StreamSession(Session):
+    """Serves one stream: its only message is the query of the request. Loop only."""
+
+    FRAMING = EVENT_STREAM
+
+    __slots__ = ()
+
+    def _greet(self) -> None:
+        """Send nothing: system.subscribed is the first message."""
+
+    def _serve_first(self, handshake: Handshake) -> None:
+        assert isinstance(handshake, EventsHandshake)
+        StreamSubscribing(self, handshake.message).allowed(handshake.answers)
+
+    def receive(self, data: bytes) -> None:
+        """Drop what a client sends after its request. It pays for it as for messages."""
+        super().consume(1 + len(data) // MessageReader.BYTES_PER_TOKEN)
+
+    def consume(self, count: float) -> None:
+        """Take no tokens: the client cannot ask twice in one request."""
+
+    def sign_out(self) -> None:
+        message = "the site signed you out; sign in again"
+        self.answer("system.error", {"code": "signed_out", "message": message, "action": None})
+        super().sign_out()
+
+
+class StreamSubscribing(Subscribing):
+    """Answers the query of a stream. Loop only."""
+
+    def finish(self, events: list[Event] | None) -> None:
+        super().finish(events)
+        session = self.session
+        connection = session.connection
+        if self.since is not None and connection.state is State.OPEN:
+            # The replay is over, so the client may resume from here, also if it was empty.
+            connection.send(EVENT_STREAM.heartbeat(place_fields(session.engine)))
+
+    def answer(self, payload: Mapping[str, Any]) -> None:
+        """Send system.subscribed. The client gets heartbeats from now on.
+
+        An earlier one would name events that are still missing.
+        """
+        engine, connection = self.session.engine, self.session.connection
+        connection.send(self.first_block(payload))
+        if connection.state is State.OPEN:
+            engine.heartbeat.add(connection)
+
+    def first_block(self, payload: Mapping[str, Any]) -> bytes:
+        """Return system.subscribed, with the fields of a greeting."""
+        engine, connection = self.session.engine, self.session.connection
+        user, place = connection.user, place_fields(engine)
+        last_id = place.pop("lastId")
+        if self.since is not None and payload["recovered"]:
+            last_id = format_event_id(self.since)
+        expires_at = None
+        if user is not None and user.expires_at is not None:
+            expires_at = timestamp(int(user.expires_at * 1000))
+        fields = {
+            "clientId": connection.id,
+            "userId": user.id if user else None,
+            "expiresAt": expires_at,
+            "heartbeat": engine.settings.heartbeat,
+        }
+        message = {**payload, **fields, **place}
+        return EVENT_STREAM.message("system.subscribed", message, event_id=last_id)
+
+
+class Poll(Connection):
+    """Collects the events of one request that is not a stream. It has no socket and takes no slot.
+
+    A thread of the web server creates it, waits for `is_done`, and reads the body. The rest is for
+    the loop. For the session it is a connection from which nothing can be read.
+    """
+
+    # How long the thread waits, in seconds: for a `since` that is not known yet, or the shared log.
+    TIMEOUT = 5.0
+    # Seconds until the next poll. The more events there were, the sooner.
+    LONGEST_RETRY, SHORTEST_RETRY = 1.5, 0.1
+
+    __slots__ = ("_blocks", "_engine", "_handshake", "_retry", "is_done")
+
+    def __init__(self, engine: Engine, handshake: EventsHandshake) -> None:
+        self.id = engine.process + secrets.token_hex(6)
+        self.framing = EVENT_STREAM
+        self.state = State.OPEN
+        self.user = handshake.user
+        # Stays empty: it receives no later events.
+        self.subscriptions = {}
+        self.is_done = threading.Event()
+        self._engine = engine
+        self._handshake = handshake
+        self._blocks: list[bytes] = []
+        self._retry: float | None = None
+
+    def body(self) -> bytes:
+        """Return the response's body, or ask the client to come later if there is none."""
+        if self._retry is None:
+            reason = "the server is going away; reconnect with since"
+            self._blocks = [EVENT_STREAM.closing(CloseCode.GOING_AWAY, reason)]
+            self._retry = random.uniform(*BUSY_RETRY)
+        return b"".join([retry_block(self._retry), *self._blocks])
+
+    # -- the loop's thread -------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Answer the query now, or as soon as the shared log is read."""
+        engine, handshake = self._engine, self._handshake
+        self.session = session = StreamSession(engine, self, None, "")
+        if handshake.user and engine.was_signed_out(handshake.user, handshake.began):
+            session.sign_out()
+        else:
+            session.guarded(self._subscribe)
+
+    def _subscribe(self) -> None:
+        PollSubscribing(self.session, self._handshake.message).allowed(self._handshake.answers)
+
+    def send(self, data: bytes) -> None:
+        self._blocks.append(data)
+
+    def finish(self, share: float) -> None:
+        """Everything is collected. share: that of the history which this poll has sent."""
+        retry = max(self.SHORTEST_RETRY, self.LONGEST_RETRY * (1 - share))
+        self._retry = retry * random.uniform(0.8, 1.2)
+        self._engine.pollers.add(retry)
+        self._end()
+
+    def close(self, code: int, reason: str) -> None:
+        """Send an error instead, after which the client asks again."""
+        self.send(self.framing.closing(code, reason))
+        self._retry = random.uniform(*BUSY_RETRY)
+        self._end()
+
+    def _end(self) -> None:
+        self.state = State.CLOSED
+        self.is_done.set()
+
+    @property
+    def can_read(self) -> bool:
+        return False
+
+    def update_selector(self) -> None:
+        """There is no socket to watch."""
+
+
+class PollSubscribing(StreamSubscribing):
+    """Answers the query of a poll. Loop only."""
+
+    def finish(self, events: list[Event] | None) -> None:
+        """Collect the answer and as many of the missed events as a poll may send."""
+        engine, poll = self.session.engine, cast(Poll, self.session.connection)
+        missed = engine.registry.missed(poll, self.patterns, events or [])
+        sent = list(_first_events(missed, engine.settings.max_queue))
+        recovery = {"recovered": events is not None, "replayed": len(sent)}
+        poll.send(self.first_block({**self.describe(), **recovery}))
+        poll.send(b"".join(event.block for event in sent))
+        place = place_fields(engine)
+        if len(sent) < len(missed):
+            # The rest comes with the next poll.
+            place["lastId"] = format_event_id(sent[-1].id)
+        poll.send(EVENT_STREAM.heartbeat(place))
+        engine.counters.add("replayed", len(sent))
+        poll.finish(len(sent) / max(1, engine.settings.history))
+
+
+def _first_events(events: Iterable[Event], room: int) -> Iterator[Event]:
+    """Yield the first events that have at most `room` bytes together, and at least one."""
+    size = 0
+    for event in events:
+        size += len(event.block)
+        if size > room and size > len(event.block):
+            return
+        yield event
+
+
+class Pollers:
+    """Estimates how many clients poll, from the pauses between their requests. Loop only.
+
+    A client that polls every three seconds counts a tenth in each poll. The weights fade in
+    WINDOW seconds, so that their sum is the number of clients.
+    """
+
+    WINDOW = 30.0
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._updated_at = time.monotonic()
+
+    def add(self, pause: float) -> None:
+        """Note a poll after which the client waits so many seconds."""
+        self._sum = self.count() + pause / self.WINDOW
+        self._updated_at = time.monotonic()
+
+    def count(self) -> float:
+        return self._sum * math.exp((self._updated_at - time.monotonic()) / self.WINDOW)
 
 
 # == 16. The ready-made hub ======================================================================
