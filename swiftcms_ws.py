@@ -5510,8 +5510,8 @@ class EventsResponse(Response):
     """A response in the form of an event stream."""
 
     def __init__(self, body: bytes = b"", has_length: bool = True) -> None:
-        super().__init__(body, mimetype="text/event-stream")
         self.automatically_set_content_length = has_length
+        super().__init__(body, mimetype="text/event-stream")
         self.headers["Cache-Control"] = "no-store"
         # nginx would collect 8 KiB before it sends any.
         self.headers["X-Accel-Buffering"] = "no"

@@ -83,7 +83,7 @@ from wsproto.extensions import PerMessageDeflate
 from wsproto.frame_protocol import FrameProtocol, Opcode
 
 import swiftcms_ws
-from swiftcms_ws import EVERYONE, Connection, Engine, Hub
+from swiftcms_ws import EVERYONE, Connection, Engine, Hub, now_milliseconds
 
 HERE = Path(__file__).parent
 SEED = HERE.parent / "shared" / "seed" / "websocket-api.md"
@@ -10716,6 +10716,743 @@ def test_serves_without_fcntl_resource_and_unix_sockets(tmp_path: Path) -> None:
 
 
 # -- Plain HTTP: the server ------------------------------------------------------------------------
+
+
+class Blocks:
+    """Parses an event stream (WHATWG HTML, section 9.2.6), and keeps the last id as a browser does."""
+
+    def __init__(self) -> None:
+        self.last_id: str | None = None
+        self.retry: float | None = None
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """Yield the complete messages: the JSON object, with the fields `event` and `id`."""
+        *blocks, self._rest = (self._rest + data).split(b"\n\n")
+        for block in blocks:
+            fields: dict[str, list[str]] = {}
+            for line in block.decode().split("\n"):
+                name, _, value = line.partition(":")
+                fields.setdefault(name, []).append(value.removeprefix(" "))
+            assert fields.keys() <= {"", "id", "event", "data", "retry"}, block
+            if "retry" in fields:
+                self.retry = int(fields["retry"][0]) / 1000
+            if "id" in fields:
+                self.last_id = fields["id"][0]
+            if "data" in fields:
+                message = json.loads("\n".join(fields["data"]))
+                yield {**message, "event": fields.get("event", [None])[0], "blockId": fields.get("id", [None])[0]}
+
+
+class Stream:
+    """A client over plain HTTP whose response does not end. It is strict in what it accepts."""
+
+    def __init__(
+        self, sock: socket.socket | int, query: str = "", since: str | None = None, path: str = "/ws/events", **headers: str
+    ) -> None:
+        if isinstance(sock, int):
+            sock = socket.create_connection(("127.0.0.1", sock), timeout=PATIENCE)
+        self.sock = sock
+        self.sock.settimeout(PATIENCE)
+        self.messages: deque[dict[str, Any]] = deque()
+        self._blocks = Blocks()
+        self._chunks: bytes | None = None
+        sent = {"Host": "127.0.0.1", **({"Last-Event-ID": since} if since else {})}
+        sent.update({name.replace("_", "-"): value for name, value in headers.items()})
+        lines = [f"GET {path}?{query} HTTP/1.1", *(f"{name}: {value}" for name, value in sent.items())]
+        try:
+            self.sock.sendall("\r\n".join([*lines, "", ""]).encode())
+            head, rest = self._read_head()
+        except BaseException:
+            self.sock.close()
+            raise
+        status, *fields = head.decode("latin-1").split("\r\n")
+        self.status = int(status.split()[1])
+        self.headers = dict(field.split(": ", 1) for field in fields)
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            self._chunks = b""
+        self._feed(rest)
+
+    def _read_head(self) -> tuple[bytes, bytes]:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            data = self.sock.recv(65536)
+            if not data:
+                raise ConnectionError
+            head += data
+        head, _, rest = head.partition(b"\r\n\r\n")
+        return head, rest
+
+    def _feed(self, data: bytes) -> None:
+        if self._chunks is not None:
+            # A proxy frames the response.
+            self._chunks, data = self._chunks + data, b""
+            while match := re.match(rb"([0-9a-f]+)\r\n", self._chunks):
+                end = match.end() + int(match[1], 16)
+                if len(self._chunks) < end + 2:
+                    break
+                data += self._chunks[match.end() : end]
+                self._chunks = self._chunks[end + 2 :]
+        self.messages.extend(self._blocks.feed(data))
+
+    @property
+    def last_id(self) -> str | None:
+        return self._blocks.last_id
+
+    @property
+    def retry(self) -> float | None:
+        return self._blocks.retry
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.sock.close()
+
+    def receive(self, timeout: float = PATIENCE, heartbeats: bool = False) -> dict[str, Any]:
+        """Return the next message, heartbeats only if wanted; raise Closed at the end."""
+        deadline = time.monotonic() + timeout
+        while True:
+            while self.messages:
+                message = self.messages.popleft()
+                if heartbeats or message["type"] != "system.heartbeat":
+                    return message
+            self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+            data = self.sock.recv(65536)
+            if not data:
+                raise Closed(None, None)
+            self._feed(data)
+
+    def receive_many(self, count: int) -> list[dict[str, Any]]:
+        return [self.receive() for _ in range(count)]
+
+    def closing(self) -> str | None:
+        """Read to the end; return the code of the last message if that is a system.error."""
+        last: dict[str, Any] = {}
+        with contextlib.suppress(Closed):
+            while True:
+                last = self.receive()
+        return last["payload"]["code"] if last.get("type") == "system.error" else None
+
+
+class Polled:
+    """The response of one poll."""
+
+    def __init__(self, answer: Any) -> None:
+        if isinstance(answer, tuple):
+            self.status, self.headers, body = answer
+        else:
+            self.status, self.headers, body = answer.status_code, dict(answer.headers), answer.data
+        blocks = Blocks()
+        self.messages = list(blocks.feed(body))
+        self.retry, self.last_id = blocks.retry, blocks.last_id
+        self.types = [message["type"] for message in self.messages]
+        self.payloads = [m["payload"] for m in self.messages if m["event"] is None]
+        self.first: dict[str, Any] = self.messages[0]["payload"]
+
+
+def poll(server: Server, query: str = "", since: str | None = None, **headers: str) -> Polled:
+    """Poll with Flask's test client."""
+    if since is not None:
+        headers["Last-Event-ID"] = since
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Polled(server.app.test_client().get(f"/ws/events?mode=poll&{query}", headers=sent))
+
+
+@pytest.mark.core
+def test_events_stream_messages(server: Server) -> None:
+    """A stream begins with system.subscribed. Events follow with their ids and without `event:`."""
+    before = server.hub.last_id()
+    query = "sub=content.*:posts&sub=:pages&sub=content.*:posts"
+    with Stream(server.port, query) as stream:
+        assert stream.status == 200
+        assert stream.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+        assert (stream.headers["Cache-Control"], stream.headers["Connection"]) == ("no-store", "close")
+        assert stream.headers["X-Accel-Buffering"] == "no"
+        assert "Date" in stream.headers
+        assert not {"ETag", "Content-Length"} & stream.headers.keys()
+        first = stream.receive()
+        assert stream.retry is not None
+        assert 1 <= stream.retry <= 3
+        assert (first["type"], first["event"], first["blockId"]) == (*["system.subscribed"] * 2, before)
+        payload = first["payload"]
+        assert payload["subscriptions"] == [
+            {"type": "content.*", "contentType": "posts"},
+            {"type": "*", "contentType": "pages"},
+        ]
+        names = ("refused", "recovered", "replayed", "userId", "expiresAt", "heartbeat", "spread")
+        assert [payload[name] for name in names] == [[], True, 0, None, None, 25, 0]
+        assert engine_of(server).registry.find(payload["clientId"]) is not None
+        event_id = server.publish(1)
+        server.hub.publish("user.login", "users", {})
+        server.hub.publish("any.thing", "pages", {"text": "a\nb\u2028c"})
+        message = stream.receive()
+        assert (message["event"], message["blockId"], message["payload"]) == (None, event_id, {"n": 1})
+        with server.client() as client:
+            client.subscribe(since=before)
+            same = client.receive()
+        assert {**message, "event": 0, "blockId": 0} == {**same, "event": 0, "blockId": 0}
+        assert stream.receive()["payload"] == {"text": "a\nb\u2028c"}
+        assert stat(server, "connections") >= 1
+    until(lambda: engine_of(server).registry.slots == 0, "the release of the slot")
+
+
+def test_events_stream_heartbeats_and_presence() -> None:
+    """A heartbeat moves the last id without an event; messages of the server have their type."""
+    with Server(HEARTBEAT=0.1) as server, Stream(server.port, "sub=user.*") as stream:
+        assert stream.receive()["type"] == "system.subscribed"
+        event_id = server.publish(1)
+        until(lambda: stream.receive(heartbeats=True)["blockId"] == event_id, "a heartbeat with the id")
+        with server.client() as client:
+            client.ask("editStart", contentType="posts", entryId="1")
+            message = stream.receive()
+            assert (message["type"], message["event"]) == ("user.editing", "user.editing")
+            assert message["blockId"] is None
+            assert message["payload"]["entryId"] == "1"
+        assert stream.receive()["type"] == "user.stoppedEditing"
+        # The client of a stream need not answer: after ten heartbeats it is still connected.
+        for _ in range(10):
+            assert stream.receive(heartbeats=True)["type"] == "system.heartbeat"
+
+
+@pytest.mark.core
+def test_events_poll_messages(server: Server) -> None:
+    """A poll has what was missed and ends with a heartbeat, from which the next one continues."""
+    start = server.hub.last_id()
+    first = poll(server)
+    assert (first.status, first.types, first.last_id) == (200, ["system.subscribed", "system.heartbeat"], start)
+    assert first.retry is not None
+    assert 1.2 <= first.retry <= 1.8
+    assert first.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    event_id = server.publish(1)
+    server.publish(2, "user.login")
+    second = poll(server, "sub=content.*", since=first.last_id)
+    assert second.types == ["system.subscribed", "content.created", "system.heartbeat"]
+    assert [m["blockId"] for m in second.messages] == [start, event_id, server.hub.last_id()]
+    assert second.first["replayed"] == 1
+    # The header goes before the parameter, and an unknown id is no error.
+    third = poll(server, f"since={start}", since="1-0")
+    assert (third.first["recovered"], third.last_id) == (False, server.hub.last_id())
+    assert poll(server, f"since={start}").payloads == [{"n": 1}, {"n": 2}]
+    assert stat(server, "polls") == 4
+    assert stat(server, "replayed") == 3
+    assert engine_of(server).registry.slots == 0
+
+
+def test_events_poll_in_parts() -> None:
+    """A poll sends MAX_QUEUE bytes, or one larger event; the next ones continue after it."""
+    with Server(MAX_QUEUE=4000) as server:
+        last: str | None = server.hub.last_id()
+        for number, size in enumerate([10, 3000, 10, 3990, 10, 10]):
+            server.publish(number, text="x" * size if size < 3990 else "x" * 3970)
+        got, counts = [], []
+        while not got or got[-1] != 5:
+            answer = poll(server, since=last)
+            assert answer.first["recovered"] is True
+            got += [payload["n"] for payload in answer.payloads]
+            counts.append(answer.first["replayed"])
+            last = answer.last_id
+        assert (got, counts) == ([0, 1, 2, 3, 4, 5], [3, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("history", "sent", "least", "most"),
+    [(1000, 0, 1.2, 1.8), (1000, 500, 0.6, 0.9), (1000, 1000, 0.08, 0.12), (0, 0, 1.2, 1.8)],
+)
+def test_events_poll_retry(history: int, sent: int, least: float, most: float) -> None:
+    """The more events a poll has sent, the sooner the next one."""
+    with Server(HISTORY=history) as server:
+        start = server.hub.last_id()
+        server.hub.publish_many([("content.created", "posts", {"n": 1})] * sent)
+        retries = [poll(server, since=start).retry or 0 for _ in range(5)]
+    assert all(least <= retry <= most for retry in retries)
+    assert len(set(retries)) > 1
+
+
+# Query, headers, configuration; status, code and a word of the message.
+EVENTS_ERRORS: list[tuple[str, dict[str, str], dict[str, Any], int, str, str]] = [
+    ("since=yesterday", {}, {}, 400, "invalid_since", "since"),
+    ("since=", {}, {}, 400, "invalid_since", "since"),
+    ("", {"Last-Event-ID": "x"}, {}, 400, "invalid_since", "since"),
+    ("sub=con*", {}, {}, 400, "invalid_type", "type"),
+    ("sub=content.*:a:b", {}, {}, 400, "invalid_type", "contentType"),
+    ("&".join(["sub=a"] * 1001), {}, {}, 400, "invalid_message", "1 to 1000"),
+    ("token=bad", {}, {}, 401, "invalid_token", "JWT"),
+    ("token=", {}, {}, 401, "invalid_token", "JWT"),
+    ("", {"Authorization": "Bearer bad"}, {}, 401, "invalid_token", "JWT"),
+    ("", {}, {"AUTH": "required"}, 401, "auth_required", "token"),
+    ("", {"Origin": "https://evil.example"}, {}, 403, "forbidden", "origin"),
+    ("", {"Origin": "null"}, {}, 403, "forbidden", "origin"),
+    ("sub=" + "a" * 40_000, {}, {}, 431, "bad_handshake", "headers"),
+]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("query", "headers", "config", "status", "code", "word"), EVENTS_ERRORS, ids=lambda value: repr(value)[:30]
+)
+def test_events_error(
+    query: str, headers: dict[str, str], config: dict[str, Any], status: int, code: str, word: str
+) -> None:
+    """A request that a browser should not repeat is refused, in both modes and for HEAD."""
+    with Server(**config) as server:
+        client = server.app.test_client()
+        answer = client.get(f"/ws/events?{query}", headers=headers)
+        assert (answer.status_code, answer.json["code"]) == (status, code)
+        assert word in answer.json["message"]
+        assert "Access-Control-Allow-Origin" not in answer.headers
+        assert client.head(f"/ws/events?{query}", headers=headers).status_code == status
+        assert stat(server, f"refused_{status}") == 2
+        assert engine_of(server).registry.slots == 0
+
+
+@pytest.mark.core
+def test_events_cors_head_and_methods() -> None:
+    """Allowed origins may read the answer, errors included; HEAD opens nothing."""
+    with Server(ORIGINS=["https://app.example"]) as server:
+        client = server.app.test_client()
+        for query, status in (("", 200), ("since=x", 400)):
+            answer = client.get(f"/ws/events?{query}", headers={"Origin": "https://app.example"})
+            assert answer.status_code == status
+            assert answer.headers["Access-Control-Allow-Origin"] == "https://app.example"
+            assert answer.headers["Access-Control-Allow-Credentials"] == "true"
+            assert "Origin" in answer.headers["Vary"]
+        assert "Access-Control-Allow-Origin" not in poll(server).headers
+        assert "Origin" in poll(server).headers["Vary"]
+        assert client.post("/ws/events").status_code == 405
+        before = stat(server, "polls")
+        status, headers, body = http(f"http://127.0.0.1:{server.port}/ws/events", "HEAD")
+        assert (status, headers["Content-Type"], body) == (200, "text/event-stream; charset=utf-8", b"")
+        assert "Content-Length" not in headers
+        assert (stat(server, "polls"), stat(server, "connections")) == (before, 0)
+
+
+def test_events_users_hooks_and_signals() -> None:
+    """Hooks run in the request, streams send signals, and polls send none; `to=` is respected."""
+    asked: list[tuple[str | None, str, str, str]] = []
+    signals: list[tuple[str, str | None]] = []
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @app.before_request
+        def remember() -> None:
+            g.name = request.args.get("name")
+
+        @app.after_request
+        def mark(response: Response) -> Response:
+            response.headers["X-Site"] = str(response.mimetype)
+            response.set_cookie("seen", "yes")
+            return response
+
+        @hub.identify
+        def identify() -> str | None:
+            return g.name  # type: ignore[no-any-return]
+
+        @hub.authorize
+        def authorize(user: Any, event_type: str, content_type: str) -> bool:
+            asked.append((user and user.id, event_type, content_type, g.name))
+            return content_type != "secret"
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda sender, user, **_: signals.append((name, user and user.id))
+
+    connected, left = note("connected"), note("left")
+    with Server(configure, MAX_SUBSCRIPTIONS=2) as server:
+        swiftcms_ws.client_connected.connect(connected, server.app)
+        swiftcms_ws.client_disconnected.connect(left, server.app)
+        start = server.hub.last_id()
+        query = "name=ana&sub=*:posts&sub=*:secret&sub=*:a&sub=*:b"
+        with Stream(server.port, query) as stream:
+            assert stream.headers["X-Site"] == "text/event-stream"
+            assert stream.headers["Set-Cookie"].startswith("seen=yes")
+            payload = stream.receive()["payload"]
+            assert (payload["userId"], payload["expiresAt"]) == ("ana", None)
+            codes = ["forbidden", "too_many_subscriptions"]
+            assert [refused["code"] for refused in payload["refused"]] == codes
+            assert asked[1] == ("ana", "*", "secret", "ana")
+            for number, to in enumerate(["bob", "ana", EVERYONE]):
+                server.publish(number, to=to)
+            server.hub.publish("content.created", "secret", {})
+            assert [stream.receive()["payload"]["n"] for _ in range(2)] == [1, 2]
+        until(lambda: signals == [("connected", "ana"), ("left", "ana")], "both signals")
+        answer = poll(server, "name=bob&sub=*:posts", since=start)
+        assert ([payload["n"] for payload in answer.payloads], answer.first["userId"]) == ([0, 2], "bob")
+        nothing = poll(server, "name=bob&sub=*:secret", since=start)
+        assert (nothing.status, nothing.payloads, nothing.first["recovered"]) == (200, [], True)
+        assert len(signals) == 2
+        assert "Vary" in answer.headers
+
+
+def test_events_tokens_and_ends(caplog: pytest.LogCaptureFixture) -> None:
+    """A stream ends with a system.error: token_expired, signed_out, going_away."""
+    with Server(AUTH="required", HEARTBEAT=NEVER) as server:
+        swift = token(expires_in=1)
+        with (
+            Stream(server.port, f"token={swift}") as expiring,
+            Stream(server.port, Authorization=f"Bearer {token('bob')}") as bob,
+            Stream(server.port, f"token={token('eve')}") as eve,
+        ):
+            assert expiring.receive()["payload"]["expiresAt"].endswith("Z")
+            assert bob.receive()["payload"]["userId"] == "bob"
+            assert server.hub.disconnect("bob") == 1
+            assert bob.closing() == "signed_out"
+            assert expiring.closing() == "token_expired"
+            server.hub.close()
+            assert eve.closing() == "going_away"
+        assert stat(server, "closed_4401") == 2
+        assert stat(server, "closed_1001") == 1
+        # Afterwards a browser is told to come later; it would not after a 503.
+        answer = Polled(server.app.test_client().get(f"/ws/events?token={token()}"))
+        assert (answer.status, answer.last_id, answer.first["code"]) == (200, None, "going_away")
+        assert answer.retry is not None
+        assert 10 <= answer.retry <= 20
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_events_signed_out_during_the_request() -> None:
+    """A sign-out that comes while the authorize hook is asked holds for streams and polls."""
+    hubs: list[Hub] = []
+
+    def configure(app: Flask, hub: Hub) -> None:
+        hubs.append(hub)
+        hub.identify(lambda: "ana")
+
+        @hub.authorize
+        def authorize(user: Any, event_type: str, content_type: str) -> bool:
+            hub.disconnect("ana")
+            return True
+
+    with Server(configure) as server:
+        answer = poll(server)
+        assert (answer.types, answer.first["code"]) == (["system.error"], "signed_out")
+        with Stream(server.port) as stream:
+            assert stream.closing() == "signed_out"
+
+
+def test_events_limit_of_connections() -> None:
+    """Streams count as connections. One too many is asked to come later; polls take no place."""
+    with Server(MAX_CONNECTIONS=2) as server, server.client(), Stream(server.port) as first:
+        assert first.receive()["type"] == "system.subscribed"
+        with Stream(server.port, Origin="http://127.0.0.1") as second:
+            assert (second.status, second.closing(), second.last_id) == (200, "too_many_connections", None)
+            assert second.retry is not None
+            assert 10 <= second.retry <= 20
+            assert second.headers["Access-Control-Allow-Credentials"] == "true"
+        with pytest.raises(Refused):
+            server.client()
+        assert poll(server).types[0] == "system.subscribed"
+        assert stat(server, "refused_503") == 2
+
+
+def test_events_slow_reader(caplog: pytest.LogCaptureFixture) -> None:
+    """A stream that is not read is closed, the last message says why, and others lose nothing."""
+    with Server(MAX_QUEUE=100_000, HEARTBEAT=NEVER) as server, Stream(server.port) as other:
+        slow_socket = socket.socket()
+        slow_socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow_socket.connect(("127.0.0.1", server.port))
+        with Stream(slow_socket) as slow:
+            other.receive()
+            numbers = iter(range(10_000))
+
+            def is_closed() -> bool:
+                for number in itertools.islice(numbers, 20):
+                    server.publish(number, text="x" * 10_000)
+                assert other.receive_many(20)
+                return stat(server, "slow_clients") == 1
+
+            until(is_closed, "the end of the slow reader")
+            got = []
+            with contextlib.suppress(Closed):
+                while True:
+                    got.append(slow.receive())
+            payloads = [message["payload"] for message in got if message["event"] is None]
+            assert [payload["n"] for payload in payloads] == list(range(len(payloads)))
+            if got[-1]["event"] is not None and len(got) > 1:
+                assert got[-1]["payload"]["code"] == "too_slow"
+    assert "read too slowly" in caplog.text
+
+
+def test_events_replay_longer_than_the_queue() -> None:
+    """A stream may resume from a history that is longer than MAX_QUEUE, and then goes on."""
+    with Server(MAX_QUEUE=20_000, HEARTBEAT=NEVER) as server:
+        start = server.hub.last_id()
+        for number in range(200):
+            server.publish(number, text="x" * 5000)
+        with Stream(server.port, f"since={start}") as stream:
+            first = stream.receive()
+            assert (first["blockId"], first["payload"]["replayed"]) == (start, 200)
+            server.publish(200)
+            got = []
+            while len(got) < 201:
+                message = stream.receive(heartbeats=True)
+                if message["event"] is None:
+                    got.append(message["payload"]["n"])
+                elif message["type"] == "system.heartbeat":
+                    assert message["blockId"] == stream.last_id or got
+        assert got == list(range(201))
+
+
+@pytest.mark.parametrize("way", ["stream", "poll"])
+def test_events_thirty_cuts_lose_nothing(way: str) -> None:
+    """A client that is cut 30 times under 500 events a second has each once, in order."""
+    chance = random.Random(28)
+    stop, published = threading.Event(), []
+    got: list[int] = []
+    with Server(RATE=1000) as server, Proxy(server.port) as proxy:
+        last: str | None = server.publish(-1)
+        publisher = threading.Thread(target=lambda: published.extend(publish_steadily(server.publish, stop)))
+        publisher.start()
+        cuts = 0
+        mode = "sub=content.*" + ("&mode=poll" if way == "poll" else "")
+        deadline = time.monotonic() + 60
+        while not (stop.is_set() and len(got) == len(published)):
+            assert time.monotonic() < deadline, f"only {cuts} cuts"
+            if cuts < 30:
+                # A poll is short, and some end before they are cut.
+                threading.Timer(chance.uniform(0, 0.08 if way == "stream" else 0.008), proxy.cut).start()
+            elif not stop.is_set():
+                stop.set()
+                publisher.join(PATIENCE)
+            is_complete = False
+            with contextlib.suppress(Closed, OSError), Stream(proxy.port, mode, since=last) as stream:
+                while not (stop.is_set() and len(got) == len(published)):
+                    message = stream.receive(heartbeats=True)
+                    if message["type"] == "system.subscribed":
+                        assert message["payload"]["recovered"] is True
+                    elif message["event"] is None:
+                        got.append(message["payload"]["n"])
+                    # A browser has the id of a message once it has handled the message.
+                    last = message["blockId"] or last
+                    is_complete = message["type"] == "system.heartbeat"
+            cuts += not is_complete
+    assert got == published
+
+
+def test_events_poller_that_obeys_retry_recovers(server: Server) -> None:
+    """At 500 events a second, a poller that waits as told never falls behind the history."""
+    stop, got = threading.Event(), []
+    last = poll(server).last_id
+    numbers: list[int] = []
+    publisher = threading.Thread(target=lambda: numbers.extend(publish_steadily(server.publish, stop)))
+    publisher.start()
+    pause = threading.Event()
+    deadline = time.monotonic() + 4
+    while not stop.is_set() or len(got) < len(numbers):
+        answer = poll(server, since=last)
+        assert answer.first["recovered"] is True
+        got += [payload["n"] for payload in answer.payloads]
+        last = answer.last_id
+        if time.monotonic() > deadline:
+            stop.set()
+            publisher.join(PATIENCE)
+        else:
+            pause.wait(answer.retry)
+    assert got == numbers
+    assert len(got) > 1000
+
+
+def events_site(site: Site, query: str = "", **headers: str) -> Polled:
+    return Polled(site.ask("GET", f"/ws/events?mode=poll&{query}", **headers))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("server_name", ["werkzeug", "flask run single", "sync", "gthread", "gevent", "waitress"])
+def test_events_stream_under_server(tmp_path: Path, server_name: str) -> None:
+    """Streams hold no thread: more of them than threads are served, and pages; SIGTERM ends them."""
+    with Site(tmp_path, SERVERS[server_name]) as site, contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(Stream(site.open(), "sub=content.*:posts")) for _ in range(20)]
+        for stream in streams:
+            assert stream.receive()["type"] == "system.subscribed"
+        assert site.page() == b"a page"
+        start = streams[0].last_id
+        event_id = site.publish(1)
+        for stream in streams:
+            assert stream.receive()["blockId"] == event_id
+        assert events_site(site, f"since={start}").payloads == [{"n": 1}]
+        state = site.state()
+        assert (state["connections"], state["polls"]) == (20, 1)
+        until(lambda: threads_of(state["pid"]) <= 16, "the end of the requests' threads")
+        assert cpu_share(state["pid"]) < 0.3, "the server spins"
+        # One that leaves, and one that resets, free their slots.
+        streams.pop().sock.close()
+        vanish(streams.pop().sock)
+        until(lambda: site.state()["slots"] == 18, "the release of two slots")
+        if "waitress" not in server_name:
+            assert len(re.findall(r'GET /ws/events\S* HTTP/1\.1\S*" 200 ', site.output())) == 21
+        site.popen.send_signal(signal.SIGTERM)
+        for stream in streams:
+            assert stream.closing() == "going_away"
+        assert site.popen.wait(PATIENCE) is not None
+        assert TROUBLE.search(site.output()) is None, site.output()
+
+
+UWSGI = (
+    *("uwsgi", "--http-socket", "127.0.0.1:{port}", "--wsgi-file", "site_app.py", "--callable", "app"),
+    *("--master", "--die-on-term", "--need-app", "--threads", "2"),
+)
+CHEROOT = ("{python}", "-m", "cheroot", "site_app:app", "--bind", "127.0.0.1:{port}")
+POLLED_SERVERS = {
+    "uwsgi": UWSGI,
+    # Without this option, threads of Python run only while a request is handled.
+    "uwsgi without threads": UWSGI[:-2],
+    "cheroot": CHEROOT,
+    "sync TLS": UNSUITABLE["sync TLS"],
+}
+
+
+@pytest.mark.parametrize("server_name", POLLED_SERVERS)
+def test_events_poll_under_server(tmp_path: Path, server_name: str) -> None:
+    """A server that keeps its socket answers at once, and the WebSocket's 501 names this address."""
+    with Site(tmp_path, POLLED_SERVERS[server_name], PATH=PATH) as site:
+        status, _, body = site.refusal()
+        assert (status, body["code"]) == (501, "not_supported")
+        assert "GET /ws/events" in body["message"]
+        start = Polled(site.ask("GET", "/ws/events?sub=content.*"))
+        assert (start.status, start.types) == (200, ["system.subscribed", "system.heartbeat"])
+        for number in range(3):
+            site.publish(number)
+        last = start.last_id
+        answer = events_site(site, Last_Event_ID=str(last))
+        assert [payload["n"] for payload in answer.payloads] == [0, 1, 2]
+        assert site.ask("HEAD", "/ws/events")[0] == 200
+        assert site.ask("GET", "/ws/events?since=x")[0] == 400
+        site.popen.send_signal(signal.SIGTERM)
+        assert site.popen.wait(PATIENCE) is not None
+        assert "Traceback" not in site.output(), site.output()
+
+
+@pytest.mark.skipif(NGINX is None, reason="there is no nginx on this machine")
+def test_events_behind_nginx_without_upgrade(tmp_path: Path) -> None:
+    """The block that most Flask sites have refuses the WebSocket, and passes a stream on at once."""
+    with Server(HEARTBEAT=0.5) as server:
+        port = free_port()
+        (tmp_path / "nginx.conf").write_text(
+            f"""
+            daemon off; error_log stderr; pid {tmp_path}/nginx.pid;
+            events {{}}
+            http {{
+              access_log off; proxy_read_timeout 2s;
+              server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://127.0.0.1:{server.port}; }} }}
+            }}"""
+        )
+        assert NGINX is not None
+        with Process(NGINX, "-c", str(tmp_path / "nginx.conf"), cwd=tmp_path, port=port) as nginx:
+            with pytest.raises(Refused):
+                Client(port)
+            began = time.monotonic()
+            with Stream(port) as stream:
+                assert stream.receive()["type"] == "system.subscribed"
+                for number in range(3):
+                    server.publish(number)
+                    assert stream.receive()["payload"] == {"n": number}
+                assert time.monotonic() - began < 2 * SLOWNESS
+                # Heartbeats keep a stream that nginx would cut for silence.
+                while time.monotonic() < began + 2.5:
+                    stream.receive(heartbeats=True)
+                start = stream.last_id
+            server.publish(9)
+            assert Polled(http(f"http://127.0.0.1:{port}/ws/events?mode=poll&since={start}")).payloads == [{"n": 9}]
+            until(lambda: engine_of(server).registry.slots == 0, "the release of the slot")
+            nginx.popen.terminate()
+            nginx.popen.wait(PATIENCE)
+
+
+def test_events_forked_child_does_not_keep_a_stream(tmp_path: Path) -> None:
+    """A child that was forked while streams were open keeps none of them open."""
+    with Site(tmp_path, WERKZEUG) as site, Stream(site.open()) as stream:
+        assert stream.receive()["type"] == "system.subscribed"
+        child = site.json("POST", "/fork")["pid"]
+        site.publish(1)
+        assert stream.receive()["payload"] == {"n": 1}
+        site.popen.send_signal(signal.SIGTERM)
+        assert stream.closing() == "going_away"
+        assert site.popen.wait(PATIENCE) is not None
+        (tmp_path / "leave").touch()
+        until(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text(), "its exit")
+
+
+@needs_redis
+def test_events_several_processes_with_redis(redis: Redis) -> None:
+    """Polls that reach any process miss nothing; a stream continues after a poll of another one."""
+    with Server(REDIS_URL=redis.url) as one, Server(REDIS_URL=redis.url) as two:
+        servers = itertools.cycle([one, two])
+        last = poll(one).last_id
+        got: list[int] = []
+
+        def has_all() -> bool:
+            nonlocal last
+            answer = poll(next(servers), since=last)
+            assert answer.first["recovered"] is True
+            got.extend(payload["n"] for payload in answer.payloads)
+            last = answer.last_id
+            return len(got) == 12
+
+        for number in range(12):
+            one.publish(number)
+            if number % 4 == 3:
+                has_all()
+        until(has_all, "all events")
+        assert got == list(range(12))
+        # Older than the memory of a process that has just started: read from Redis.
+        start = one.hub.last_id()
+        for number in range(8):
+            one.publish(number)
+        with Server(REDIS_URL=redis.url) as late:
+            with Stream(late.port, since=start) as stream:
+                first = stream.receive()
+                assert (first["payload"]["recovered"], first["blockId"]) == (True, start)
+                one.publish(8)
+                assert [m["payload"]["n"] for m in stream.receive_many(9)] == list(range(9))
+            assert [p["n"] for p in poll(late, since=start).payloads] == list(range(9))
+            # A `since` that no process knows: it might be published soon.
+            began = time.monotonic()
+            assert poll(late, since=f"{now_milliseconds() + 60_000}-0").first["recovered"] is False
+            assert time.monotonic() - began > 0.9
+            redis.kill()
+            answer = poll(late, since=start)
+            assert (answer.types, answer.first["code"]) == (["system.error"], "going_away")
+            assert answer.last_id is None
+
+
+def test_events_several_processes_without_a_shared_log_are_logged(tmp_path: Path) -> None:
+    """Half of the polls would lose events, so each process says what to set."""
+    with Site(tmp_path, SYNC, "--workers", "2") as site:
+        for _ in range(6):
+            events_site(site)
+        lines = [line for line in site.output().splitlines() if "several processes" in line]
+    assert 1 <= len(lines) <= 2
+    assert all("SWIFTCMS_WS_REDIS_URL" in line for line in lines)
+
+
+def test_events_provider_with_line_breaks() -> None:
+    """A JSON provider of the site that indents does not break the stream's lines."""
+
+    class Indenting(DefaultJSONProvider):
+        def dumps(self, obj: Any, **options: Any) -> str:
+            return super().dumps(obj, indent=1, **options).replace("\n", "\r\n")
+
+    with Server(lambda app, hub: setattr(app, "json", Indenting(app))) as server:
+        start = server.hub.last_id()
+        server.publish(1, text=["a", "b"])
+        assert poll(server, since=start).payloads == [{"n": 1, "text": ["a", "b"]}]
+
+
+def test_events_hook_that_raises(caplog: pytest.LogCaptureFixture) -> None:
+    """An exception of a hook is one of the view: 500, in the site's log, and no slot stays taken."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @hub.authorize
+        def authorize(user: Any, event_type: str, content_type: str) -> Any:
+            if content_type == "raise":
+                raise ValueError("the hook's own error")
+            return "yes"
+
+    with Server(configure) as server:
+        assert server.get("/ws/events?sub=*:raise")[0] == 500
+        assert "the hook's own error" in caplog.text
+        (refused,) = poll(server, "sub=*:posts").first["refused"]
+        assert refused["code"] == "forbidden"
+        assert "returned str" in caplog.text
+        assert engine_of(server).registry.slots == 0
 
 
 # -- Plain HTTP: client.js -------------------------------------------------------------------------
