@@ -3909,7 +3909,9 @@ def readme_example(name: str) -> str:
 
 
 @needs_chromium
-@pytest.mark.parametrize(("name", "place"), [("raw", "#news"), ("client.js", "#posts")])
+@pytest.mark.parametrize(
+    ("name", "place"), [("raw", "#news"), ("client.js", "#posts"), ("events", "#feed")]
+)
 def test_readme_browser_examples(browser: Browser, name: str, place: str) -> None:
     """README's pages show what is published, and leave the console empty."""
 
@@ -3946,13 +3948,14 @@ def test_readme_python_blocks(
             assert factory_client.get("/live/ws/client.js").status_code == 200
     with found["app"].app_context():
         found["test_creating_a_post_is_published"]()
+        found["test_a_visitor_receives_the_post"]()
         client = found["app"].test_client()
         stale = {"title": "x", "version": 1}
         assert client.put("/posts/42", json=stale).status_code == 409
         assert client.put("/posts/42", json={**stale, "version": 3}).json["version"] == 4
         assert client.get("/posts").json["lastId"]
         found["tell"]("content.created", "posts", {})
-        assert found["hub"].stats()["published"] == 3
+        assert found["hub"].stats()["published"] == 4
 
         def refuse(*event: Any) -> str:
             raise swiftcms_ws.PublishError("Redis is away")
@@ -4758,8 +4761,8 @@ def readme_site(tmp_path: Path) -> None:
 def test_every_readme_block_is_run() -> None:
     """A block that is added to README without a test that runs it is noticed here."""
     blocks = re.findall(r"^ *```(\w+)\n(.*?)^ *```", README, re.S | re.M)
-    own_tests = ["bin/swiftcms-ws\n", "bin/pytest", "curl", "pip install gunicorn", "[Service]", "proxy_pass"]
-    own_tests += ["edit.stop()", "Y.Doc", "swiftcms-ws listen", "[[tool.mypy.overrides]]"]
+    own_tests = ["bin/swiftcms-ws\n", "bin/pytest", "curl -X", "pip install gunicorn", "[Service]", "proxy_pass"]
+    own_tests += ["curl -N", "edit.stop()", "Y.Doc", "swiftcms-ws listen", "[[tool.mypy.overrides]]"]
     others = [block for language, block in blocks if language not in ("python", "html")]
     assert [[words in block for words in own_tests].count(True) for block in others] == [1] * len(own_tests)
     assert README.count("<!-- browser example:") == [language for language, _ in blocks].count("html")
@@ -4820,7 +4823,7 @@ def test_readme_maintainer_listens_and_creates_a_post(tmp_path: Path) -> None:
         try:
             assert listener.stdout is not None and listener.stderr is not None
             assert "listening" in listener.stderr.readline()
-            curl = readme_block("sh", "curl").replace("5000", str(port))
+            curl = readme_block("sh", "curl -X").replace("5000", str(port))
             subprocess.run(["bash", "-c", curl], check=True, capture_output=True, timeout=PATIENCE)
             event = json.loads(listener.stdout.readline())
             assert (event["type"], event["payload"]) == ("content.created", {"id": 7, "title": "Hi"})
@@ -11302,6 +11305,9 @@ POLLED_SERVERS = {
 @pytest.mark.parametrize("server_name", POLLED_SERVERS)
 def test_events_poll_under_server(tmp_path: Path, server_name: str) -> None:
     """A server that keeps its socket answers at once, and the WebSocket's 501 names this address."""
+    program = server_name.partition(" ")[0]
+    if program in ("uwsgi", "cheroot") and shutil.which(program, path=PATH) is None:
+        pytest.skip(f"{program} is not installed in this environment")
     with Site(tmp_path, POLLED_SERVERS[server_name], PATH=PATH) as site:
         status, _, body = site.refusal()
         assert (status, body["code"]) == (501, "not_supported")
@@ -11453,6 +11459,94 @@ def test_events_hook_that_raises(caplog: pytest.LogCaptureFixture) -> None:
         assert refused["code"] == "forbidden"
         assert "returned str" in caplog.text
         assert engine_of(server).registry.slots == 0
+
+
+def npm_files(directory: Path, *packages: str) -> None:
+    """Put the files of npm packages into a directory; skip the test if the registry is away."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("there is no npm on this machine")
+    command = [npm, "pack", "--silent", *packages]
+    if subprocess.run(command, check=False, cwd=directory, capture_output=True, timeout=60).returncode:
+        pytest.skip("npm finds no packages from here")
+    for archive in directory.glob("*.tgz"):
+        subprocess.run(["tar", "-xzf", archive, "--strip-components=2", "--wildcards", "package/dist/*.min.js"],
+                       cwd=directory, check=True, timeout=PATIENCE)
+
+
+@needs_chromium
+def test_readme_htmx(browser: Browser, tmp_path: Path) -> None:
+    """README's htmx example loads the list at the start and after each event."""
+    npm_files(tmp_path, "htmx.org@2", "htmx-ext-sse@2")
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.static_folder = str(tmp_path)
+        app.add_url_rule("/", view_func=lambda: readme_example("htmx"))
+        app.add_url_rule("/list", "list", lambda: f"<li>{hub.stats()['published']} posts</li>")
+
+    with Server(configure) as server:
+        page = browser.page(f"http://localhost:{server.port}/")
+        page.wait("document.querySelector('#posts').textContent === '0 posts'")
+        until(lambda: server.hub.stats()["subscriptions"] == 1, "the stream")
+        for count in (1, 2):
+            server.publish(count)
+            page.wait(f"document.querySelector('#posts').textContent === '{count} posts'")
+        assert page.complaints() == []
+        page.close()
+
+
+@needs_chromium
+def test_event_source_resumes_in_a_browser(browser: Browser) -> None:
+    """The browser's own EventSource misses nothing if it is cut, in a stream and in polls."""
+    script = """
+        function listen(query) {
+          const source = new EventSource(`/ws/events?sub=content.*${query}`);
+          const heard = {source, got: [], recovered: []};
+          source.onmessage = ({data}) => heard.got.push(JSON.parse(data).payload.n);
+          source.addEventListener("system.subscribed", ({data}) => {
+            heard.recovered.push(JSON.parse(data).payload.recovered);
+          });
+          return heard;
+        }
+        const both = [listen(""), listen("&mode=poll")];
+    """
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.add_url_rule("/", view_func=lambda: html(f"<script>{script}</script>"))
+
+    with Server(configure) as server, Proxy(server.port) as proxy:
+        page = browser.page(f"http://localhost:{proxy.port}/")
+        page.wait("both.every(each => each.recovered.length)")
+        for number in range(20):
+            server.publish(number)
+            if number == 9:
+                page.wait("both.every(each => each.got.length)")
+                proxy.cut()
+        page.wait("both.every(each => each.got.length >= 20 && each.recovered.length >= 2)")
+        assert page.js("both.map(each => each.got)") == [list(range(20))] * 2
+        assert page.js("both.every(each => each.recovered.every(Boolean))")
+        page.js("both.forEach(each => each.source.close())")
+        page.close()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl on this machine")
+def test_readme_curl_shows_a_stream(tmp_path: Path) -> None:
+    """README's curl line prints each event of its first application as soon as it is published."""
+    readme_site(tmp_path)
+    port = free_port()
+    run = (sys.executable, "-m", "flask", "run", "--port", str(port))
+    with Process(*run, cwd=tmp_path, port=port) as process:
+        line = readme_block("sh", "curl -N").replace("5000", str(port)).strip()
+        with subprocess.Popen(["bash", "-c", f"exec {line} 2>&-"], stdout=subprocess.PIPE, text=True) as curl:
+            assert curl.stdout is not None
+            try:
+                lines = iter(curl.stdout.readline, "")
+                assert next(line for line in lines if line.startswith("event:")) == "event: system.subscribed\n"
+                http(f"http://127.0.0.1:{port}/posts", "POST", {"title": "Hi"})
+                assert any('"title": "Hi"' in line for line in lines)
+            finally:
+                curl.kill()
+        assert "Traceback" not in process.output()
 
 
 # -- Plain HTTP: client.js -------------------------------------------------------------------------
