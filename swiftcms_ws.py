@@ -2723,10 +2723,13 @@ class Endpoint:
         """Answer with a plain 101, so that the server logs this status.
 
         After the take-over it is written into a dead socket. The client gets the 101 from the loop.
+        A stream's socket is taken over later, by its response.
         """
         handshake = request.environ.get(HANDSHAKE_KEY)
         if not isinstance(handshake, Handshake):
             return response
+        if isinstance(handshake, EventsHandshake):
+            return StreamResponse(self._engine(), handshake, response)
         if handshake.own is None:
             if handshake.response and response.status_code == 200:
                 # The handshake was accepted, but the socket could not be taken over.
@@ -5447,7 +5450,7 @@ class EventsRequest(HandshakeCheck):
             return self._poll(handshake)
         self._reserve_slot()
         request.environ[HANDSHAKE_KEY] = handshake
-        return StreamResponse(engine, handshake)
+        return EventsResponse(has_length=False)
 
     def _parse(self) -> dict[str, Any]:
         """Return the `subscribe` message that the query stands for; raise HandshakeRefused."""
@@ -5524,22 +5527,26 @@ def busy_response(code: str, message: str) -> Response:
     return EventsResponse(body)
 
 
-class StreamResponse(EventsResponse):
+class StreamResponse(Response):
     """Takes the socket over when the server calls it, with the headers that the site has left.
 
-    The server gets the same headers for its log, and writes them into a dead socket.
+    The server gets the same headers for its log, and writes them into a dead socket. The view does
+    not return it, because Flask would turn it into the site's own `response_class`.
     """
 
     # Seconds until the client of a stream that was cut connects again.
     RETRY = (1.0, 3.0)
 
-    def __init__(self, engine: Engine, handshake: EventsHandshake) -> None:
-        super().__init__(has_length=False)
+    automatically_set_content_length = False
+
+    def __init__(self, engine: Engine, handshake: EventsHandshake, view: Response) -> None:
+        super().__init__(status=view.status, headers=view.headers)
         self._engine = engine
         self._handshake = handshake
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
         handshake = self._handshake
+        head = self._head(environ) + retry_block(random.uniform(*self.RETRY))
         try:
             own = descriptors().take_over(handshake.sock)
         except (OSError, ValueError) as error:
@@ -5547,11 +5554,10 @@ class StreamResponse(EventsResponse):
             log_lost_socket(self._engine, error)
             busy = busy_response("too_many_connections", "too many open files")
             return busy(environ, start_response)
-        handshake.response = self._head(environ) + retry_block(random.uniform(*self.RETRY))
-        # Another request of this client would be answered into the dead socket.
+        # The server would answer another request of this client into the dead socket.
         read_server_buffers(environ)
         set_timeout(own, self._engine.settings.heartbeat * (MISSED_HEARTBEATS + 1))
-        handshake.own = own
+        handshake.own, handshake.response = own, head
         return super().__call__(environ, start_response)
 
     def _head(self, environ: Any) -> bytes:
@@ -5590,8 +5596,9 @@ class StreamSession(Session):
         StreamSubscribing(self, handshake.message).allowed(handshake.answers)
 
     def receive(self, data: bytes) -> None:
-        """Drop what a client sends after its request. It pays for it as for messages."""
+        """Drop what a client sends after its request. If that is much, read more slowly."""
         super().consume(1 + len(data) // MessageReader.BYTES_PER_TOKEN)
+        self.connection.update_selector()
 
     def consume(self, count: float) -> None:
         """Take no tokens: the client cannot ask twice in one request."""
@@ -5722,6 +5729,29 @@ class Poll(Connection):
 
 class PollSubscribing(StreamSubscribing):
     """Answers the query of a poll. Loop only."""
+
+    # The shared log knows `since`, or was not asked yet.
+    _is_known = False
+
+    def find_missed(self) -> None:
+        """Find the events after `since`. If no process has such an id, do not wait for it.
+
+        Otherwise a stranger could occupy all threads of the web server with ids of the future.
+        """
+        engine = self.session.engine
+        is_new = self.since is not None and self.since > engine.history.newest_id
+        if engine.log is None or not is_new or self._is_known:
+            super().find_missed()
+        else:
+            self.session.tasks.start(engine.log.newest_id, self._compare)
+
+    def _compare(self, newest: EventId | None) -> None:
+        if newest is not None and cast(EventId, self.since) > newest:
+            self.finish(None)
+            return
+        # The follower will bring it soon, or the shared log cannot be read now.
+        self._is_known = True
+        super().find_missed()
 
     def finish(self, events: list[Event] | None) -> None:
         """Collect the answer and as many of the missed events as a poll may send."""
