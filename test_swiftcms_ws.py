@@ -11189,7 +11189,7 @@ def test_events_client_that_floods(server: Server) -> None:
             while sent < 100_000_000:
                 sent += stream.sock.send(b"x" * 65_536)
         assert sent < 100_000_000, "the server reads everything"
-        assert stat(server, "throttled") == 1
+        assert stat(server, "throttled") >= 1
         server.publish(1)
         assert stream.receive()["payload"] == {"n": 1}
 
