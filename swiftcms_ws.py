@@ -90,12 +90,14 @@ import argparse
 import atexit
 import base64
 import bisect
+import codecs
 import dataclasses
 import difflib
 import errno
 import functools
 import hashlib
 import heapq
+import http.client
 import inspect
 import io
 import itertools
@@ -110,6 +112,7 @@ import selectors
 import signal
 import socket
 import ssl
+import string
 import struct
 import sys
 import threading
@@ -120,11 +123,11 @@ import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from enum import Enum, IntEnum
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
 from uuid import UUID
 
 try:
@@ -135,7 +138,6 @@ except ImportError:  # Windows: sockets go through the relay, and limits of file
 
 try:
     import jwt
-    import simple_websocket
     from blinker import NamedSignal, Namespace
     from flask import (
         Blueprint,
@@ -154,7 +156,6 @@ try:
     from werkzeug.exceptions import HTTPException
     from werkzeug.http import http_date
     from werkzeug.serving import make_server
-    from wsproto.events import CloseConnection, Ping
     from wsproto.frame_protocol import FrameProtocol, Opcode, ParseFailed
     from wsproto.utilities import ProtocolError
 except ImportError as error:
@@ -5813,82 +5814,216 @@ publish_many = hub.publish_many
 # IV  Around it
 # == 17. Command line ============================================================================
 
-# Seconds to wait for each answer of a server.
+# Seconds to wait for each answer of a server, and for the first message of a stream.
 REPLY_TIMEOUT = 10.0
-# Clients that check() connects at once: enough to reach several server processes, if there are any.
+STREAM_TIMEOUT = 3.0
+# Requests that check() sends at once: enough to reach several server processes, if there are any.
 CONCURRENT_CLIENTS = 8
-CONNECTION_ERRORS = (
-    OSError,
-    simple_websocket.ConnectionError,
-    simple_websocket.ConnectionClosed,
-    ProtocolError,
-)
+# check() subscribes to this type and content type, which no site publishes.
+CHECK_NAME = "swiftcms_ws.check"
+CONNECTION_ERRORS = (OSError, http.client.HTTPException, ParseFailed)
 # Hints by the HTTP status of a refused handshake. 0 stands for no HTTP answer at all.
 HINTS = {
     0: "Is the site running, and is this its port?"
     " A proxy must pass the headers Upgrade and Connection (see README).",
+    200: "This is a page. Is it the right address? Or a proxy removes the headers Upgrade and"
+    " Connection (see README).",
+    301: "A WebSocket cannot follow this redirect. Use the address of its target.",
     401: "The token in the address is not a valid token of this site.",
-    403: "Pages of this site may not connect."
+    403: "The server takes this page for one of another site."
     " Configure the proxy to pass the Host header, or set SWIFTCMS_WS_ORIGINS.",
     404: "Is this the right address, including its path? With a url_prefix it is /url_prefix/ws.",
     426: "A proxy removes the headers Upgrade and Connection (see README).",
     500: "The site failed, or the proxy cannot reach it. Their logs have the reason.",
-    501: "The web server gives no access to the socket."
-    " Serve the site with gunicorn, waitress or `flask run`.",
+    501: "For WebSockets, serve the site with gunicorn, waitress or `flask run`.",
     503: "The limit SWIFTCMS_WS_MAX_CONNECTIONS is reached: raise it."
     " Or the server is shutting down: try again.",
 }
 
 
-class Client(simple_websocket.Client):  # type: ignore[misc]
-    """A connection of listen() or check() to a server.
+class RequestRefused(OSError):
+    """A response with another status than the one that is needed.
 
-    `greeting` is the payload of its system.connected. The constructor raises one of
-    CONNECTION_ERRORS if there is no connection within REPLY_TIMEOUT.
+    status:   of HTTP
+    code:     in the JSON body of swiftcms-ws, as `code`, or an empty string
+    location: the target of a redirect, or an empty string
+    """
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self.status = response.status
+        self.code = ""
+        self.location = response.getheader("Location", "")
+        message = f"HTTP status {self.status}"
+        with suppress(*CONNECTION_ERRORS, ValueError, TypeError, KeyError):
+            body = json.loads(response.read(10_000))
+            self.code = str(body["code"])
+            message += f", {body['message']}"
+        if self.location:
+            message += f", a redirect to {self.location}"
+        super().__init__(message)
+
+
+class ConnectionClosed(OSError):
+    """The server has closed the connection, with a close code or, if it is 0, without one."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"the server closed the connection: {code or ''} {reason}".rstrip(": "))
+        self.code = code
+
+
+class HttpRequest:
+    """One request of listen() or check(), and its response, whose body may not end.
+
+    The constructor raises one of CONNECTION_ERRORS if there is no response with `status`.
+    """
+
+    def __init__(self, url: str, status: int, timeout: float, headers: Mapping[str, str]) -> None:
+        parts = urlsplit(url)
+        is_secure = parts.scheme == "wss"
+        kind = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
+        port = parts.port or DEFAULT_PORTS[parts.scheme]
+        connection = kind(parts.hostname or "", port, timeout=timeout)
+        try:
+            connection.connect()
+            # The connection forgets its socket if the body ends with it.
+            self.sock = connection.sock
+            target = parts._replace(scheme="", netloc="").geturl()
+            connection.request("GET", target, headers=dict(headers))
+            self.response = connection.getresponse()
+            if self.response.status != status:
+                raise RequestRefused(self.response)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+
+    def close(self) -> None:
+        self.response.close()
+        self._connection.close()
+
+
+class Client:
+    """A WebSocket of listen() or check(). `greeting` is the payload of its system.connected.
+
+    It reads from the socket in receive() only. So if the output of listen() is not read, the
+    server notices a slow client, and nothing is collected here.
+
+    The constructor raises one of CONNECTION_ERRORS if there is no connection.
     """
 
     def __init__(self, url: str, **headers: str) -> None:
-        daemon_thread = functools.partial(threading.Thread, daemon=True)
-        super().__init__(url, headers=headers, thread_class=daemon_thread)
-        # The library does not look at frames that arrive together with the handshake's response
-        # until more data arrives. The pong makes it look.
-        self.sock.send(self.ws.send(Ping()))
-        greeting = self.receive(REPLY_TIMEOUT)
-        if not isinstance(greeting, str) or '"system.connected"' not in greeting:
+        upgrade = {
+            "Connection": "Upgrade",
+            "Upgrade": "websocket",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": base64.b64encode(secrets.token_bytes(16)).decode(),
+        }
+        self._http = HttpRequest(url, 101, REPLY_TIMEOUT, {**upgrade, **headers})
+        self._frames = FrameProtocol(client=True, extensions=[])
+        self._messages: deque[str] = deque()
+        self._part = ""
+        self._closed: ConnectionClosed | None = None
+        greeting = ""
+        try:
+            with suppress(TimeoutError):
+                greeting = self.receive(REPLY_TIMEOUT)
+            if '"system.connected"' not in greeting:
+                raise OSError("this is a WebSocket, but not one of swiftcms-ws: it has no greeting")
+        except BaseException:
             self.close()
-            raise OSError("this is a WebSocket, but not one of swiftcms-ws: it sends no greeting")
+            raise
         self.greeting: dict[str, Any] = json.loads(greeting)["payload"]
 
-    def handshake(self) -> None:
-        self.sock.settimeout(REPLY_TIMEOUT)
-        super().handshake()
-        # The library's thread takes a timeout for a closed connection.
-        self.sock.settimeout(None)
+    def send(self, message: Mapping[str, Any]) -> None:
+        self._http.sock.sendall(self._frames.send_data(json.dumps(message), fin=True))
 
-    def close(self, reason: int | None = None, message: str | None = None) -> None:
-        """Close the connection, unless it is closed already."""
+    def receive(self, timeout: float) -> str:
+        """Return the next message. Raises one of CONNECTION_ERRORS, such as TimeoutError."""
+        deadline = time.monotonic() + timeout
+        while not self._messages:
+            if self._closed is not None:
+                raise self._closed
+            self._http.sock.settimeout(max(0.001, deadline - time.monotonic()))
+            data = self._http.response.fp.read1(65_536)
+            if not data:
+                raise ConnectionClosed(0, "")
+            self._frames.receive_bytes(data)
+            for frame in self._frames.received_frames():
+                self._handle(frame)
+        return self._messages.popleft()
+
+    def _handle(self, frame: Any) -> None:
+        if frame.opcode is Opcode.PING:
+            self._http.sock.sendall(self._frames.pong(frame.payload))
+        elif frame.opcode is Opcode.CLOSE:
+            self._closed = ConnectionClosed(*frame.payload)
+        elif frame.opcode is Opcode.TEXT:
+            self._part += frame.payload
+            if frame.message_finished:
+                self._messages.append(self._part)
+                self._part = ""
+
+    def close(self) -> None:
         with suppress(*CONNECTION_ERRORS):
-            super().close(reason, message)
+            self._http.sock.sendall(self._frames.close(1000))
+        self._http.close()
 
 
-def status_of(error: BaseException) -> int:
-    """Return the HTTP status of a refused handshake, or 0 if there is none."""
-    return int(getattr(error, "status_code", None) or 0)
+def status_of(error: BaseException | None) -> int:
+    """Return the HTTP status of a refused request, or 0 if there is none."""
+    return int(getattr(error, "status", 0))
 
 
 def hint_for(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "The server accepts connections but does not answer. Is it overloaded?"
+    if isinstance(error, ssl.SSLError):
+        return "Does this port speak TLS, and is the certificate valid for this name?"
     status = status_of(error)
-    return HINTS.get(status, HINTS[404 if status < 500 else 500])
+    if status in HINTS:
+        return HINTS[status]
+    return HINTS[{2: 200, 3: 301, 4: 404}.get(status // 100, 500)]
 
 
 def websocket_url(text: str) -> str:
     """Return the address of a WebSocket. The path may be missing, and the scheme may be http."""
-    scheme, _, rest = text.rpartition("://")
-    host, _, path = rest.partition("/")
-    secure = "s" if scheme in ("https", "wss") else ""
-    return f"ws{secure}://{host}/{path or 'ws'}"
+    form = (
+        r"(?:(?P<scheme>https?|wss?)://)?(?P<host>[^/?#]*[^/?#:])"
+        r"(?P<path>/[^?#]*)?(?P<query>\?[^#]*)?"
+    )
+    match = re.match(form, text, re.IGNORECASE)
+    host = match["host"] if match else ""
+    if host.count(":") > 1 and not host.startswith("["):
+        host = f"[{host}]"
+    try:
+        parts = urlsplit(f"//{host}")
+        is_address = bool(parts.hostname and parts.hostname.encode("idna")) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if match is None or not is_address:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address like wss://example.org/ws")
+    scheme = "wss" if (match["scheme"] or "").lower() in ("https", "wss") else "ws"
+    path = match["path"] or "/"
+    target = ("/ws" if path == "/" else path) + (match["query"] or "")
+    return f"{scheme}://{host}{quote(target, safe=string.punctuation)}"
+
+
+class OutputError(Exception):
+    """Standard output cannot be written: `head` has exited, say, or the disk is full."""
+
+
+def is_utf8() -> bool:
+    """Return whether standard output can show every character."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return codecs.lookup(encoding).name == "utf-8"
+
+
+def write_line(text: str) -> None:
+    """Print on standard output at once. Raises OutputError, which ends the command."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise OutputError from error
 
 
 class PermanentError(Exception):
@@ -5919,11 +6054,10 @@ class Listener:
         try:
             timeout = MISSED_HEARTBEATS * client.greeting["heartbeat"] + REPLY_TIMEOUT
             self._subscribe(client)
-            while (data := client.receive(timeout)) is not None:
-                self._handle(client, data)
-            raise TimeoutError("the server sent nothing for too long")
-        except simple_websocket.ConnectionClosed as error:
-            if error.reason in (CloseCode.UNAUTHORIZED, CloseCode.MESSAGE_TOO_BIG):
+            while True:
+                self._handle(client, client.receive(timeout))
+        except ConnectionClosed as error:
+            if error.code in (CloseCode.UNAUTHORIZED, CloseCode.MESSAGE_TOO_BIG):
                 raise PermanentError(str(error)) from error
             raise
         finally:
@@ -5941,7 +6075,7 @@ class Listener:
 
     def _subscribe(self, client: Client) -> None:
         if self.options.token is not None:
-            client.send(json.dumps({"action": "authenticate", "token": self.options.token}))
+            client.send({"action": "authenticate", "token": self.options.token})
         if self.last_id is None:
             self.last_id = client.greeting["lastId"]
         message = {
@@ -5950,13 +6084,14 @@ class Listener:
             "contentType": self.options.content_type,
             "since": self.last_id,
         }
-        client.send(json.dumps(message))
+        client.send(message)
 
     def _handle(self, client: Client, data: str) -> None:
         message = json.loads(data)
         payload = message["payload"]
         if "id" in message:
-            print(data, flush=True)
+            # JSON can be written in ASCII for terminals that cannot show all characters.
+            write_line(data if is_utf8() else json.dumps(message))
             self.last_id = message["id"]
         elif message["type"] == "system.subscribed":
             print(f"listening to {self.options.url}", file=sys.stderr)
@@ -5965,7 +6100,7 @@ class Listener:
                 print("some events were missed and are lost", file=sys.stderr)
                 self.last_id = client.greeting["lastId"]
         elif message["type"] == "system.heartbeat":
-            client.send('{"action": "pong"}')
+            client.send({"action": "pong"})
             self.pause = 1.0
             if self.is_subscribed:
                 self.last_id = payload["lastId"]
@@ -5993,128 +6128,222 @@ def listen(options: argparse.Namespace) -> int:
 
 
 class Finding(NamedTuple):
-    """One line that check() prints, with a hint if `is_ok` is False."""
+    """What check() prints about one thing.
 
-    is_ok: bool
+    is_ok: True is a tick and False a cross. None stands for a check that cannot be made.
+    hint:  what to change, or why the check cannot be made
+    """
+
+    is_ok: bool | None
     message: str
-    hint: str
+    hint: str = ""
+
+
+def _finding(is_ok: bool, message: str, hint: str) -> Finding:
+    """Return a tick, or a cross with a hint."""
+    return Finding(is_ok, message, "" if is_ok else hint)
 
 
 def check(options: argparse.Namespace) -> int:
     """Print a tick or a cross for each check. Return 1 if there is a cross."""
+    marks = {True: "ok", False: "WRONG", None: "skipped"}
+    if is_utf8():
+        marks = {True: "✓", False: "✗", None: "–"}
     exit_code = 0
     for finding in find_problems(options.url):
-        if finding.is_ok:
-            print(f"✓ {finding.message}", flush=True)
-        else:
-            print(f"✗ {finding.message}\n    {finding.hint}", flush=True)
+        write_line(f"{marks[finding.is_ok]} {finding.message}")
+        if finding.hint:
+            write_line(f"    {finding.hint}")
+        if finding.is_ok is False:
             exit_code = 1
     return exit_code
 
 
-def find_problems(url: str) -> Iterator[Finding]:
-    """Check the things that often go wrong in a deployment."""
+class EventsReply:
+    """The beginning of the response to a request for /ws/events, which check() sends.
+
+    payload:   of system.subscribed, the first message
+    event_id:  from which a client would resume
+    is_stream: whether the response has not ended after END_TIMEOUT seconds
+
+    The constructor raises one of CONNECTION_ERRORS, such as TimeoutError if nothing arrives.
+    """
+
+    END_TIMEOUT = 0.5
+
+    def __init__(self, url: str, timeout: float, parameters: Mapping[str, str], **headers: str):
+        parts = urlsplit(url)
+        query = urlencode({"sub": f"{CHECK_NAME}:{CHECK_NAME}", **parameters})
+        query = f"{parts.query}&{query}".lstrip("&")
+        url = parts._replace(path=f"{parts.path}/events", query=query).geturl()
+        with closing(HttpRequest(url, 200, timeout, headers)) as http_request:
+            self._read_message(http_request.response)
+            http_request.sock.settimeout(self.END_TIMEOUT)
+            self.is_stream = not self._has_ended(http_request.response)
+
+    def _read_message(self, response: http.client.HTTPResponse) -> None:
+        fields: dict[str, str] = {}
+        while "data" not in fields:
+            line = response.readline(100_000)
+            if not line:
+                raise OSError("the response is not an event stream")
+            name, _, value = line.decode(errors="replace").partition(":")
+            fields[name] = value.strip()
+        message = json.loads(fields["data"])
+        self.payload: dict[str, Any] = message["payload"]
+        self.event_id = fields.get("id", "")
+        if message["type"] == "system.error":
+            raise OSError(self.payload["message"])
+
+    def _has_ended(self, response: http.client.HTTPResponse) -> bool:
+        deadline = time.monotonic() + self.END_TIMEOUT
+        with suppress(TimeoutError):
+            while time.monotonic() < deadline:
+                if not response.readline(100_000):
+                    return True
+        return False
+
+
+def open_websocket(url: str, **headers: str) -> None:
+    Client(url, **headers).close()
+
+
+def poll(url: str, **headers: str) -> EventsReply:
+    return EventsReply(url, REPLY_TIMEOUT, {"mode": "poll"}, **headers)
+
+
+def error_of(connect: Callable[..., object], url: str, **headers: str) -> Exception | None:
+    """Connect; return the error, if there is one."""
     try:
-        client = Client(url)
+        connect(url, **headers)
     except CONNECTION_ERRORS as error:
-        yield Finding(False, f"cannot connect to {url}: {error}", hint_for(error))
-        return
-    yield Finding(True, "the handshake succeeds, and the server sends its greeting", "")
-    yield from _check_refusals(url)
-    yield from _check_concurrent_clients(url)
-    hint = "A proxy does not pass close frames."
-    yield Finding(_is_close_answered(client), "the server answers a close frame", hint)
-
-
-def _check_refusals(url: str) -> Iterator[Finding]:
-    """Connect as a page of the site, as a page of another site, and with an invalid token."""
-
-    def connect(url: str, **headers: str) -> int:
-        """Return 101, or the HTTP status of the refusal."""
-        try:
-            Client(url, **headers).close()
-        except CONNECTION_ERRORS as error:
-            return status_of(error)
-        return 101
-
-    # The library sends a Host header without the port, so the origin has none either.
-    parts = urlsplit(url)
-    own = f"{parts.scheme.replace('ws', 'http')}://{parts.hostname}"
-    yield Finding(connect(url, Origin=own) == 101, f"a page of {own} may connect", HINTS[403])
-    hint = "Pages of all sites may connect with your visitors' cookies: set SWIFTCMS_WS_ORIGINS."
-    is_refused = connect(url, Origin="https://swiftcms-ws-check.example") == 403
-    yield Finding(is_refused, "a page of another site is refused", hint)
-    separator = "&" if "?" in url else "?"
-    hint = "The answer should be 401. Does a proxy remove the query?"
-    is_refused = connect(f"{url}{separator}token=bad") == 401
-    yield Finding(is_refused, "an invalid token is refused", hint)
-
-
-def _check_concurrent_clients(url: str) -> Iterator[Finding]:
-    """Connect several clients at once, and use them to check the server processes they reach."""
-    with ThreadPoolExecutor(CONCURRENT_CLIENTS) as pool:
-        attempts = [pool.submit(Client, url) for _ in range(CONCURRENT_CLIENTS)]
-    errors = [error for attempt in attempts if (error := attempt.exception())]
-    clients = [attempt.result() for attempt in attempts if not attempt.exception()]
-    if errors:
-        message = f"of {CONCURRENT_CLIENTS} clients at once, only {len(clients)} are accepted"
-        yield Finding(False, message, hint_for(errors[0]))
-    else:
-        yield Finding(True, f"{CONCURRENT_CLIENTS} clients at once are accepted", "")
-    if clients:
-        yield _check_processes(clients)
-    for client in clients:
-        client.close()
-
-
-def _check_processes(clients: list[Client]) -> Finding:
-    """Check that an event reaches the clients of all server processes."""
-    of_process = {client.greeting["clientId"][:PROCESS_LENGTH]: client for client in clients}
-    one_each = list(of_process.values())
-    seen = f"server processes seen: {len(one_each)}"
-    # No process has such an old event in memory, so it looks into Redis, if it has one.
-    is_answered = [_is_known(client, "1-0") is not None for client in one_each]
-    # Ask each process for the newest event of the next one. A single process is asked for its own.
-    neighbours = zip(one_each, one_each[1:] + one_each[:1], strict=True)
-    is_known = [_is_known(client, next_one.greeting["lastId"]) for client, next_one in neighbours]
-    if not all(is_answered):
-        hint = "Is Redis running, and is SWIFTCMS_WS_REDIS_URL right? The site's log has more."
-        return Finding(False, f"{seen}; they cannot reach Redis, so no event arrives", hint)
-    if not all(is_known):
-        hint = "Set SWIFTCMS_WS_REDIS_URL, or run one process."
-        return Finding(False, f"{seen}; an event reaches only the clients of one", hint)
-    return Finding(True, f"{seen}; an event reaches the clients of all of them", "")
-
-
-def _is_known(client: Client, event_id: str) -> bool | None:
-    """Return whether this client could resume after the event, or None if it gets no answer."""
-    message = {
-        "action": "subscribe",
-        "type": "swiftcms_ws.check",
-        "contentType": "none",
-        "since": event_id,
-        "ref": "check",
-    }
-    try:
-        client.send(json.dumps(message))
-        while (data := client.receive(REPLY_TIMEOUT)) is not None:
-            answer = json.loads(data)
-            if answer.get("ref") == "check":
-                # An error has no `recovered`: this client may not ask.
-                return bool(answer["payload"].get("recovered", True))
-    except CONNECTION_ERRORS:
-        pass
+        return error
     return None
 
 
-def _is_close_answered(client: Client) -> bool:
+def find_problems(url: str, may_redirect: bool = True) -> Iterator[Finding]:
+    """Check the things that often go wrong in a deployment."""
+    parts = urlsplit(url)
+    origin = f"{parts.scheme.replace('ws', 'http')}://{parts.netloc}"
+    refusal = error_of(open_websocket, url, Origin=normalise_origin(origin) or origin)
+    target = redirect_target(url, refusal)
+    if target and may_redirect:
+        yield Finding(True, f"{url} redirects to {target}, which is checked instead")
+        yield from find_problems(target, may_redirect=False)
+        return
+    # A page of the site itself sends no Origin with this request.
+    plain_refusal = error_of(poll, url)
+    if refusal is None:
+        yield Finding(True, f"visitors get a WebSocket, in pages of {origin}")
+        yield _check_plain_http(url, plain_refusal, "without it,")
+        yield from _check_refusals(url, open_websocket)
+        yield _check_concurrent_clients(url)
+    elif plain_refusal is None:
+        # Some web servers give no access to the socket. Their visitors poll, which is no mistake.
+        is_ok = None if status_of(refusal) == 501 else False
+        message = f"visitors get no WebSocket, in pages of {origin}: {refusal}"
+        yield Finding(is_ok, message, hint_for(refusal))
+        yield _check_plain_http(url, None, "instead,")
+        yield from _check_refusals(url, poll)
+    else:
+        message = f"visitors get no WebSocket: {refusal}. Plain HTTP: {plain_refusal}"
+        yield Finding(False, message, hint_for(refusal))
+    if plain_refusal is None:
+        yield _check_processes(url)
+
+
+def redirect_target(url: str, refusal: Exception | None) -> str:
+    """Return the address to which the same host redirects a handshake, or an empty string."""
+    location = getattr(refusal, "location", "")
+    target = urljoin(url.replace("ws", "http", 1), location)
+    if not location or urlsplit(target).hostname != urlsplit(url).hostname:
+        return ""
+    return websocket_url(target)
+
+
+def _check_plain_http(url: str, refusal: Exception | None, when: str) -> Finding:
+    """Check whether plain HTTP streams or polls. refusal: the error of a poll."""
+    if getattr(refusal, "code", "") == "auth_required":
+        hint = "The site wants visitors to sign in. Add ?token=JWT to the address."
+        return Finding(None, f"plain HTTP and the server's processes: {refusal}", hint)
+    if refusal is not None:
+        return Finding(False, f"{when} they get nothing: {refusal}", hint_for(refusal))
     try:
-        client.sock.send(client.ws.send(CloseConnection(code=1000)))
-        while client.receive(REPLY_TIMEOUT):
-            pass
+        if EventsReply(url, STREAM_TIMEOUT, {}).is_stream:
+            return Finding(True, f"{when} they get a stream over plain HTTP")
     except CONNECTION_ERRORS as error:
-        return getattr(error, "reason", None) == 1000
-    return False
+        hint = "Turn buffering off for /ws/events in the proxy (nginx: proxy_buffering off)."
+        return Finding(False, f"{when} they poll over plain HTTP: no stream ({error})", hint)
+    return Finding(True, f"{when} they poll over plain HTTP, because the server cannot stream")
+
+
+def _check_refusals(url: str, connect: Callable[..., object]) -> Iterator[Finding]:
+    """Connect as a page of another site, and with an invalid token."""
+    hint = "Pages of all sites may connect with your visitors' cookies: set SWIFTCMS_WS_ORIGINS."
+    refusal = error_of(connect, url, Origin="https://swiftcms-ws-check.example")
+    yield _finding(status_of(refusal) == 403, "a page of another site is refused", hint)
+    parts = urlsplit(url)
+    query = [(name, value) for name, value in parse_qsl(parts.query) if name != "token"]
+    bad_url = parts._replace(query=urlencode([*query, ("token", "bad")])).geturl()
+    hint = "The answer should be 401. Does a proxy remove the query?"
+    is_refused = status_of(error_of(connect, bad_url)) == 401
+    yield _finding(is_refused, "an invalid token is refused", hint)
+
+
+def _check_concurrent_clients(url: str) -> Finding:
+    count = CONCURRENT_CLIENTS
+    with ThreadPoolExecutor(count) as pool:
+        attempts = [pool.submit(Client, url) for _ in range(count)]
+    errors = [error for attempt in attempts if (error := attempt.exception())]
+    clients = [attempt.result() for attempt in attempts if not attempt.exception()]
+    for client in clients:
+        client.close()
+    if errors:
+        message = f"of {count} clients at once, only {len(clients)} are accepted"
+        return Finding(False, message, hint_for(errors[0]))
+    return Finding(True, f"{count} clients at once are accepted")
+
+
+def _check_processes(url: str) -> Finding:
+    """Check that an event reaches the clients of all server processes.
+
+    A client may poll any of them, so each must know the newest event of the others.
+    """
+
+    def poll_since(since: str) -> EventsReply:
+        return EventsReply(url, REPLY_TIMEOUT, {"mode": "poll", "since": since})
+
+    def poll_all(since: Iterable[str]) -> list[EventsReply]:
+        with ThreadPoolExecutor(CONCURRENT_CLIENTS) as pool:
+            ids = itertools.islice(itertools.cycle(since), CONCURRENT_CLIENTS)
+            return list(pool.map(poll_since, ids))
+
+    try:
+        # No process has so old an event in memory, so it looks into the shared log, if it has one.
+        replies = poll_all(["1-0"])
+        newest = {reply.payload["clientId"][:PROCESS_LENGTH]: reply.event_id for reply in replies}
+        seen = f"server processes seen: {len(newest)}"
+        replies = poll_all(newest.values())
+    except CONNECTION_ERRORS as error:
+        hint = (
+            "Is Redis running, and is SWIFTCMS_WS_REDIS_URL or SWIFTCMS_WS_DATABASE right?"
+            " The site's log has more."
+        )
+        return Finding(False, f"no event may arrive: {error}", hint)
+    if replies[0].payload["refused"]:
+        hint = f"The site's authorize hook does not allow check to subscribe to {CHECK_NAME}."
+        return Finding(None, f"{seen}; whether an event reaches the clients of all", hint)
+    if not all(reply.payload["recovered"] for reply in replies):
+        hint = (
+            "Set SWIFTCMS_WS_DATABASE or SWIFTCMS_WS_REDIS_URL, or run one process."
+            " Until then, visitors that poll miss events too."
+        )
+        return Finding(False, f"{seen}; an event reaches only the clients of one", hint)
+    return Finding(True, f"{seen}; an event reaches the clients of all of them")
+
+
+def _exit_on_signal(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -6143,10 +6372,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     checker.add_argument("url", type=websocket_url, help="such as wss://example.org/ws")
 
     options = parser.parse_args(argv)
+    # As process 1 of a container, a program without a handler would ignore it.
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
         return 130
+    except OutputError as error:
+        # Otherwise Python would fail again when it writes the rest at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error.__cause__, BrokenPipeError):
+            # The exit code of a program that SIGPIPE has killed.
+            return 128 + 13
+        print(f"swiftcms-ws: cannot write the output: {error.__cause__}", file=sys.stderr)
+        return 1
 
 
 # == 18. Demo ====================================================================================

@@ -7,6 +7,7 @@ connection that another thread than the loop's has used.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import configparser
@@ -4516,11 +4517,12 @@ def impatient(*arguments: str, seconds: float) -> subprocess.Popen[str]:
 
 
 @contextlib.contextmanager
-def listening(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], Any]]:
+def listening(*arguments: str, **environ: str) -> Iterator[tuple[subprocess.Popen[str], Any]]:
     """Run `listen`; yield the process, with stdout as a pipe, and a file with stderr."""
     with tempfile.TemporaryFile("w+") as stderr:
         listener = subprocess.Popen(
             [sys.executable, str(HERE / "swiftcms_ws.py"), "listen", *arguments],
+            env={**os.environ, **environ},
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -4596,8 +4598,8 @@ def test_check_good_site(server: Server) -> None:
     """Every check is a tick, and the exit code is 0."""
     run = command("check", f"ws://127.0.0.1:{server.port}/ws")
     assert (run.returncode, run.stderr) == (0, ""), run.stdout
-    assert run.stdout.count("✓") == 7
-    assert "✗" not in run.stdout
+    assert [line[0] for line in run.stdout.splitlines()] == ["✓"] * 6, run.stdout
+    assert "visitors get a WebSocket" in run.stdout
 
 
 @pytest.mark.parametrize(
@@ -4606,7 +4608,7 @@ def test_check_good_site(server: Server) -> None:
         ({"ORIGINS": "*"}, "a page of another site is refused", "set SWIFTCMS_WS_ORIGINS"),
         (
             {"MAX_CONNECTIONS": 5},
-            "of 8 clients at once, only 4 are accepted",
+            "of 8 clients at once, only ",
             "SWIFTCMS_WS_MAX_CONNECTIONS is reached",
         ),
     ],
@@ -4664,7 +4666,8 @@ def answering(answer: bytes | None) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("status", "hint"),
     [
-        (301, "Is this the right address"),
+        (200, "This is a page"),
+        (301, "cannot follow this redirect"),
         (401, "not a valid token of this site"),
         (403, "pass the Host header"),
         (404, "Is this the right address"),
@@ -4862,7 +4865,7 @@ def test_readme_command_lines(tmp_path: Path) -> None:
     with Process(sys.executable, str(HERE / "swiftcms_ws.py"), *demo, cwd=tmp_path, port=port):
         url = f"ws://localhost:{port}/ws"
         run = command(*[url if word.startswith("wss://") else word for word in check])
-        assert (run.returncode, run.stdout.count("✓")) == (0, 7), run.stdout
+        assert (run.returncode, run.stdout.count("✓")) == (0, 6), run.stdout
     with Server() as server:
         url, signed = f"ws://127.0.0.1:{server.port}/ws", server.hub.issue_token("ana")
         words = [{"ws://localhost:8080/ws": url, "…": signed}.get(word, word) for word in listen]
@@ -11613,3 +11616,258 @@ def test_readme_curl_shows_a_stream(tmp_path: Path) -> None:
 
 
 # -- Command line and first steps ------------------------------------------------------------------
+
+
+class ChangingProxy(Proxy):
+    """A proxy that changes requests, or keeps a response without a length until it has ended."""
+
+    def __init__(self, port: int, *, old: bytes = b"", new: bytes = b"", keeps: bool = False) -> None:
+        self._change, self._keeps = (old, new), keeps
+        super().__init__(port)
+
+    def __enter__(self) -> ChangingProxy:
+        return self
+
+    def _relay(self, source: socket.socket, sink: socket.socket) -> None:  # type: ignore[override]
+        is_request = source.getsockname()[1] == self.port
+        kept = b""
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if is_request:
+                    data = re.sub(self._change[0], self._change[1], data)
+                elif self._keeps and b"event-stream" in data and b"Content-Length" not in data:
+                    kept = data
+                if not kept:
+                    sink.sendall(data)
+            sink.sendall(kept)
+            sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def quick_check(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[bool | None, str]]:
+    """Return a function that checks an address with short timeouts.
+
+    It returns the findings by their kind: True, False, or None for what was skipped.
+    """
+    monkeypatch.setattr(swiftcms_ws, "STREAM_TIMEOUT", 0.3)
+    monkeypatch.setattr(swiftcms_ws.EventsReply, "END_TIMEOUT", 0.1)
+
+    def run(address: str) -> dict[bool | None, str]:
+        found: dict[bool | None, str] = {}
+        for is_ok, *texts in swiftcms_ws.find_problems(swiftcms_ws.websocket_url(address)):
+            found[is_ok] = "\n".join([found.get(is_ok, ""), *texts])
+        return found
+
+    return run
+
+
+QuickCheck = Callable[[str], dict[bool | None, str]]
+
+
+def refuse_all(app: Flask, hub: Hub) -> None:
+    hub.authorize(lambda user, event_type, content_type: False)
+
+
+@pytest.mark.parametrize(
+    ("configure", "config", "query", "skipped"),
+    [
+        (None, {"AUTH": "required"}, "", "Add ?token=JWT"),
+        (None, {"AUTH": "required"}, f"?token={token(expires_in=600)}", None),
+        (None, {}, f"?token={token(expires_in=600)}", None),
+        (refuse_all, {}, "", "authorize hook does not allow"),
+    ],
+    ids=["AUTH without a token", "AUTH with a token", "token", "authorize"],
+)
+def test_check_sound_site(
+    quick_check: QuickCheck, configure: Any, config: dict[str, Any], query: str, skipped: str | None
+) -> None:
+    """Sound sites get no cross. A check that cannot be made is skipped, with the reason."""
+    with Server(configure, **config) as server:
+        found = quick_check(f"http://127.0.0.1:{server.port}/ws{query}")
+    assert False not in found
+    assert "visitors get a WebSocket" in found[True]
+    assert (None in found) == (skipped is not None)
+    assert (skipped or "") in found.get(None, "")
+
+
+def test_check_ipv6_and_origins_with_a_port(quick_check: QuickCheck) -> None:
+    """The address may be IPv6 without brackets; the page's origin has the port, as browsers send it."""
+    with Server() as server:
+        ipv6 = make_server("::1", 0, server.app, threaded=True)
+        server.app.config["SWIFTCMS_WS_ORIGINS"] = [f"http://[::1]:{ipv6.port}"]
+        thread = threading.Thread(target=ipv6.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            assert False not in quick_check(f"http://[::1]:{ipv6.port}")
+        finally:
+            ipv6.shutdown()
+            ipv6.server_close()
+            thread.join(PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("localhost:5000", "ws://localhost:5000/ws"),
+        ("https://example.org", "wss://example.org/ws"),
+        ("HTTPS://example.org/", "wss://example.org/ws"),
+        ("wss://example.org/live/ws", "wss://example.org/live/ws"),
+        ("http://::1", "ws://[::1]/ws"),
+        ("[::1]:5000?token=a.b", "ws://[::1]:5000/ws?token=a.b"),
+        ("example.org/ws?next=http://a/", "ws://example.org/ws?next=http://a/"),
+        ("b\u00fccher.example/\u00fc b", "ws://b\u00fccher.example/%C3%BC%20b"),
+        ("ftp://example.org", None),
+        ("http://", None),
+        ("localhost:http", None),
+        ("localhost:99999", None),
+        ("http://[::1", None),
+        (f"{'a' * 64}.org", None),
+    ],
+)
+def test_address_of_check_and_listen(text: str, url: str | None) -> None:
+    """An address may lack scheme and path. One that cannot be is a usage error, no traceback."""
+    if url is not None:
+        assert swiftcms_ws.websocket_url(text) == url
+        return
+    with pytest.raises(argparse.ArgumentTypeError):
+        swiftcms_ws.websocket_url(text)
+
+
+def test_check_redirect(quick_check: QuickCheck) -> None:
+    """A redirect is named, and followed once if it leads to the same host."""
+    head = "HTTP/1.1 301 Moved\r\nLocation: {}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    with Server() as server:
+        target = f"http://127.0.0.1:{server.port}/ws"
+        with answering(head.format(target).encode()) as address:
+            found = quick_check(address)
+    assert f"redirects to ws://127.0.0.1:{server.port}/ws, which is checked" in found[True]
+    assert False not in found
+    for target in ("https://www.example.org/ws", "/ws"):
+        with answering(head.format(target).encode()) as address:
+            found = quick_check(address)
+        assert f"a redirect to {target}" in found[False]
+        assert "cannot follow" in found[False]
+
+
+def hide_socket(app: Flask, hub: Hub) -> None:
+    serve = app.wsgi_app
+
+    def serve_without_socket(environ: dict[str, Any], start_response: Any) -> Any:
+        environ.pop("werkzeug.socket")
+        return serve(environ, start_response)
+
+    app.wsgi_app = serve_without_socket  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("configure", "proxy", "found"),
+    [
+        (
+            None,
+            {"old": rb"Upgrade: websocket\r\n", "new": b""},
+            {
+                False: ["get no WebSocket", "426", "removes the headers Upgrade"],
+                True: ["instead, they get a stream"],
+            },
+        ),
+        (
+            None,
+            {"old": rb"Host: [^\r]*", "new": b"Host: backend:8000"},
+            {
+                False: ["get no WebSocket", "403", "pass the Host header"],
+                True: ["instead, they get a stream"],
+            },
+        ),
+        (
+            None,
+            {"keeps": True},
+            {True: ["get a WebSocket"], False: ["without it, they poll", "buffering off"]},
+        ),
+        (
+            hide_socket,
+            {},
+            {None: ["get no WebSocket", "501"], True: ["instead, they poll", "cannot stream"]},
+        ),
+    ],
+    ids=["no Upgrade", "another Host", "buffering", "no socket"],
+)
+def test_check_names_the_transport_of_a_visitor(
+    quick_check: QuickCheck, configure: Any, proxy: Any, found: dict[bool | None, list[str]]
+) -> None:
+    """It says what a visitor's browser gets, and what to change if that is not a WebSocket."""
+    with Server(configure) as server, ChangingProxy(server.port, **proxy) as changing:
+        result = quick_check(f"127.0.0.1:{changing.port}")
+    for kind, words in found.items():
+        assert [word for word in words if word not in result[kind]] == []
+    assert result.keys() == found.keys()
+
+
+def test_output_in_a_terminal_without_unicode() -> None:
+    """Marks become words there, and an event stays JSON."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.json.ensure_ascii = False  # type: ignore[attr-defined]
+
+    with Server(configure) as server:
+        url = f"127.0.0.1:{server.port}"
+        run = command("check", url, PYTHONIOENCODING="cp437")
+        assert (run.returncode, run.stderr) == (0, "")
+        assert [line.split()[0] for line in run.stdout.splitlines()] == ["ok"] * 6
+        run = command("check", f"{url}/\u2713", PYTHONIOENCODING="ascii")
+        assert (run.returncode, run.stderr, run.stdout[:6]) == (1, "", "WRONG ")
+        with listening(url, PYTHONIOENCODING="cp1252") as (listener, _):
+            until(lambda: server.hub.stats()["subscriptions"] == 1)
+            server.publish(1, title="\u00e9 \u2713")
+            assert next_payload(listener) == {"n": 1, "title": "\u00e9 \u2713"}
+
+
+def test_listen_output_that_cannot_be_written() -> None:
+    """`listen | head -n 1` ends like other tools, and so does a full disk."""
+    with Server() as server, contextlib.ExitStack() as stack:
+        script = shlex.join([sys.executable, str(HERE / "swiftcms_ws.py"), "listen"])
+        script += f" 127.0.0.1:{server.port}"
+        results = []
+        for output in ("| head -n 1", "> /dev/full"):
+            popen = subprocess.Popen(
+                ["bash", "-o", "pipefail", "-c", f"{script} {output}"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.callback(popen.kill)
+            results.append(popen)
+        until(lambda: server.hub.stats()["subscriptions"] == 2)
+        for number in range(2):
+            server.publish(number)
+            assert server.hub.flush()
+            # `head` has exited when it has printed the first line.
+            if number == 0:
+                assert results[0].stdout is not None
+                assert json.loads(results[0].stdout.readline())["payload"] == {"n": 0}
+                results[1].wait(PATIENCE)
+        (_, of_head), (_, of_full) = (popen.communicate(timeout=PATIENCE) for popen in results)
+    assert [popen.returncode for popen in results] == [141, 1]
+    assert "Traceback" not in of_head + of_full
+    assert "No space left on device" in of_full
+
+
+def test_listen_whose_output_is_not_read() -> None:
+    """It does not read more than it prints, so the server closes it as a slow client."""
+
+    def is_closed() -> bool:
+        for _ in range(100):
+            server.publish(text="x" * 50_000)
+        assert server.hub.flush()
+        return server.hub.stats()["slow_clients"] > 0
+
+    with (
+        Server(MAX_QUEUE=100_000) as server,
+        listening(f"127.0.0.1:{server.port}") as (listener, _),
+    ):
+        until(lambda: server.hub.stats()["subscriptions"] == 1)
+        until(is_closed, "the close of the slow client")
+        status = Path(f"/proc/{listener.pid}/status").read_text()
+        assert int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) < 80_000
+        # As process 1 of a container it would ignore SIGTERM without a handler.
+        listener.terminate()
+        assert listener.wait(PATIENCE) == 128 + signal.SIGTERM
