@@ -5989,9 +5989,9 @@ def websocket_url(text: str) -> str:
     """Return the address of a WebSocket. The path may be missing, and the scheme may be http."""
     form = (
         r"(?:(?P<scheme>https?|wss?)://)?(?P<host>[^/?#]*[^/?#:])"
-        r"(?P<path>/[^?#]*)?(?P<query>\?[^#]*)?"
+        r"(?P<path>/[^?#]*)?(?P<query>\?[^#]*)?(?:#.*)?"
     )
-    match = re.match(form, text, re.IGNORECASE)
+    match = re.fullmatch(form, text, re.IGNORECASE)
     host = match["host"] if match else ""
     if host.count(":") > 1 and not host.startswith("["):
         host = f"[{host}]"
