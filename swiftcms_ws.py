@@ -677,8 +677,8 @@ class Hub:
                 if engine.log is None:
                     raise RuntimeError(
                         "this hub is not registered with an app, so no client could receive the"
-                        " event: call app.register_blueprint(blueprint) first, or use the hub that"
-                        " is registered; a script gives Hub(redis_url=…)"
+                        " event: publish after app.register_blueprint(blueprint), or use the hub"
+                        " that is registered; a script gives Hub(redis_url=…)"
                     )
                 self._script_engine = engine
             return self._script_engine
@@ -895,8 +895,7 @@ class Engine:
             utf8_length(text)
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(
-                f"payload cannot be sent as JSON: {error}; publish a dict such as"
-                ' {"id": post.id}, or teach app.json the type'
+                f"payload cannot be sent as JSON: {error}; {_payload_hint(str(error))}"
             ) from error
         return str(text)
 
@@ -1051,6 +1050,21 @@ class Engine:
         self.loop.close_copies()
         for connection in (*self.registry.connections_after_fork(), *self.loop.closing):
             connection.close_copy()
+
+
+# What to publish instead, by a part of the encoder's message.
+PAYLOAD_HINTS = {
+    r"type Row\b": "publish dict(row)",
+    r"type (set|frozenset|dict_\w+|generator|map|filter)\b": "publish a list: list(…)",
+    r"float|NaN|Infinity": "publish None in its place",
+}
+
+
+def _payload_hint(message: str) -> str:
+    for pattern, hint in PAYLOAD_HINTS.items():
+        if re.search(pattern, message):
+            return hint
+    return 'publish a dict such as {"id": post.id}, or teach app.json the type'
 
 
 class Counters:
@@ -1338,6 +1352,39 @@ def _patterns_of_name(name: str) -> list[str]:
 def patterns_of(event_type: str, content_type: str) -> tuple[Pattern, ...]:
     """Return every pattern that matches such an event: matching is then a few look-ups."""
     return tuple(itertools.product(_patterns_of_name(event_type), _patterns_of_name(content_type)))
+
+
+def is_similar(pattern: str, name: str) -> bool:
+    """Return whether a pattern of one name matches it, or was perhaps meant to.
+
+    Similar are item.add and item.added, Posts and post, order_paid and order.paid, and long words
+    of which one letter is different.
+    """
+    if matches(pattern, name):
+        return True
+    words, others = _stems(pattern.removesuffix(".*")), _stems(name)
+    if pattern.endswith(".*"):
+        others = others[: len(words)]
+    one, other = ".".join(words), ".".join(others)
+    if one == other:
+        return True
+    longest = max(len(one), len(other))
+    if longest < 8 or re.search(r"\d", one + other):
+        return False
+    return _common_start(one, other) + _common_start(one[::-1], other[::-1]) >= longest - 1
+
+
+def _common_start(one: str, other: str) -> int:
+    """Return the number of characters at the start of both strings."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+@functools.lru_cache(maxsize=256)
+def _stems(name: str) -> list[str]:
+    """Return the words of a name in lower case, without the endings of plurals and tenses."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", ".", name).lower()
+    return [re.sub(r"(ies|y|ing|ed|es|e|s)$", "", word) for word in re.split(r"[._-]", name)]
 
 
 def describe(value: object) -> str:
@@ -1961,6 +2008,12 @@ class History:
             self._bytes -= oldest.size
             self.forgotten_id = oldest.id
 
+    def names_after(self, event_id: EventId) -> set[tuple[str, str]]:
+        """Return type and content type of public events after an id, of the last 50 events."""
+        latest = itertools.islice(reversed(self._events), 50)
+        newer = itertools.takewhile(lambda event: event.id > event_id, latest)
+        return {(event.type, event.content_type) for event in newer if event.to is None}
+
     def after(self, since: EventId) -> list[Event] | None:
         """Return the events after `since`; None if some of them may be missing here.
 
@@ -2125,6 +2178,11 @@ class Registry:
         with self._lock:
             return sum(len(connections) for connections in self._subscribers.values())
 
+    def patterns(self, most: int) -> list[Pattern]:
+        """Return the patterns of subscriptions, at most so many."""
+        with self._lock:
+            return [pattern for _, pattern in itertools.islice(self._subscribers, most)]
+
     # -- matching ----------------------------------------------------------------------------------
 
     def matching(
@@ -2146,6 +2204,11 @@ class Registry:
                     self._match_cache.clear()
                 self._match_cache[key] = found
             return found
+
+    def has_subscriber(self, event_type: str, content_type: str) -> bool:
+        return any(
+            self.matching(event_type, content_type, None, framing) for framing in self.framings
+        )
 
     def _find_subscribers(
         self, framing: Framing, event_type: str, content_type: str
@@ -2644,6 +2707,19 @@ def handshake_thread(target: Any) -> Any:
     return threading.Thread(target=target)
 
 
+class HubBlueprint(Blueprint):
+    """The blueprint of a hub. Flask's message about a second registration would mislead."""
+
+    def register(self, app: Any, options: dict[str, Any]) -> None:
+        name = f"{options.get('name_prefix', '')}.{options.get('name', self.name)}".lstrip(".")
+        if app.blueprints.get(name) is self:
+            raise ValueError(
+                "this blueprint is registered with the app already: call register_blueprint() or"
+                " init_app() once"
+            )
+        super().register(app, options)
+
+
 class Endpoint:
     """The blueprint of a hub. Its functions run in the web server's threads.
 
@@ -2657,7 +2733,7 @@ class Endpoint:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        self.blueprint = Blueprint("swiftcms_ws", __name__)
+        self.blueprint = HubBlueprint("swiftcms_ws", __name__)
         self.blueprint.record(lambda state: hub.registered(cast(Flask, state.app)))
         self.blueprint.before_request(self._check_handshake)
         self.blueprint.after_request(self._answer_handshake)
@@ -2767,6 +2843,12 @@ class Endpoint:
 
     def _about(self) -> ResponseReturnValue:
         """Answer a plain GET: with the inspector, if it is switched on."""
+        if "Sec-WebSocket-Key" in request.headers:
+            self._engine().warn(
+                "a WebSocket handshake arrived without the header Upgrade: the proxy must pass the"
+                " headers Upgrade and Connection on (README, Deployment, Proxies)",
+                once=True,
+            )
         is_inspector_on = self._engine().settings.inspector
         if is_inspector_on is None:
             is_inspector_on = current_app.debug
@@ -2910,6 +2992,14 @@ class HandshakeCheck:
         origin, host = request.headers.get("Origin"), request.environ.get("HTTP_HOST", "")
         if origin is None or is_origin_allowed(origin, host, self._engine.settings.origins):
             return
+        if origin in ("null", "file://"):
+            self._engine.warn(
+                "refused a connection to a page of the origin %s. If it was opened as a file, open"
+                " it through http:// instead",
+                origin,
+            )
+            message = "pages that are opened as a file may not connect: open them through http://"
+            raise HandshakeRefused(403, "forbidden", message)
         self._engine.warn(
             "refused a connection to a page of %r, because that is not the host of the request"
             " (%s). If such pages may connect, add the origin to SWIFTCMS_WS_ORIGINS. If it is"
@@ -4517,6 +4607,10 @@ class Heartbeat:
     # How often the thread checks whether gunicorn stops its worker, in seconds.
     MAX_PAUSE = 0.5
     MOST_SLICES = 100
+    # Names are compared each time that so many slices have had their heartbeat: every 5 seconds.
+    SLICES_PER_CHECK = 20
+    # The most patterns that are compared, and the most names that are logged.
+    MOST_PATTERNS, MOST_NAMES = 100, 10
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -4527,6 +4621,12 @@ class Heartbeat:
         self._slices: list[dict[Connection, None]] = [{} for _ in range(count)]
         self._slice_of: dict[Connection, int] = {}
         self._next_slice = 0
+        # Events after this one are looked at next. Loop only.
+        self._seen_id = engine.history.newest_id
+        # Types and content types that had no subscriber. The loop sets it, and the thread takes it.
+        self._unheard: set[tuple[str, str]] = set()
+        # Of the thread.
+        self._logged: set[tuple[str, str]] = set()
         self._stopped = threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -4551,8 +4651,28 @@ class Heartbeat:
                     close_engines([self._engine], timeout=2.0)
                     return
             self._engine.loop.call(self._beat, number)
+            self._log_similar_names()
             # After the process was suspended, missed beats are not made up for.
             next_beat = max(next_beat + self._pause, time.monotonic())
+
+    def _log_similar_names(self) -> None:
+        """Log an event without a subscriber if somebody subscribes to a similar name."""
+        unheard, self._unheard = self._unheard, set()
+        unheard -= self._logged
+        if not unheard or len(self._logged) >= self.MOST_NAMES:
+            return
+        patterns = self._engine.registry.patterns(self.MOST_PATTERNS)
+        for event_type, content_type in unheard:
+            for pattern in patterns:
+                if is_similar(pattern[0], event_type) and is_similar(pattern[1], content_type):
+                    self._logged.add((event_type, content_type))
+                    self._engine.warn(
+                        f"no client subscribes to the event {event_type} of {content_type}, but"
+                        f" there is a subscription to {pattern[0]} of {pattern[1]}: is one of these"
+                        " names a mistake?",
+                        once=True,
+                    )
+                    break
 
     # -- the loop's thread -------------------------------------------------------------------------
 
@@ -4571,6 +4691,10 @@ class Heartbeat:
         engine = self._engine
         if number == 0:
             engine.exchange.beat()
+        if number % self.SLICES_PER_CHECK == 0 and engine.history.newest_id > self._seen_id:
+            names = engine.history.names_after(self._seen_id)
+            self._seen_id = engine.history.newest_id
+            self._unheard = {name for name in names if not engine.registry.has_subscriber(*name)}
         for framing in engine.registry.framings:
             connections = [each for each in self._slices[number] if each.framing is framing]
             if connections:
@@ -6630,7 +6754,7 @@ def serve_demo(options: argparse.Namespace) -> int:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         reason = str(error)
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             reason = "another program uses it; choose another port with --port"
@@ -6641,13 +6765,29 @@ def serve_demo(options: argparse.Namespace) -> int:
     os.environ.pop(f"{CONFIG_PREFIX}REDIS_URL", None)
     with listener:
         server = make_server(host, port, demo_app(), threaded=True, fd=listener.fileno())
-    shown_host = f"[{host}]" if ":" in host else host
-    print(f"SwiftCMS demo: http://{shown_host}:{server.port}/ (press Ctrl+C to stop)", flush=True)
+        # Not "localhost", because another program may listen on the same port of [::1].
+        address, port = listener.getsockname()[:2]
+    others = ""
+    if address == "0.0.0.0":
+        others = f", on other computers http://{network_address()}:{port}/"
+        address = "127.0.0.1"
+    shown = f"[{address}]" if ":" in address else address
+    write_line(f"SwiftCMS demo: http://{shown}:{port}/{others} (press Ctrl+C to stop)")
     try:
         server.serve_forever()
     finally:
         hub.close()
     return 0
+
+
+def network_address() -> str:
+    """Return the address of this computer in its network. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))
+        except OSError:
+            return socket.gethostname()
+        return str(sock.getsockname()[0])
 
 
 # == 19. client.js and pages =====================================================================

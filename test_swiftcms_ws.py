@@ -7790,7 +7790,9 @@ def test_origins_of_the_same_host(caplog: pytest.LogCaptureFixture) -> None:
         status, _, body = server.handshake(Origin="http://evil.example")
         assert (status, body["code"]) == (403, "forbidden")
         assert stat(server, "refused_403") > 20
-    assert only_log_line(caplog, "SWIFTCMS_WS_ORIGINS")
+    # One line for pages of other sites, and one for pages that were opened as a file.
+    assert len(log_lines(caplog, "SWIFTCMS_WS_ORIGINS")) == 1
+    assert len(log_lines(caplog)) == 2
 
 
 def test_origins_that_are_named() -> None:
@@ -11871,3 +11873,152 @@ def test_listen_whose_output_is_not_read() -> None:
         # As process 1 of a container it would ignore SIGTERM without a handler.
         listener.terminate()
         assert listener.wait(PATIENCE) == 128 + signal.SIGTERM
+
+
+def start_demo(*options: str, **more: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, str(HERE / "swiftcms_ws.py"), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **more)
+
+
+def test_demo_beside_another_program_on_localhost() -> None:
+    """Another program may have the port on [::1], where browsers look first for localhost.
+
+    No file can be written meanwhile, as on a read-only disk.
+    """
+    no_files = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (0, 0))
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
+        port = other.getsockname()[1]
+        with start_demo("--port", str(port), preexec_fn=no_files) as demo:
+            try:
+                assert demo.stdout is not None
+                line = demo.stdout.readline()
+                assert line.startswith(f"SwiftCMS demo: http://127.0.0.1:{port}/ ")
+                assert b"A tiny CMS" in http(f"http://127.0.0.1:{port}/")[2]
+                with Client(port) as client:
+                    client.subscribe()
+            finally:
+                demo.terminate()
+            assert demo.wait(PATIENCE) == 0
+
+
+def test_demo_on_all_addresses_names_the_one_for_others() -> None:
+    """With --host 0.0.0.0 the teacher reads what the class has to type."""
+    with start_demo("--host", "0.0.0.0", "--port", "0") as demo:
+        try:
+            assert demo.stdout is not None
+            line = demo.stdout.readline()
+            own, others = re.findall(r"http://\S+/", line)
+            assert own.startswith("http://127.0.0.1:")
+            assert not others.startswith(("http://127.", "http://0."))
+            assert b"A tiny CMS" in http(others)[2]
+        finally:
+            demo.terminate()
+
+
+def test_publish_before_the_blueprint_is_registered() -> None:
+    """The error says what to do first."""
+    with pytest.raises(RuntimeError, match=r"publish after app\.register_blueprint\(blueprint\)"):
+        Hub().publish("content.created", "posts", {})
+
+
+def sqlite_row() -> Any:
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        database.row_factory = sqlite3.Row
+        return database.execute("SELECT 1 AS id").fetchone()
+
+
+@pytest.mark.parametrize(
+    ("payload", "hint"),
+    [
+        (sqlite_row(), r"publish dict\(row\)$"),
+        ([sqlite_row()], r"publish dict\(row\)$"),
+        ({"tags": {"a"}}, r"publish a list: list\(…\)$"),
+        ({"a": 1}.keys(), r"publish a list: list\(…\)$"),
+        ({"price": float("nan")}, "publish None in its place$"),
+        ({"price": float("inf")}, "publish None in its place$"),
+        (object(), "a dict such as"),
+    ],
+    ids=["row", "rows", "set", "keys", "nan", "infinity", "object"],
+)
+def test_publish_says_how_to_send_such_a_payload(server: Server, payload: Any, hint: str) -> None:
+    with pytest.raises(TypeError, match=hint):
+        server.hub.publish("content.created", "posts", payload)
+
+
+def test_blueprint_registered_twice() -> None:
+    """The error does not suggest another name. With one, or in another blueprint, it is allowed."""
+    hub, app = Hub(), Flask("site")
+    hub.init_app(app)
+    with pytest.raises(ValueError, match="once") as caught:
+        app.register_blueprint(hub.blueprint)
+    assert "name=" not in str(caught.value)
+    app.register_blueprint(hub.blueprint, name="again", url_prefix="/again")
+    with pytest.raises(ValueError, match="name="):
+        app.register_blueprint(Hub().blueprint)
+
+
+@pytest.mark.parametrize("origin", ["null", "file://"])
+def test_page_that_was_opened_as_a_file(
+    server: Server, caplog: pytest.LogCaptureFixture, origin: str
+) -> None:
+    """Browsers send one of these origins for it. The log and the answer name the remedy."""
+    status, _, body = server.handshake(Origin=origin)
+    assert (status, "through http://" in body["message"]) == (403, True)
+    assert only_log_line(caplog, "open it through http://")
+
+
+@pytest.mark.parametrize("is_inspector_on", [False, True])
+def test_handshake_without_the_upgrade_header_is_logged(
+    caplog: pytest.LogCaptureFixture, is_inspector_on: bool
+) -> None:
+    """A proxy that drops it leaves the key of the handshake. A visitor's plain GET has none."""
+    with Server(INSPECTOR=is_inspector_on) as server:
+        server.get("/ws")
+        assert log_lines(caplog) == []
+        for _ in range(2):
+            server.get("/ws", Sec_WebSocket_Key="MDEyMzQ1Njc4OTAxMjM0NQ==")
+    assert only_log_line(caplog, "Upgrade and Connection on (README, Deployment, Proxies)")
+    assert "**Proxies.**" in README
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("item.add", "item.added", True),
+        ("item.added", "item.add", True),
+        ("items.*", "item.added", True),
+        ("item.*", "item.added", True),
+        ("*", "item.added", True),
+        ("Posts", "post", True),
+        ("orderPaid", "order_paid", True),
+        ("entries", "entry", True),
+        ("contnet.created", "content.created", False),
+        ("conten.created", "content.created", True),
+        ("content.created", "content.updated", False),
+        ("content.created", "content.deleted", False),
+        ("media.uploaded", "media.deleted", False),
+        ("posts.3.comments", "posts.4.comments", False),
+        ("posts", "pages", False),
+        ("user.login", "user.logout", False),
+    ],
+)
+def test_names_that_are_similar(pattern: str, name: str, expected: bool) -> None:
+    assert swiftcms_ws.is_similar(pattern, name) is expected
+
+
+def test_event_without_a_subscriber_beside_a_similar_name(caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged once. An event that has a subscriber, or no similar name, is not."""
+    with Server(HEARTBEAT=0.05) as server, server.client() as client:
+        client.subscribe("item.add", "posts")
+        client.subscribe("content.created", "posts")
+        for event_type in ("item.add", "content.created", "content.updated", "other"):
+            server.hub.publish(event_type, "posts", {})
+        server.hub.publish("item.added", "posts", {}, to="ana")
+        client.receive_many(2)
+        until(lambda: engine_of(server).heartbeat._seen_id == server.hub._engine().loop.last_id)
+        assert log_lines(caplog) == []
+        server.hub.publish("item.added", "posts", {})
+        until(lambda: log_lines(caplog, "is one of these names a mistake"), "the log line")
+        server.hub.publish("item.added", "posts", {})
+        until(lambda: engine_of(server).heartbeat._seen_id == server.hub._engine().loop.last_id)
+    assert only_log_line(caplog, "event item.added of posts, but there is a subscription to item.add of")
