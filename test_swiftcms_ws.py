@@ -3630,10 +3630,21 @@ def test_sigterm_while_clients_connect(tmp_path: Path, server_name: str) -> None
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("server_name", ["sync", "gthread"])
-def test_max_requests_recycles_a_worker(tmp_path: Path, server_name: str) -> None:
+@pytest.mark.parametrize(
+    ("server_name", "version"),
+    [("sync", None), ("gthread", None), ("sync", "22.0.0"), ("gthread", "23.0.0")],
+)
+def test_max_requests_recycles_a_worker(
+    tmp_path: Path,
+    old_gunicorns: Callable[[str], str],
+    server_name: str,
+    version: str | None,
+) -> None:
     """Clients of a worker that gunicorn replaces get 1001, and the next worker serves them."""
-    with Site(tmp_path, SERVERS[server_name], "--max-requests", "30") as site:
+    environ = {}
+    if version is not None:
+        environ["PYTHONPATH"] = f"{old_gunicorns(version)}{os.pathsep}{HERE}"
+    with Site(tmp_path, SERVERS[server_name], "--max-requests", "30", **environ) as site:
         first = site.state()["pid"]
         with contextlib.ExitStack() as stack:
             clients = connect_many(stack, site, 10)
@@ -4848,12 +4859,15 @@ def test_readme_gunicorn_commands(tmp_path: Path, block: str) -> None:
         unit.optionxform = str  # type: ignore[assignment,method-assign]
         unit.read_string(readme_block("ini", "[Service]"))
         line = unit["Service"]["ExecStart"].replace(unit["Service"]["WorkingDirectory"] + "/.venv/bin/", "")
+        assert list(unit) == ["DEFAULT", "Unit", "Service", "Install"]
     port = free_port()
     line = line.replace("8000", str(port))
-    with Process("bash", "-c", f"exec {line}", cwd=tmp_path, port=port, PATH=PATH) as process, process.client() as client:
+    environ = {"PATH": PATH, "SECRET_KEY": KEY}
+    with Process("bash", "-c", f"exec {line}", cwd=tmp_path, port=port, **environ) as process, process.client() as client:
         client.subscribe()
         assert http(f"http://127.0.0.1:{port}/posts", "POST", {"title": "Hi"})[0] == 200
         assert client.receive()["payload"]["title"] == "Hi"
+        assert "WARNING" not in process.output()
 
 
 def test_readme_command_lines(tmp_path: Path) -> None:
@@ -12006,9 +12020,12 @@ def test_names_that_are_similar(pattern: str, name: str, expected: bool) -> None
     assert swiftcms_ws.is_similar(pattern, name) is expected
 
 
-def test_event_without_a_subscriber_beside_a_similar_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_event_without_a_subscriber_beside_a_similar_name(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is logged once. An event that has a subscriber, or no similar name, is not."""
-    with Server(HEARTBEAT=0.05) as server, server.client() as client:
+    monkeypatch.setattr(swiftcms_ws.Heartbeat, "SLICES_PER_CHECK", 1)
+    with Server() as server, server.client() as client:
         client.subscribe("item.add", "posts")
         client.subscribe("content.created", "posts")
         for event_type in ("item.add", "content.created", "content.updated", "other"):
@@ -12022,3 +12039,67 @@ def test_event_without_a_subscriber_beside_a_similar_name(caplog: pytest.LogCapt
         server.hub.publish("item.added", "posts", {})
         until(lambda: engine_of(server).heartbeat._seen_id == server.hub._engine().loop.last_id)
     assert only_log_line(caplog, "event item.added of posts, but there is a subscription to item.add of")
+
+
+# Functions that browsers have had since Chrome 99, Firefox 105 or Safari 16.5, or later.
+TOO_NEW = r"\.(toSorted|toReversed|toSpliced|with|fromAsync|groupBy|withResolvers|isSubsetOf)\(|\b(AbortSignal\.any|Promise\.try|URL\.parse|Iterator\.from)\b"
+
+
+def test_oldest_browsers(server: Server, demo: Process) -> None:
+    """README names the oldest browsers. CI's linter refuses newer syntax than theirs, ES2022."""
+    assert "Chrome or Edge 98, Firefox 104, Safari 16.4" in README
+    linter = (HERE / ".ci" / "embedded" / "eslint.config.js").read_text()
+    assert "ecmaVersion: 2022" in linter
+    for url in (f"http://127.0.0.1:{server.port}/ws/client.js", f"http://127.0.0.1:{demo.port}/"):
+        assert re.search(TOO_NEW, http(url)[2].decode()) is None
+
+
+def test_requests_of_the_blueprint_can_be_left_out_of_before_request() -> None:
+    """README: `request.blueprint` names the handshake, /ws/events and client.js, and nothing else."""
+    visits: list[str] = []
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @app.before_request
+        def note_visit() -> None:
+            if request.blueprint == "swiftcms_ws":
+                return
+            visits.append(request.path)
+
+        app.add_url_rule("/", view_func=lambda: "a page")
+
+    assert 'if request.blueprint == "swiftcms_ws"' in README
+    with Server(configure) as server, server.client() as client:
+        client.subscribe()
+        for path in ("/ws", "/ws/client.js", "/ws/events?mode=poll", "/"):
+            server.get(path)
+    assert visits == ["/"]
+
+
+def test_what_follows_from_the_defaults_of_tokens_and_editing() -> None:
+    """README's warnings: other tokens of the site, live text of all entries, and fewer claims."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @hub.authorize
+        def authorize(user: Any, event_type: str, content_type: str) -> bool:
+            return user.claims.get("role") == "editor"
+
+    def reset_token(**claims: Any) -> str:
+        claims = {"sub": "ana", "exp": time.time() + 60, "purpose": "reset", **claims}
+        return jwt.encode(claims, KEY, "HS256")
+
+    with Server(configure) as server, server.client() as client, server.client() as editor:
+        assert client.authenticate(reset_token(role="editor"))["type"] == "system.authenticated"
+        client.subscribe("content.*", "posts")
+        editor.authenticate(token("bob", role="editor"))
+        for each in (editor, client):
+            each.ask("editStart", contentType="posts", entryId="any entry")
+        editor.send(action="editChange", contentType="posts", entryId="any entry", payload="typed")
+        while (message := client.receive())["type"] != "user.edited":
+            pass
+        assert message["payload"]["change"] == "typed"
+        assert client.authenticate(reset_token())["type"] == "system.authenticated"
+        server.publish(1)
+        assert client.receive()["payload"] == {"n": 1}
+        assert client.ask("subscribe", type="other")["payload"]["code"] == "forbidden"
+    with Server(JWT_AUDIENCE="live") as server, server.client() as client:
+        assert client.authenticate(reset_token())["payload"]["code"] == "invalid_token"
