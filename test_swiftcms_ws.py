@@ -3629,10 +3629,14 @@ def test_sigterm_while_clients_connect(tmp_path: Path, server_name: str) -> None
     assert outcomes["closed with 1001"] == outcomes["accepted"], outcomes
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     ("server_name", "version"),
-    [("sync", None), ("gthread", None), ("sync", "22.0.0"), ("gthread", "23.0.0")],
+    [
+        pytest.param("sync", None, marks=pytest.mark.core),
+        pytest.param("gthread", None, marks=pytest.mark.core),
+        ("sync", "22.0.0"),
+        ("gthread", "23.0.0"),
+    ],
 )
 def test_max_requests_recycles_a_worker(
     tmp_path: Path,
