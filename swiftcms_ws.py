@@ -2843,23 +2843,22 @@ class Endpoint:
 
     def _about(self) -> ResponseReturnValue:
         """Answer a plain GET: with the inspector, if it is switched on."""
+        message = (
+            "this is the address of a WebSocket; connect to it with ws:// or wss://, or use plain"
+            f" HTTP: GET {url_for('.events')}"
+        )
         if "Sec-WebSocket-Key" in request.headers:
-            self._engine().warn(
+            message = (
                 "a WebSocket handshake arrived without the header Upgrade: the proxy must pass the"
-                " headers Upgrade and Connection on (README, Deployment, Proxies)",
-                once=True,
+                " headers Upgrade and Connection on (README, Deployment, Proxies)"
             )
+            self._engine().warn(message, once=True)
         is_inspector_on = self._engine().settings.inspector
         if is_inspector_on is None:
             is_inspector_on = current_app.debug
         if is_inspector_on:
             return render_page(demo=False)
-        return self._refuse(
-            426,
-            "upgrade_required",
-            "this is the address of a WebSocket; connect to it with ws:// or wss://, or use plain"
-            f" HTTP: GET {url_for('.events')}",
-        )
+        return self._refuse(426, "upgrade_required", message)
 
     def _events(self) -> Response:
         """Answer GET /ws/events: with a stream, or with the events that there are."""
@@ -6255,7 +6254,7 @@ class Finding(NamedTuple):
     """What check() prints about one thing.
 
     is_ok: True is a tick and False a cross. None stands for a check that cannot be made.
-    hint:  what to change, or why the check cannot be made
+    hint:  what to change, or why the check cannot be made; a tick has none
     """
 
     is_ok: bool | None
@@ -6263,20 +6262,15 @@ class Finding(NamedTuple):
     hint: str = ""
 
 
-def _finding(is_ok: bool, message: str, hint: str) -> Finding:
-    """Return a tick, or a cross with a hint."""
-    return Finding(is_ok, message, "" if is_ok else hint)
-
-
 def check(options: argparse.Namespace) -> int:
     """Print a tick or a cross for each check. Return 1 if there is a cross."""
-    marks = {True: "ok", False: "WRONG", None: "skipped"}
+    marks = {True: "ok", False: "WRONG", None: "note"}
     if is_utf8():
         marks = {True: "✓", False: "✗", None: "–"}
     exit_code = 0
     for finding in find_problems(options.url):
         write_line(f"{marks[finding.is_ok]} {finding.message}")
-        if finding.hint:
+        if not finding.is_ok:
             write_line(f"    {finding.hint}")
         if finding.is_ok is False:
             exit_code = 1
@@ -6307,15 +6301,16 @@ class EventsReply:
 
     def _read_message(self, response: http.client.HTTPResponse) -> None:
         fields: dict[str, str] = {}
-        while "data" not in fields:
-            line = response.readline(100_000)
-            if not line:
-                raise OSError("the response is not an event stream")
-            name, _, value = line.decode(errors="replace").partition(":")
+        # `retry` and an empty line come first, then `event`, `id` and `data`.
+        for _ in range(5):
+            name, _, value = response.readline(100_000).decode(errors="replace").partition(":")
             fields[name] = value.strip()
-        message = json.loads(fields["data"])
-        self.payload: dict[str, Any] = message["payload"]
-        self.event_id = fields.get("id", "")
+        try:
+            message = json.loads(fields["data"])
+            self.payload: dict[str, Any] = message["payload"]
+            self.event_id = fields.get("id", "")
+        except (ValueError, TypeError, KeyError) as error:
+            raise OSError("the response is not an event stream of swiftcms-ws") from error
         if message["type"] == "system.error":
             raise OSError(self.payload["message"])
 
@@ -6395,9 +6390,11 @@ def _check_plain_http(url: str, refusal: Exception | None, when: str) -> Finding
     try:
         if EventsReply(url, STREAM_TIMEOUT, {}).is_stream:
             return Finding(True, f"{when} they get a stream over plain HTTP")
-    except CONNECTION_ERRORS as error:
+    except TimeoutError:
         hint = "Turn buffering off for /ws/events in the proxy (nginx: proxy_buffering off)."
-        return Finding(False, f"{when} they poll over plain HTTP: no stream ({error})", hint)
+        return Finding(False, f"{when} they poll, because a proxy holds streams back", hint)
+    except CONNECTION_ERRORS as error:
+        return Finding(False, f"{when} they poll, because a stream fails: {error}", HINTS[503])
     return Finding(True, f"{when} they poll over plain HTTP, because the server cannot stream")
 
 
@@ -6405,13 +6402,13 @@ def _check_refusals(url: str, connect: Callable[..., object]) -> Iterator[Findin
     """Connect as a page of another site, and with an invalid token."""
     hint = "Pages of all sites may connect with your visitors' cookies: set SWIFTCMS_WS_ORIGINS."
     refusal = error_of(connect, url, Origin="https://swiftcms-ws-check.example")
-    yield _finding(status_of(refusal) == 403, "a page of another site is refused", hint)
+    yield Finding(status_of(refusal) == 403, "a page of another site is refused", hint)
     parts = urlsplit(url)
     query = [(name, value) for name, value in parse_qsl(parts.query) if name != "token"]
     bad_url = parts._replace(query=urlencode([*query, ("token", "bad")])).geturl()
     hint = "The answer should be 401. Does a proxy remove the query?"
     is_refused = status_of(error_of(connect, bad_url)) == 401
-    yield _finding(is_refused, "an invalid token is refused", hint)
+    yield Finding(is_refused, "an invalid token is refused", hint)
 
 
 def _check_concurrent_clients(url: str) -> Finding:
