@@ -1354,6 +1354,8 @@ def patterns_of(event_type: str, content_type: str) -> tuple[Pattern, ...]:
     return tuple(itertools.product(_patterns_of_name(event_type), _patterns_of_name(content_type)))
 
 
+# Cached, because a site publishes the same names again and again.
+@functools.lru_cache(maxsize=2048)
 def is_similar(pattern: str, name: str) -> bool:
     """Return whether a pattern of one name matches it, or was perhaps meant to.
 
@@ -1380,7 +1382,6 @@ def _common_start(one: str, other: str) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-@functools.lru_cache(maxsize=256)
 def _stems(name: str) -> list[str]:
     """Return the words of a name in lower case, without the endings of plurals and tenses."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", ".", name).lower()
@@ -4608,7 +4609,7 @@ class Heartbeat:
     MOST_SLICES = 100
     # Names are compared each time that so many slices have had their heartbeat: every 5 seconds.
     SLICES_PER_CHECK = 20
-    # The most patterns that are compared, and the most names that are logged.
+    # The most patterns and names that are compared, and the most names that are logged.
     MOST_PATTERNS, MOST_NAMES = 100, 10
 
     def __init__(self, engine: Engine) -> None:
@@ -4661,7 +4662,7 @@ class Heartbeat:
         if not unheard or len(self._logged) >= self.MOST_NAMES:
             return
         patterns = self._engine.registry.patterns(self.MOST_PATTERNS)
-        for event_type, content_type in unheard:
+        for event_type, content_type in itertools.islice(unheard, self.MOST_NAMES):
             for pattern in patterns:
                 if is_similar(pattern[0], event_type) and is_similar(pattern[1], content_type):
                     self._logged.add((event_type, content_type))
