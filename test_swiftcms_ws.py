@@ -1236,8 +1236,9 @@ def test_authorize_sees_the_pattern_and_a_context() -> None:
         ]
 
 
-def test_who_waits_for_a_slow_hook_is_not_taken_for_dead() -> None:
+def test_who_waits_for_a_slow_hook_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """While its own message is carried out nothing can be heard from a client: that is not its silence."""
+    monkeypatch.setattr(Connection, "CLOSE_TIMEOUT", 0.1)
     gate = threading.Event()
 
     def configure(app: Flask, hub: Hub) -> None:
@@ -2585,14 +2586,14 @@ NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 def test_behind_nginx_with_tls_past_its_time_out(tmp_path: Path) -> None:
     """README's nginx lines work with wss://, and heartbeats keep a line that nginx would cut for silence.
 
-    nginx's time-out and the heartbeat are both thirty times shorter here than by default (60 and 25).
+    nginx's time-out and the heartbeat are both sixty times shorter here than by default (60 and 25).
     """
     readme = (HERE / "README.md").read_text()
     block = re.search(r"```nginx\n(.*?)```", readme, re.S)
     assert block is not None
     in_http, location = block[1].split("\n\n")
     certificate, key = self_signed(tmp_path)
-    with Server(HEARTBEAT=0.8) as server:
+    with Server(HEARTBEAT=0.4) as server:
         port = free_port()
         (tmp_path / "nginx.conf").write_text(
             f"""
@@ -2604,7 +2605,7 @@ def test_behind_nginx_with_tls_past_its_time_out(tmp_path: Path) -> None:
               server {{
                 listen 127.0.0.1:{port} ssl;
                 ssl_certificate {certificate}; ssl_certificate_key {key};
-                proxy_read_timeout 2s;
+                proxy_read_timeout 1s;
                 {location.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{server.port}")}
               }}
             }}"""
@@ -2618,7 +2619,7 @@ def test_behind_nginx_with_tls_past_its_time_out(tmp_path: Path) -> None:
             with Client(port, sock=secure, headers=headers) as client:
                 client.subscribe()
                 began = time.monotonic()
-                while time.monotonic() < began + 5:
+                while time.monotonic() < began + 2.5:
                     assert client.receive(heartbeats=True)["type"] == "system.heartbeat"
                 server.publish(1)
                 assert client.receive()["payload"] == {"n": 1}
@@ -8536,7 +8537,7 @@ def test_a_flood_is_slowed_down_and_its_neighbours_do_not_notice(kind: str) -> N
             times.append(time.perf_counter() - began)
         return statistics.median(times)
 
-    with Server(HEARTBEAT=2) as server, server.client() as neighbour:
+    with Server(HEARTBEAT=1) as server, server.client() as neighbour:
         neighbour.subscribe()
         before, memory = delivery(100), resident()
         sent = upgrade_request(server.port).hex(), FLOODS[kind].hex()
