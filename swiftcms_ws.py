@@ -924,6 +924,10 @@ class Engine:
         """Log if this process has published, and was not the one that serves the clients."""
         if self.log is not None or self.has_served or self.app is None or self.app.testing:
             return
+        # The parent of Werkzeug's reloader has run the site's script too. Its child serves.
+        is_reloader = "werkzeug._reloader" in sys.modules
+        if is_reloader and os.environ.get("WERKZEUG_RUN_MAIN") != "true":
+            return
         count = self.counters.as_dict()["published"]
         if count:
             self.warn(
@@ -2940,7 +2944,9 @@ class HandshakeCheck:
         if request.environ.get("wsgi.multiprocess") and self._engine.log is None:
             self._engine.warn(
                 "the web server has several processes, and an event reaches only the clients of"
-                " the process that publishes it: set SWIFTCMS_WS_REDIS_URL, or run one process",
+                " the process that publishes it; a client that polls misses some. Set"
+                " SWIFTCMS_WS_DATABASE (or, on several machines, SWIFTCMS_WS_REDIS_URL), or run one"
+                " process",
                 once=True,
             )
 

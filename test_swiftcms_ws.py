@@ -12085,3 +12085,36 @@ def test_what_follows_from_the_defaults_of_tokens_and_editing() -> None:
         assert client.ask("subscribe", type="other")["payload"]["code"] == "forbidden"
     with Server(JWT_AUDIENCE="live") as server, server.client() as client:
         assert client.authenticate(reset_token())["payload"]["code"] == "invalid_token"
+
+
+def test_parent_of_the_reloader_is_silent(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script that publishes from a thread runs twice under the reloader, which is no mistake."""
+    with Server() as server:
+        server.publish(1)
+        monkeypatch.setitem(sys.modules, "werkzeug._reloader", os)
+        engine_of(server).warn_if_alone()
+        assert log_lines(caplog) == []
+        monkeypatch.setenv("WERKZEUG_RUN_MAIN", "true")
+        engine_of(server).warn_if_alone()
+    assert only_log_line(caplog, "published 1 events and served no client")
+
+
+@needs_redis
+def test_polling_several_processes_needs_a_shared_log(
+    server: Server, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says so at the first poll, once."""
+
+    def poll(app: Flask) -> None:
+        environ = {"wsgi.multiprocess": True}
+        for _ in range(2):
+            response = app.test_client().get("/ws/events?mode=poll", environ_overrides=environ)
+            assert response.status_code == 200
+
+    with Server(REDIS_URL=redis.url) as sharing:
+        poll(sharing.app)
+    assert log_lines(caplog) == []
+    poll(server.app)
+    assert only_log_line(caplog, "polls misses some. Set SWIFTCMS_WS_DATABASE")
