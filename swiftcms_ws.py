@@ -30,6 +30,9 @@ Glossary
     history       the latest events, from which a client that reconnects gets the ones it missed
     replay        the missed events, sent in answer to a subscribe with `since`
     slot          one of the MAX_CONNECTIONS places for a connection or a handshake
+    stream        a connection over plain HTTP: a response that does not end (GET /ws/events)
+    poll          the same request, if its response ends at once and the client asks again
+    framing       how messages are written: as WebSocket frames, or as an event stream
     hook          a function of the site: identify, authorize, or a receiver of a signal
     shared log    an SQLite file or Redis: all processes of a site append their events to it and
                   read it
@@ -59,6 +62,7 @@ Threads of each engine, started by its first connection or, without a shared log
                   handlers; read from and write to the shared log. Started by the first such task
     follower      reads the shared log, if there is one
 identify runs in the web server's thread, and receivers of event_published in the publisher's.
+For plain HTTP, authorize runs in the web server's thread too.
 
 Locks (each is documented where it is created)
     Hub._starting    creating and starting an engine; the others may be taken while it is held
@@ -89,17 +93,20 @@ import argparse
 import atexit
 import base64
 import bisect
+import codecs
 import dataclasses
 import difflib
 import errno
 import functools
 import hashlib
 import heapq
+import http.client
 import inspect
 import io
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -108,6 +115,7 @@ import selectors
 import signal
 import socket
 import ssl
+import string
 import struct
 import sys
 import threading
@@ -118,12 +126,12 @@ import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from enum import Enum, IntEnum
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
 from uuid import UUID
 
 try:
@@ -139,7 +147,6 @@ except ImportError:  # a Python that was built without it
 
 try:
     import jwt
-    import simple_websocket
     from blinker import NamedSignal, Namespace
     from flask import (
         Blueprint,
@@ -156,8 +163,8 @@ try:
     from flask_sock import Sock
     from jwt.algorithms import get_default_algorithms
     from werkzeug.exceptions import HTTPException
+    from werkzeug.http import http_date
     from werkzeug.serving import make_server
-    from wsproto.events import CloseConnection, Ping
     from wsproto.frame_protocol import FrameProtocol, Opcode, ParseFailed
     from wsproto.utilities import ProtocolError
 except ImportError as error:
@@ -614,8 +621,8 @@ class Hub:
         `connections`, `subscriptions`, `queue_length` (events not delivered yet) and
         `waiting_bytes` (not accepted yet by the sockets of slow clients). Since the start:
         `published`, `delivered`, `replayed`, `slow_clients` (closed with 1013), `throttled`
-        (pauses of clients that sent too fast), `errors`, and, if there was one, `error_CODE`,
-        `closed_CODE` (closed by the server) and `refused_STATUS`.
+        (pauses of clients that sent too fast), `polls`, `errors`, and, if there was one,
+        `error_CODE`, `closed_CODE` (closed by the server) and `refused_STATUS`.
         """
         engine = self._engine()
         connections = engine.registry.connections()
@@ -718,8 +725,8 @@ class Hub:
                 if engine.log is None:
                     raise RuntimeError(
                         "this hub is not registered with an app, so no client could receive the"
-                        " event: call app.register_blueprint(blueprint) first, or use the hub that"
-                        " is registered; a script gives Hub(database=…)"
+                        " event: publish after app.register_blueprint(blueprint), or use the hub"
+                        " that is registered; a script gives Hub(database=…)"
                     )
                 self._script_engine = engine
             return self._script_engine
@@ -849,6 +856,7 @@ class Engine:
         self.workers = Workers()
         self.editing = Editing(self)
         self.exchange = EditorExchange(self)
+        self.pollers = Pollers()
         self.log = create_log(self.settings, app, self.report)
         self._create_threads()
         # NaN is not JSON: every browser that received it would throw.
@@ -936,8 +944,7 @@ class Engine:
             utf8_length(text)
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(
-                f"payload cannot be sent as JSON: {error}; publish a dict such as"
-                ' {"id": post.id}, or teach app.json the type'
+                f"payload cannot be sent as JSON: {error}; {_payload_hint(str(error))}"
             ) from error
         return str(text)
 
@@ -965,6 +972,10 @@ class Engine:
     def warn_if_alone(self) -> None:
         """Log if this process has published, and was not the one that serves the clients."""
         if self.log is not None or self.has_served or self.app is None or self.app.testing:
+            return
+        # The parent of Werkzeug's reloader has run the site's script too. Its child serves.
+        is_reloader = "werkzeug._reloader" in sys.modules
+        if is_reloader and os.environ.get("WERKZEUG_RUN_MAIN") != "true":
             return
         count = self.counters.as_dict()["published"]
         if count:
@@ -1011,7 +1022,7 @@ class Engine:
         """Close the connections of a user in this process. Loop only."""
         self._signed_out.append((time.monotonic(), user_id, session))
         for connection in self._of_session(user_id, session):
-            close_signed_out(connection)
+            connection.session.sign_out()
 
     def was_signed_out(self, user: User, since: float) -> bool:
         """Return whether a user was signed out after `since`, when the handshake began."""
@@ -1099,8 +1110,19 @@ class Engine:
             connection.close_copy()
 
 
-def close_signed_out(connection: Connection) -> None:
-    connection.close(CloseCode.UNAUTHORIZED, "the site signed you out; sign in again")
+# What to publish instead, by a part of the encoder's message.
+PAYLOAD_HINTS = {
+    r"type Row\b": "publish dict(row)",
+    r"type (set|frozenset|dict_\w+|generator|map|filter)\b": "publish a list: list(…)",
+    r"float|NaN|Infinity": "publish None in its place",
+}
+
+
+def _payload_hint(message: str) -> str:
+    for pattern, hint in PAYLOAD_HINTS.items():
+        if re.search(pattern, message):
+            return hint
+    return 'publish a dict such as {"id": post.id}, or teach app.json the type'
 
 
 class Counters:
@@ -1110,8 +1132,8 @@ class Counters:
         # Guards the numbers. Re-entrant, because a signal handler that publishes may interrupt its
         # own thread while that thread holds the lock.
         self._lock = threading.RLock()
-        names = ("published", "delivered", "replayed", "errors", "slow_clients", "throttled")
-        self._numbers = Counter(dict.fromkeys(names, 0))
+        names = "published delivered replayed polls errors slow_clients throttled"
+        self._numbers = Counter(dict.fromkeys(names.split(), 0))
 
     def add(self, name: str, number: int = 1) -> None:
         with self._lock:
@@ -1219,12 +1241,13 @@ class Draft(NamedTuple):
 
 
 class Event:
-    """One published event. Any thread may create one and read it, except `frame`: loop only.
+    """One published event. Any thread may create one and read it.
 
-    To save memory it keeps either the payload or, once that was asked for, the frame.
+    The loop alone may use `frame` and `block`. To save memory it keeps either the payload or, once
+    that was asked for, the frame.
     """
 
-    __slots__ = ("_frame", "_payload", "content_type", "id", "size", "to", "type")
+    __slots__ = ("_block", "_frame", "_payload", "content_type", "id", "size", "to", "type")
 
     def __init__(self, event_id: EventId, draft: Draft) -> None:
         self.id = event_id
@@ -1233,7 +1256,7 @@ class Event:
         self.to = draft.to
         self.size = utf8_length(draft.payload)
         self._payload: str | None = draft.payload
-        self._frame = b""
+        self._frame = self._block = b""
 
     @property
     def payload(self) -> str:
@@ -1242,7 +1265,7 @@ class Event:
 
     @property
     def frame(self) -> bytes:
-        """The bytes that every client receives. Loop only."""
+        """The bytes that every WebSocket receives. Loop only."""
         if self._payload is not None:
             # Names need no escaping, and the payload is JSON already.
             text = (
@@ -1253,6 +1276,14 @@ class Event:
             self._frame = text_frame(text)
             self._payload = None
         return self._frame
+
+    @property
+    def block(self) -> bytes:
+        """The bytes that every client over plain HTTP receives. Loop only."""
+        if not self._block:
+            message = self.frame[frame_head_length(self.frame) :]
+            self._block = stream_block(message, event_id=format_event_id(self.id))
+        return self._block
 
 
 def utf8_length(text: str) -> int:
@@ -1381,6 +1412,40 @@ def patterns_of(event_type: str, content_type: str) -> tuple[Pattern, ...]:
     return tuple(itertools.product(_patterns_of_name(event_type), _patterns_of_name(content_type)))
 
 
+# Cached, because a site publishes the same names again and again.
+@functools.lru_cache(maxsize=2048)
+def is_similar(pattern: str, name: str) -> bool:
+    """Return whether a pattern of one name matches it, or was perhaps meant to.
+
+    Similar are item.add and item.added, Posts and post, order_paid and order.paid, and long words
+    of which one letter is different.
+    """
+    if matches(pattern, name):
+        return True
+    words, others = _stems(pattern.removesuffix(".*")), _stems(name)
+    if pattern.endswith(".*"):
+        others = others[: len(words)]
+    one, other = ".".join(words), ".".join(others)
+    if one == other:
+        return True
+    longest = max(len(one), len(other))
+    if longest < 8 or re.search(r"\d", one + other):
+        return False
+    return _common_start(one, other) + _common_start(one[::-1], other[::-1]) >= longest - 1
+
+
+def _common_start(one: str, other: str) -> int:
+    """Return the number of characters at the start of both strings."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _stems(name: str) -> list[str]:
+    """Return the words of a name in lower case, without the endings of plurals and tenses."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", ".", name).lower()
+    return [re.sub(r"(ies|y|ing|ed|es|e|s)$", "", word) for word in re.split(r"[._-]", name)]
+
+
 def describe(value: object) -> str:
     """Name a JSON value's kind for an error message, and show a short value."""
     if isinstance(value, dict):
@@ -1428,6 +1493,11 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
     return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
 
 
+def frame_head_length(frame: bytes) -> int:
+    """Return where the payload of an unmasked frame begins."""
+    return {126: 4, 127: 10}.get(frame[1], 2)
+
+
 def text_frame(text: str) -> bytes:
     return encode_frame(Opcode.TEXT, text.encode())
 
@@ -1445,7 +1515,17 @@ def message_frame(
     content_type: str | None = None,
     ref: str | float | None = None,
 ) -> bytes:
-    """Return the frame of a message of the server. The payload needs no JSON provider."""
+    """Return the frame of a message of the server."""
+    return text_frame(message_text(message_type, payload, content_type, ref))
+
+
+def message_text(
+    message_type: str,
+    payload: Mapping[str, Any],
+    content_type: str | None = None,
+    ref: str | float | None = None,
+) -> str:
+    """Return a message of the server as JSON. The payload needs no JSON provider."""
     message: dict[str, Any] = {"type": message_type}
     if content_type is not None:
         message["contentType"] = content_type
@@ -1453,7 +1533,40 @@ def message_frame(
     message["timestamp"] = timestamp(now_milliseconds())
     if ref is not None:
         message["ref"] = ref
-    return text_frame(json.dumps(message))
+    return json.dumps(message)
+
+
+class Framing:
+    """How messages are written to a client: here as WebSocket frames. Pure functions.
+
+    EventStream, in section 15, is the other one. Each event is encoded once for each framing.
+    """
+
+    # Clients answer heartbeats, so one that is silent has left.
+    has_pongs = True
+
+    def event(self, event: Event) -> bytes:
+        return event.frame
+
+    def message(
+        self,
+        message_type: str,
+        payload: Mapping[str, Any],
+        content_type: str | None = None,
+        ref: str | float | None = None,
+    ) -> bytes:
+        return message_frame(message_type, payload, content_type, ref)
+
+    def heartbeat(self, place: Mapping[str, Any]) -> bytes:
+        """Return system.heartbeat, which scripts can see, and a ping, which libraries answer."""
+        return message_frame("system.heartbeat", place) + encode_frame(Opcode.PING, b"")
+
+    def closing(self, code: int, reason: str) -> bytes:
+        """Return the last bytes of a connection that the server closes."""
+        return close_frame(code, reason)
+
+
+WEBSOCKET = Framing()
 
 
 def parse_message(data: str | bytes) -> dict[str, Any]:
@@ -1832,19 +1945,32 @@ class Loop(EventQueue):
         kinds: dict[tuple[str, str, frozenset[str] | None], int] = defaultdict(int)
         for index, event in enumerate(events):
             kinds[event.type, event.content_type, event.to] |= 1 << index
-        routes: Iterable[tuple[int, Collection[Connection]]]
-        routes = [(bits, self.registry.matching(*kind)) for kind, bits in kinds.items()]
-        if len(kinds) > 1:
-            routes = _merge_routes(routes)
         try:
-            for bits, connections in routes:
-                if not connections:
-                    continue
-                chosen = [event.frame for index, event in enumerate(events) if bits >> index & 1]
-                Connection.send_to_all(connections, b"".join(chosen))
-                self._counters.add("delivered", len(chosen) * len(connections))
+            for framing in self.registry.framings:
+                routes: Iterable[tuple[int, Collection[Connection]]]
+                routes = [
+                    (bits, self.registry.matching(*kind, framing)) for kind, bits in kinds.items()
+                ]
+                if len(kinds) > 1:
+                    routes = _merge_routes(routes)
+                self._send_events(events, routes, framing)
         finally:
             self.history.add(events)
+
+    def _send_events(
+        self,
+        events: list[Event],
+        routes: Iterable[tuple[int, Collection[Connection]]],
+        framing: Framing,
+    ) -> None:
+        for bits, connections in routes:
+            if not connections:
+                continue
+            chosen = [
+                framing.event(event) for index, event in enumerate(events) if bits >> index & 1
+            ]
+            Connection.send_to_all(connections, b"".join(chosen))
+            self._counters.add("delivered", len(chosen) * len(connections))
 
     # -- flushing and closing ----------------------------------------------------------------------
 
@@ -1941,6 +2067,12 @@ class History:
             self._bytes -= oldest.size
             self.forgotten_id = oldest.id
 
+    def names_after(self, event_id: EventId) -> set[tuple[str, str]]:
+        """Return type and content type of public events after an id, of the last 50 events."""
+        latest = itertools.islice(reversed(self._events), 50)
+        newer = itertools.takewhile(lambda event: event.id > event_id, latest)
+        return {(event.type, event.content_type) for event in newer if event.to is None}
+
     def after(self, since: EventId) -> list[Event] | None:
         """Return the events after `since`; None if some of them may be missing here.
 
@@ -1986,11 +2118,14 @@ class Registry:
         self._released = threading.Condition(self._lock)
         # Slots taken by connections and by handshakes. Reading it is atomic.
         self.slots = 0
+        # The framings that connections have had so far. Reading it is atomic.
+        self.framings: tuple[Framing, ...] = (WEBSOCKET,)
         # Dictionaries without values are sets that keep their order.
         self._connections: dict[str, Connection] = {}
-        self._subscribers: dict[Pattern, dict[Connection, None]] = {}
+        # Those of each framing apart, because each framing is encoded once for all of them.
+        self._subscribers: dict[tuple[Framing, Pattern], dict[Connection, None]] = {}
         self._by_user: dict[str, dict[Connection, None]] = {}
-        self._match_cache: dict[tuple[str, str], tuple[Connection, ...]] = {}
+        self._match_cache: dict[tuple[Framing, str, str], tuple[Connection, ...]] = {}
 
     # -- slots -------------------------------------------------------------------------------------
 
@@ -2019,6 +2154,8 @@ class Registry:
     def add(self, connection: Connection) -> None:
         with self._lock:
             self._connections[connection.id] = connection
+            if connection.framing not in self.framings:
+                self.framings = (*self.framings, connection.framing)
             if connection.user:
                 self._by_user.setdefault(connection.user.id, {})[connection] = None
 
@@ -2069,7 +2206,7 @@ class Registry:
         with self._lock:
             public, private = connection.subscriptions.get(pattern, (after, after))
             connection.subscriptions[pattern] = (min(public, after), min(private, after))
-            self._subscribers.setdefault(pattern, {})[connection] = None
+            self._subscribers.setdefault((connection.framing, pattern), {})[connection] = None
             self._match_cache.clear()
 
     def unsubscribe(self, connection: Connection, patterns: Iterable[Pattern] | None) -> int:
@@ -2082,7 +2219,7 @@ class Registry:
     def _unsubscribe(self, connection: Connection, pattern: Pattern) -> bool:
         if connection.subscriptions.pop(pattern, None) is None:
             return False
-        self._discard(self._subscribers, pattern, connection)
+        self._discard(self._subscribers, (connection.framing, pattern), connection)
         self._match_cache.clear()
         return True
 
@@ -2100,38 +2237,56 @@ class Registry:
         with self._lock:
             return sum(len(connections) for connections in self._subscribers.values())
 
+    def patterns(self, most: int) -> list[Pattern]:
+        """Return the patterns of subscriptions, at most so many."""
+        with self._lock:
+            return [pattern for _, pattern in itertools.islice(self._subscribers, most)]
+
     # -- matching ----------------------------------------------------------------------------------
 
     def matching(
-        self, event_type: str, content_type: str, to: frozenset[str] | None = None
+        self,
+        event_type: str,
+        content_type: str,
+        to: frozenset[str] | None,
+        framing: Framing,
     ) -> Collection[Connection]:
-        """Return the connections that subscribe to such an event, each once."""
+        """Return the connections of a framing that subscribe to such an event, each once."""
         with self._lock:
             if to is not None:
-                return self._matching_users(event_type, content_type, to)
-            found = self._match_cache.get((event_type, content_type))
+                return self._matching_users(event_type, content_type, to, framing)
+            key = (framing, event_type, content_type)
+            found = self._match_cache.get(key)
             if found is None:
-                found = self._find_subscribers(event_type, content_type)
+                found = self._find_subscribers(*key)
                 if len(self._match_cache) >= self.CACHE_SIZE:
                     self._match_cache.clear()
-                self._match_cache[event_type, content_type] = found
+                self._match_cache[key] = found
             return found
 
-    def _find_subscribers(self, event_type: str, content_type: str) -> tuple[Connection, ...]:
+    def has_subscriber(self, event_type: str, content_type: str) -> bool:
+        return any(
+            self.matching(event_type, content_type, None, framing) for framing in self.framings
+        )
+
+    def _find_subscribers(
+        self, framing: Framing, event_type: str, content_type: str
+    ) -> tuple[Connection, ...]:
         found: dict[Connection, None] = {}
         for pattern in patterns_of(event_type, content_type):
-            found |= self._subscribers.get(pattern, {})
+            found |= self._subscribers.get((framing, pattern), {})
         return tuple(found)
 
     def _matching_users(
-        self, event_type: str, content_type: str, to: frozenset[str]
+        self, event_type: str, content_type: str, to: frozenset[str], framing: Framing
     ) -> list[Connection]:
         patterns = patterns_of(event_type, content_type)
         return [
             connection
             for user_id in to
             for connection in self._by_user.get(user_id, ())
-            if not connection.subscriptions.keys().isdisjoint(patterns)
+            if connection.framing is framing
+            and not connection.subscriptions.keys().isdisjoint(patterns)
         ]
 
     def missed(
@@ -2176,6 +2331,8 @@ class State(Enum):
 class Connection:
     """Owns one client's socket and the unsent data for it. Loop only, except has_left().
 
+    The client speaks WebSocket or, with the other framing, receives a response that does not end.
+
     The socket is non-blocking. If the socket buffer of a slow client is full, unsent data is
     queued here and later frames queue behind it. Other clients are not affected.
     """
@@ -2207,6 +2364,7 @@ class Connection:
         "_unsent",
         "close_code",
         "close_deadline",
+        "framing",
         "id",
         "session",
         "state",
@@ -2218,7 +2376,13 @@ class Connection:
     )
 
     def __init__(
-        self, client_id: str, sock: socket.socket, loop: Loop, max_queue: int, user: User | None
+        self,
+        client_id: str,
+        sock: socket.socket,
+        loop: Loop,
+        max_queue: int,
+        user: User | None,
+        framing: Framing = WEBSOCKET,
     ) -> None:
         sock.setblocking(False)
         # The web servers do not set it, and small frames would wait 40 ms. A Unix socket behind
@@ -2226,6 +2390,7 @@ class Connection:
         with suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.id = client_id
+        self.framing = framing
         self.state = State.OPEN
         self.close_code: int | None = None
         self.session: Session
@@ -2249,8 +2414,8 @@ class Connection:
         self._is_direct = True
         # When the socket last accepted data, if some is unsent.
         self._progress_at = 0.0
-        # Since when the client has been silent; infinity while the server does not read it,
-        # because its silence does not count then.
+        # Since when the client has been silent; infinity while the server does not read it, or if
+        # it has nothing to send, because its silence does not count then.
         self.waiting_since = time.monotonic()
         # Close the socket as soon as everything is written: the client's close frame has arrived.
         self._close_when_written = False
@@ -2391,7 +2556,8 @@ class Connection:
         if not data:
             self.abort()
             return
-        self.waiting_since = time.monotonic()
+        if self.framing.has_pongs:
+            self.waiting_since = time.monotonic()
         self.session.receive(data)
 
     @property
@@ -2425,7 +2591,7 @@ class Connection:
 
     def _note_reading(self, is_reading: bool) -> None:
         """Count the client's silence only while the server reads from it."""
-        if not is_reading:
+        if not is_reading or not self.framing.has_pongs:
             self.waiting_since = float("inf")
         elif not self._selected & selectors.EVENT_READ:
             self.waiting_since = time.monotonic()
@@ -2433,7 +2599,10 @@ class Connection:
     # -- closing -----------------------------------------------------------------------------------
 
     def close(self, code: int, reason: str) -> None:
-        """Send a close frame, and close the socket after the client's answer or CLOSE_TIMEOUT."""
+        """Send a close frame, and close the socket after the client's answer or CLOSE_TIMEOUT.
+
+        The client of a stream does not answer, so its socket is closed when everything is written.
+        """
         if self.state is not State.OPEN:
             return
         if code == CloseCode.TRY_AGAIN_LATER and self._unsent:
@@ -2443,7 +2612,8 @@ class Connection:
             self._unsent = deque([first])
             self.unsent_bytes = len(first)
         self.close_code = code
-        self._begin_closing(close_frame(code, reason))
+        self._close_when_written = not self.framing.has_pongs
+        self._begin_closing(self.framing.closing(code, reason))
 
     def answer_close(self, code: int | None) -> None:
         """The client's close frame has arrived: answer it unless it is an answer; then close."""
@@ -2538,6 +2708,7 @@ class HandshakeRefused(Exception):
     def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
         super().__init__(message)
         self.status = status
+        self.code = code
         self.response = make_response({"code": code, "message": message}, status, headers)
 
 
@@ -2562,6 +2733,8 @@ class Handshake:
         self.own: socket.socket | None = None
         self.relay: socket.socket | None = None
         self.read_ahead = b""
+        # Its open() gives the socket to the loop.
+        self.session_type: type[Session] = Session
 
     def send(self, data: bytes) -> int:
         """Receive the 101 response of simple-websocket."""
@@ -2593,6 +2766,19 @@ def handshake_thread(target: Any) -> Any:
     return threading.Thread(target=target)
 
 
+class HubBlueprint(Blueprint):
+    """The blueprint of a hub. Flask's message about a second registration would mislead."""
+
+    def register(self, app: Any, options: dict[str, Any]) -> None:
+        name = f"{options.get('name_prefix', '')}.{options.get('name', self.name)}".lstrip(".")
+        if app.blueprints.get(name) is self:
+            raise ValueError(
+                "this blueprint is registered with the app already: call register_blueprint() or"
+                " init_app() once"
+            )
+        super().register(app, options)
+
+
 class Endpoint:
     """The blueprint of a hub. Its functions run in the web server's threads.
 
@@ -2606,7 +2792,7 @@ class Endpoint:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        self.blueprint = Blueprint("swiftcms_ws", __name__)
+        self.blueprint = HubBlueprint("swiftcms_ws", __name__)
         self.blueprint.record(lambda state: hub.registered(cast(Flask, state.app)))
         self.blueprint.before_request(self._check_handshake)
         self.blueprint.after_request(self._answer_handshake)
@@ -2615,6 +2801,7 @@ class Endpoint:
         Sock().route("/ws", bp=self.blueprint, endpoint="websocket")(self._websocket)
         self.blueprint.add_url_rule("/ws", "about", self._about)
         self.blueprint.add_url_rule("/ws/client.js", "client_js", self._client_js)
+        self.blueprint.add_url_rule("/ws/events", "events", self._events)
         self.blueprint.url_defaults(self._add_version)
 
     def _engine(self) -> Engine:
@@ -2664,28 +2851,21 @@ class Endpoint:
                 handshake.own = descriptors().take_over(handshake.sock)
         except (OSError, ValueError) as error:
             # ValueError: the server has closed its socket, because the client has left.
-            self._log_lost_socket(engine, error)
+            log_lost_socket(engine, error)
             return
         handshake.read_ahead = read_server_buffers(environ)
-
-    def _log_lost_socket(self, engine: Engine, error: Exception) -> None:
-        """Log it if the process has too many open files. That a client has left is not logged."""
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.EINVAL, errno.ENFILE):
-            engine.warn(
-                "refused a WebSocket: this process has %s connections and may not open more files"
-                " (its limit is %s). Raise the limit: ulimit -n, or LimitNOFILE in systemd",
-                engine.registry.slots,
-                descriptors().limit,
-            )
 
     def _answer_handshake(self, response: Response) -> Response:
         """Answer with a plain 101, so that the server logs this status.
 
         After the take-over it is written into a dead socket. The client gets the 101 from the loop.
+        A stream's socket is taken over later, by its response.
         """
         handshake = request.environ.get(HANDSHAKE_KEY)
         if not isinstance(handshake, Handshake):
             return response
+        if isinstance(handshake, EventsHandshake):
+            return StreamResponse(self._engine(), handshake, response)
         if handshake.own is None:
             if handshake.response and response.status_code == 200:
                 # The handshake was accepted, but the socket could not be taken over.
@@ -2713,7 +2893,7 @@ class Endpoint:
             if self._hub.authorize_hook or has_connection_receivers():
                 kept = hook_environ(environ)
             address = environ.get("REMOTE_ADDR", "")
-            if engine.loop.call(Session.open, engine, handshake, kept, address):
+            if engine.loop.call(handshake.session_type.open, engine, handshake, kept, address):
                 return
             handshake.own.close()
         engine.registry.release()
@@ -2722,16 +2902,26 @@ class Endpoint:
 
     def _about(self) -> ResponseReturnValue:
         """Answer a plain GET: with the inspector, if it is switched on."""
+        message = (
+            "this is the address of a WebSocket; connect to it with ws:// or wss://, or use plain"
+            f" HTTP: GET {url_for('.events')}"
+        )
+        if "Sec-WebSocket-Key" in request.headers:
+            message = (
+                "a WebSocket handshake arrived without the header Upgrade: the proxy must pass the"
+                " headers Upgrade and Connection on (README, Deployment, Proxies)"
+            )
+            self._engine().warn(message, once=True)
         is_inspector_on = self._engine().settings.inspector
         if is_inspector_on is None:
             is_inspector_on = current_app.debug
         if is_inspector_on:
             return render_page(demo=False)
-        return self._refuse(
-            426,
-            "upgrade_required",
-            "this is the address of a WebSocket; connect to it with ws:// or wss://",
-        )
+        return self._refuse(426, "upgrade_required", message)
+
+    def _events(self) -> Response:
+        """Answer GET /ws/events: with a stream, or with the events that there are."""
+        return EventsRequest(self._hub, self._engine()).answer()
 
     def _add_version(self, endpoint: str, values: dict[str, Any]) -> None:
         """Add `v`, a hash of client.js, to the address of it that url_for() returns."""
@@ -2759,7 +2949,7 @@ class Endpoint:
 class HandshakeCheck:
     """Decides about one handshake, in a thread of the web server.
 
-    It runs before the request reaches flask-sock's route.
+    It runs before the request reaches flask-sock's route. EventsRequest uses its parts.
     """
 
     # Names and values of a handshake's headers together: they are kept if the site has hooks.
@@ -2775,11 +2965,7 @@ class HandshakeCheck:
         self._warn_of_processes()
         self._check_headers()
         self._check_origin()
-        # Started before the site is asked for the user: a sign-out from now on is noticed.
-        self._hub.start(self._engine)
-        if self._engine.follower is not None:
-            self._engine.follower.wait_for_begin()
-        began = time.monotonic()
+        began = self._start()
         user = self._find_user()
         self._reserve_slot()
         return Handshake(sock, user, began)
@@ -2791,33 +2977,37 @@ class HandshakeCheck:
         problem = ""
         if sock is None:
             problem = "gives no access to the socket"
-        elif "gunicorn.socket" not in environ and environ.get("wsgi.multiprocess"):
+        elif is_forking(environ):
             problem = "starts a process for each request"
         elif needs_relay(sock) and not environ.get("wsgi.multithread"):
             problem = "has one thread, which TLS inside the process would occupy"
         if problem:
             self._engine.warn("refused a WebSocket: %s %s; %s", server, problem, SUPPORTED_SERVERS)
-            raise HandshakeRefused(501, "not_supported", f"{server} {problem}; {SUPPORTED_SERVERS}")
+            hint = f"{SUPPORTED_SERVERS}, or use plain HTTP: GET {url_for('.events')}"
+            raise HandshakeRefused(501, "not_supported", f"{server} {problem}; {hint}")
         return sock
+
+    def _start(self) -> float:
+        """Start the engine, and return the time. A sign-out from then on is noticed."""
+        self._hub.start(self._engine)
+        if self._engine.follower is not None:
+            self._engine.follower.wait_for_begin()
+        return time.monotonic()
 
     def _warn_of_processes(self) -> None:
         if request.environ.get("wsgi.multiprocess") and self._engine.log is None:
             self._engine.warn(
                 "the web server has several processes, and an event reaches only the clients of"
-                " the process that publishes it: set SWIFTCMS_WS_DATABASE (or, on several machines,"
-                " SWIFTCMS_WS_REDIS_URL), or run one process",
+                " the process that publishes it; a client that polls misses some. Set"
+                " SWIFTCMS_WS_DATABASE (or, on several machines, SWIFTCMS_WS_REDIS_URL), or run one"
+                " process",
                 once=True,
             )
 
     def _check_headers(self) -> None:
         """Refuse a handshake that RFC 6455 section 4.2.1 does not allow."""
         environ = request.environ
-        headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
-        size = sum(len(key) + len(value) for key, value in headers.items())
-        if size + len(environ.get("QUERY_STRING", "")) > self.MAX_HEADERS:
-            raise HandshakeRefused(
-                431, "bad_handshake", f"the headers are over {self.MAX_HEADERS} bytes"
-            )
+        headers = self._check_size()
         if request.method != "GET":
             raise HandshakeRefused(
                 400, "bad_handshake", f"a handshake is a GET, not a {request.method}"
@@ -2842,6 +3032,17 @@ class HandshakeCheck:
                 400, "bad_handshake", "Sec-WebSocket-Key must be 16 bytes in base64"
             )
 
+    def _check_size(self) -> dict[str, str]:
+        """Return the headers, as the environ has them, or refuse them because they are too long."""
+        environ = request.environ
+        headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
+        size = sum(len(key) + len(value) for key, value in headers.items())
+        if size + len(environ.get("QUERY_STRING", "")) > self.MAX_HEADERS:
+            raise HandshakeRefused(
+                431, "bad_handshake", f"the headers are over {self.MAX_HEADERS} bytes"
+            )
+        return headers
+
     def _check_origin(self) -> None:
         """Refuse handshakes of pages of other sites (RFC 6455 section 10.2).
 
@@ -2851,8 +3052,16 @@ class HandshakeCheck:
         origin, host = request.headers.get("Origin"), request.environ.get("HTTP_HOST", "")
         if origin is None or is_origin_allowed(origin, host, self._engine.settings.origins):
             return
+        if origin in ("null", "file://"):
+            self._engine.warn(
+                "refused a connection to a page of the origin %s. If it was opened as a file, open"
+                " it through http:// instead",
+                origin,
+            )
+            message = "pages that are opened as a file may not connect: open them through http://"
+            raise HandshakeRefused(403, "forbidden", message)
         self._engine.warn(
-            "refused a WebSocket to a page of %r, because that is not the host of the request"
+            "refused a connection to a page of %r, because that is not the host of the request"
             " (%s). If such pages may connect, add the origin to SWIFTCMS_WS_ORIGINS. If it is"
             " this site, let its proxy pass the Host header on",
             origin[:200],
@@ -2884,7 +3093,7 @@ class HandshakeCheck:
         limit = self._engine.settings.max_connections or descriptors().max_connections
         if not self._engine.registry.reserve(limit):
             self._engine.warn(
-                "refused a WebSocket: all %s slots are taken. Set SWIFTCMS_WS_MAX_CONNECTIONS and,"
+                "refused a connection: all %s slots are taken. Set SWIFTCMS_WS_MAX_CONNECTIONS and,"
                 " if need be, the limit of open files (ulimit -n, LimitNOFILE in systemd) higher",
                 limit,
             )
@@ -2897,6 +3106,17 @@ class HandshakeCheck:
             raise HandshakeRefused(
                 503, "going_away", "the server is shutting down", **{"Retry-After": "2"}
             )
+
+
+def log_lost_socket(engine: Engine, error: Exception) -> None:
+    """Log it if the process has too many open files. That a client has left is not logged."""
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.EINVAL, errno.ENFILE):
+        engine.warn(
+            "refused a connection: this process has %s connections and may not open more files"
+            " (its limit is %s). Raise the limit: ulimit -n, or LimitNOFILE in systemd",
+            engine.registry.slots,
+            descriptors().limit,
+        )
 
 
 def needs_relay(sock: Any) -> bool:
@@ -3063,6 +3283,11 @@ def find_socket(environ: Mapping[str, Any]) -> Any:
     if type(sock).__module__.startswith("eventlet"):
         return None
     return sock
+
+
+def is_forking(environ: Mapping[str, Any]) -> bool:
+    """Return whether the web server starts a process for each request, as Werkzeug can."""
+    return "gunicorn.socket" not in environ and bool(environ.get("wsgi.multiprocess"))
 
 
 def read_server_buffers(environ: Mapping[str, Any]) -> bytes:
@@ -3533,6 +3758,7 @@ class Session:
         CloseCode.HEARTBEAT_TIMEOUT: "it sent nothing for two heartbeats (SWIFTCMS_WS_HEARTBEAT)",
     }
 
+    FRAMING = WEBSOCKET
     # Messages of one client are handled for so many seconds before the others get their turn.
     TURN = 0.005
     # Frames of a client that it sent before it received our close frame. With more, it floods.
@@ -3581,11 +3807,12 @@ class Session:
     def open(
         cls, engine: Engine, handshake: Handshake, environ: dict[str, Any] | None, address: str
     ) -> None:
-        """Adopt the socket of a handshake: send the 101 and the greeting, then begin to read."""
+        """Adopt the socket of a handshake: send the response and the greeting; begin to read."""
         client_id = engine.process + secrets.token_hex(6)
         max_queue = engine.settings.max_queue
         assert handshake.own is not None
-        connection = Connection(client_id, handshake.own, engine.loop, max_queue, handshake.user)
+        own, user = handshake.own, handshake.user
+        connection = Connection(client_id, own, engine.loop, max_queue, user, cls.FRAMING)
         connection.session = session = cls(engine, connection, environ, address)
         session.guarded(session._start, handshake)
 
@@ -3596,32 +3823,37 @@ class Session:
         if connection.state is State.CLOSED:
             return
         engine.registry.add(connection)
-        engine.heartbeat.add(connection)
         # Read before the greeting: the site hears of every client that was greeted before closing.
         is_closing = engine.is_closing
         self._greet()
         if is_closing:
             connection.close(CloseCode.GOING_AWAY, "the server is going away; reconnect with since")
         elif handshake.user and engine.was_signed_out(handshake.user, handshake.began):
-            close_signed_out(connection)
+            self.sign_out()
         if connection.state is not State.OPEN:
             return
         self.expiry.schedule()
         self._has_begun = True
-        self._begin(handshake.read_ahead)
+        self._begin(handshake)
 
-    def _begin(self, read_ahead: bytes) -> None:
-        """Handle the first bytes, after the receivers of client_connected have returned."""
+    def _begin(self, handshake: Handshake) -> None:
+        """Serve the client, after the receivers of client_connected have returned."""
 
         def connected(_: object = None) -> None:
-            self.receive(read_ahead)
+            self._serve_first(handshake)
 
         if client_connected.receivers:
             self.tasks.start(self.tasks.signal(client_connected), connected)
         else:
             connected()
 
+    def _serve_first(self, handshake: Handshake) -> None:
+        """Handle the bytes that the client has sent together with the handshake."""
+        self.receive(handshake.read_ahead)
+
     def _greet(self) -> None:
+        """Send the first message. The client gets heartbeats from now on."""
+        self.engine.heartbeat.add(self.connection)
         user = self.connection.user
         payload = {
             "clientId": self.connection.id,
@@ -3764,7 +3996,8 @@ class Session:
         self, message_type: str, payload: Mapping[str, Any], content_type: str | None = None
     ) -> None:
         """Answer the message that is being handled."""
-        self.connection.send(message_frame(message_type, payload, content_type, self.ref))
+        framing = self.connection.framing
+        self.connection.send(framing.message(message_type, payload, content_type, self.ref))
 
     def report_error(self, error: ClientError) -> None:
         """Answer with system.error, and close the connection if the error says so."""
@@ -3795,6 +4028,10 @@ class Session:
         self.connection.close(CloseCode.INTERNAL_ERROR, "the server failed; its log has the reason")
 
     # -- the end -----------------------------------------------------------------------------------
+
+    def sign_out(self) -> None:
+        """Close the connection, because the site has signed its user out."""
+        self.connection.close(CloseCode.UNAUTHORIZED, "the site signed you out; sign in again")
 
     def end(self) -> None:
         """The connection is not OPEN any more: forget the client, and notify the site."""
@@ -3855,7 +4092,7 @@ class ClientTasks:
             if connection.has_left():
                 return None
             with hook_context(engine.app, self._environ):
-                return [self._is_allowed(hook(user, *pattern), pattern) for pattern in patterns]
+                return [is_allowed(engine, hook(user, *pattern), pattern) for pattern in patterns]
 
         def answered(answers: list[bool] | None) -> None:
             if answers is None:
@@ -3864,19 +4101,6 @@ class ClientTasks:
                 then(*args, answers)
 
         self.start(task, answered)
-
-    def _is_allowed(self, answer: object, pattern: Pattern) -> bool:
-        """Return whether the hook allowed it. Anything but True refuses."""
-        if answer is not True and answer is not False:
-            if inspect.iscoroutine(answer):
-                answer.close()
-            self._session.engine.warn(
-                "the authorize hook returned %s for %s, which refuses it: it must return True"
-                " or False, and be a plain function without a login decorator",
-                type(answer).__name__,
-                " ".join(pattern),
-            )
-        return answer is True
 
     def read_log(self, since: EventId, then: Callable[..., None]) -> None:
         """Read the events after `since` from the shared log, then call `then(events)`."""
@@ -3941,6 +4165,20 @@ class ClientTasks:
                 session.handle_received()
             else:
                 session.connection.update_selector()
+
+
+def is_allowed(engine: Engine, answer: object, pattern: Pattern) -> bool:
+    """Return whether the authorize hook allowed a pattern. Anything but True refuses it."""
+    if answer is not True and answer is not False:
+        if inspect.iscoroutine(answer):
+            answer.close()
+        engine.warn(
+            "the authorize hook returned %s for %s, which refuses it: it must return True"
+            " or False, and be a plain function without a login decorator",
+            type(answer).__name__,
+            " ".join(pattern),
+        )
+    return answer is True
 
 
 def _raise(error: BaseException) -> None:
@@ -4194,13 +4432,17 @@ class Subscribing:
         for pattern in self.patterns:
             engine.registry.subscribe(connection, pattern, start)
         recovery = {"recovered": events is not None, "replayed": len(missed)}
-        session.answer("system.subscribed", {**self._describe(), **recovery})
-        connection.send_replay([event.frame for event in missed])
+        self.answer({**self.describe(), **recovery})
+        connection.send_replay([connection.framing.event(event) for event in missed])
         engine.counters.add("replayed", len(missed))
         # Looking at events costs as much as sending them.
         session.consume(self.REPLAY_COST * len(events or []) / max(1, engine.settings.history))
 
-    def _describe(self) -> dict[str, Any]:
+    def answer(self, payload: Mapping[str, Any]) -> None:
+        self.session.answer("system.subscribed", payload)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the patterns, as the answer names them."""
         if not self.is_list:
             event_type, content_type = self.patterns[0]
             return {"type": event_type, "contentType": content_type}
@@ -4425,6 +4667,10 @@ class Heartbeat:
     # How often the thread checks whether gunicorn stops its worker, in seconds.
     MAX_PAUSE = 0.5
     MOST_SLICES = 100
+    # Names are compared each time that so many slices have had their heartbeat: every 5 seconds.
+    SLICES_PER_CHECK = 20
+    # The most patterns and names that are compared, and the most names that are logged.
+    MOST_PATTERNS, MOST_NAMES = 100, 10
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -4435,6 +4681,12 @@ class Heartbeat:
         self._slices: list[dict[Connection, None]] = [{} for _ in range(count)]
         self._slice_of: dict[Connection, int] = {}
         self._next_slice = 0
+        # Events after this one are looked at next. Loop only.
+        self._seen_id = engine.history.newest_id
+        # Types and content types that had no subscriber. The loop sets it, and the thread takes it.
+        self._unheard: set[tuple[str, str]] = set()
+        # Of the thread.
+        self._logged: set[tuple[str, str]] = set()
         self._stopped = threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -4459,8 +4711,28 @@ class Heartbeat:
                     close_engines([self._engine], timeout=2.0)
                     return
             self._engine.loop.call(self._beat, number)
+            self._log_similar_names()
             # After the process was suspended, missed beats are not made up for.
             next_beat = max(next_beat + self._pause, time.monotonic())
+
+    def _log_similar_names(self) -> None:
+        """Log an event without a subscriber if somebody subscribes to a similar name."""
+        unheard, self._unheard = self._unheard, set()
+        unheard -= self._logged
+        if not unheard or len(self._logged) >= self.MOST_NAMES:
+            return
+        patterns = self._engine.registry.patterns(self.MOST_PATTERNS)
+        for event_type, content_type in itertools.islice(unheard, self.MOST_NAMES):
+            for pattern in patterns:
+                if is_similar(pattern[0], event_type) and is_similar(pattern[1], content_type):
+                    self._logged.add((event_type, content_type))
+                    self._engine.warn(
+                        f"no client subscribes to the event {event_type} of {content_type}, but"
+                        f" there is a subscription to {pattern[0]} of {pattern[1]}: is one of these"
+                        " names a mistake?",
+                        once=True,
+                    )
+                    break
 
     # -- the loop's thread -------------------------------------------------------------------------
 
@@ -4475,16 +4747,20 @@ class Heartbeat:
             del self._slices[number][connection]
 
     def _beat(self, number: int) -> None:
-        """Send system.heartbeat, which scripts can see, and a ping, which libraries answer."""
+        """Send a slice of the connections their heartbeat."""
         engine = self._engine
         if number == 0:
             engine.exchange.beat()
             if engine.follower is not None:
                 engine.follower.check()
-        connections = list(self._slices[number])
-        if connections:
-            message = message_frame("system.heartbeat", place_fields(engine))
-            Connection.send_to_all(connections, message + encode_frame(Opcode.PING, b""))
+        if number % self.SLICES_PER_CHECK == 0 and engine.history.newest_id > self._seen_id:
+            names = engine.history.names_after(self._seen_id)
+            self._seen_id = engine.history.newest_id
+            self._unheard = {name for name in names if not engine.registry.has_subscriber(*name)}
+        for framing in engine.registry.framings:
+            connections = [each for each in self._slices[number] if each.framing is framing]
+            if connections:
+                Connection.send_to_all(connections, framing.heartbeat(place_fields(engine)))
 
 
 def is_gunicorn_stopping() -> bool:
@@ -4624,19 +4900,18 @@ class Editing:
 
     def _stop_leaving(self) -> None:
         """Stop the editing of clients that are gone; a few at a time, so that others are served."""
-        frames: dict[str, list[bytes]] = defaultdict(list)
-        while self._leaving and sum(map(len, frames.values())) < self.STOPS_AT_ONCE:
+        changes: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        while self._leaving and sum(map(len, changes.values())) < self.STOPS_AT_ONCE:
             client_id = self._leaving[0]
             entries = self.entries_of(client_id)
             for entry in entries[: self.STOPS_AT_ONCE]:
                 editor = self._remove(entry, client_id)
                 if editor is not None:
-                    frames[entry[0]].append(self._frame("user.stoppedEditing", entry, editor))
+                    changes[entry[0]].append(self._describe_change(entry, editor))
             if len(entries) <= self.STOPS_AT_ONCE:
                 self._leaving.popleft()
-        for content_type, joined in frames.items():
-            connections = self._engine.registry.matching("user.stoppedEditing", content_type)
-            Connection.send_to_all(connections, b"".join(joined))
+        for content_type, payloads in changes.items():
+            self._broadcast("user.stoppedEditing", content_type, payloads)
         self._engine.exchange.queue_list()
         if self._leaving:
             self._engine.loop.call_at(time.monotonic(), self._stop_leaving)
@@ -4648,15 +4923,23 @@ class Editing:
 
     def _changed(self, event_type: str, entry: Entry, editor: Editor) -> None:
         """Broadcast a change to its subscribers, and queue our list for other processes."""
-        connections = self._engine.registry.matching(event_type, entry[0])
-        if connections:
-            Connection.send_to_all(connections, self._frame(event_type, entry, editor))
+        self._broadcast(event_type, entry[0], [self._describe_change(entry, editor)])
         if editor.process == self._engine.process:
             self._engine.exchange.queue_list()
 
-    def _frame(self, event_type: str, entry: Entry, editor: Editor) -> bytes:
-        payload = {**self.describe(entry), "editor": editor.as_json()}
-        return message_frame(event_type, payload, entry[0])
+    def _describe_change(self, entry: Entry, editor: Editor) -> dict[str, Any]:
+        return {**self.describe(entry), "editor": editor.as_json()}
+
+    def _broadcast(
+        self, event_type: str, content_type: str, payloads: list[dict[str, Any]]
+    ) -> None:
+        """Send changes of one content type to their subscribers."""
+        registry = self._engine.registry
+        for framing in registry.framings:
+            connections = registry.matching(event_type, content_type, None, framing)
+            if connections:
+                messages = [framing.message(event_type, each, content_type) for each in payloads]
+                Connection.send_to_all(connections, b"".join(messages))
 
     def relay(self, entry: Entry, editor: Editor, change: object) -> None:
         """Send a change to the other editors of this process, subscribed or not."""
@@ -5962,6 +6245,462 @@ class Follower:
 
 # == 15. Plain HTTP ==============================================================================
 
+# A client that has to wait comes again after so many seconds: the server is full, or stops.
+BUSY_RETRY = (10.0, 20.0)
+
+
+def stream_block(
+    data: bytes, event_type: str | None = None, event_id: str | None = None
+) -> bytes:
+    """Return one message of an event stream (WHATWG HTML, section 9.2.6)."""
+    head = ""
+    if event_type is not None:
+        head += f"event: {event_type}\n"
+    if event_id is not None:
+        head += f"id: {event_id}\n"
+    # JSON of the site's own provider may have line breaks. The client puts the lines together.
+    lines = b"\ndata: ".join(data.splitlines())
+    return head.encode() + b"data: " + lines + b"\n\n"
+
+
+def retry_block(seconds: float) -> bytes:
+    """Return the field that says after how many seconds the client shall connect again."""
+    return f"retry: {round(seconds * 1000)}\n\n".encode()
+
+
+class EventStream(Framing):
+    """How messages are written to a client over plain HTTP: as server-sent events."""
+
+    has_pongs = False
+    # Each close code's `code` in the last system.error. For UNAUTHORIZED it was sent already.
+    ERRORS: Mapping[int, str] = {
+        CloseCode.GOING_AWAY: "going_away",
+        CloseCode.TRY_AGAIN_LATER: "too_slow",
+    }
+
+    def event(self, event: Event) -> bytes:
+        return event.block
+
+    def message(
+        self,
+        message_type: str,
+        payload: Mapping[str, Any],
+        content_type: str | None = None,
+        ref: str | float | None = None,
+        event_id: str | None = None,
+    ) -> bytes:
+        text = message_text(message_type, payload, content_type)
+        return stream_block(text.encode(), message_type, event_id)
+
+    def heartbeat(self, place: Mapping[str, Any]) -> bytes:
+        return self.message("system.heartbeat", place, event_id=place["lastId"])
+
+    def closing(self, code: int, reason: str) -> bytes:
+        if code not in self.ERRORS:
+            return b""
+        error = {"code": self.ERRORS[code], "message": reason, "action": None}
+        return self.message("system.error", error)
+
+
+EVENT_STREAM = EventStream()
+
+
+class EventsRequest(HandshakeCheck):
+    """Checks and answers one request for /ws/events, in a thread of the web server.
+
+    It asks all hooks in the request itself, because the request waits for the answer anyway.
+    """
+
+    def answer(self) -> Response:
+        """Return a stream, the result of a poll, or a refusal."""
+        cors: dict[str, str] = {}
+        try:
+            self._check_size()
+            self._check_origin()
+            origin = request.headers.get("Origin")
+            if origin is not None:
+                cors["Access-Control-Allow-Origin"] = origin
+                cors["Access-Control-Allow-Credentials"] = "true"
+            response = self._answer()
+        except HandshakeRefused as refused:
+            self._engine.counters.add(f"refused_{refused.status}")
+            response = refused.response
+            if refused.status == 503:
+                # A browser would give up for good at 503.
+                response = busy_response(refused.code, str(refused))
+        response.headers.update(cors)
+        response.vary.add("Origin")
+        return response
+
+    def _answer(self) -> Response:
+        engine = self._engine
+        self._warn_of_processes()
+        message = self._parse()
+        began = self._start()
+        user = self._find_user()
+        if user is None and engine.settings.auth == "required":
+            challenge = {"WWW-Authenticate": "Bearer"}
+            raise HandshakeRefused(401, "auth_required", "sign in first: add a token", **challenge)
+        if request.method == "HEAD":
+            return EventsResponse(has_length=False)
+        handshake = EventsHandshake(find_socket(request.environ), user, began, message)
+        handshake.answers = self._ask(user, message)
+        engine.has_served = True
+        if request.args.get("mode") == "poll" or not can_stream(handshake.sock):
+            return self._poll(handshake)
+        self._reserve_slot()
+        request.environ[HANDSHAKE_KEY] = handshake
+        return EventsResponse(has_length=False)
+
+    def _parse(self) -> dict[str, Any]:
+        """Return the `subscribe` message that the query stands for; raise HandshakeRefused."""
+        message: dict[str, Any] = {"subscriptions": []}
+        for text in request.args.getlist("sub") or [""]:
+            event_type, _, content_type = text.partition(":")
+            item = {"type": event_type or "*", "contentType": content_type or "*"}
+            message["subscriptions"].append(item)
+        since = request.headers.get("Last-Event-ID") or request.args.get("since")
+        if since is not None:
+            message["since"] = since
+        try:
+            for item in subscription_list(message):
+                parse_pattern(item)
+            if since is not None:
+                parse_event_id(since)
+        except ClientError as error:
+            raise HandshakeRefused(400, error.code, str(error)) from error
+        return message
+
+    def _ask(self, user: User | None, message: Mapping[str, Any]) -> list[bool]:
+        """Ask the authorize hook for the patterns, each once and in the order of the message."""
+        patterns = dict.fromkeys(map(parse_pattern, message["subscriptions"]))
+        hook = self._hub.authorize_hook
+        if hook is None:
+            return [True] * len(patterns)
+        return [is_allowed(self._engine, hook(user, *pattern), pattern) for pattern in patterns]
+
+    def _poll(self, handshake: EventsHandshake) -> Response:
+        engine = self._engine
+        engine.counters.add("polls")
+        poll = Poll(engine, handshake)
+        if not engine.is_closing and engine.loop.call(poll.run):
+            poll.is_done.wait(Poll.TIMEOUT)
+        return EventsResponse(poll.body())
+
+
+def can_stream(sock: Any) -> bool:
+    """Return whether the socket can be taken over. A relay is none, because it holds a thread."""
+    return sock is not None and not is_forking(request.environ) and not needs_relay(sock)
+
+
+class EventsHandshake(Handshake):
+    """What is known about a request for /ws/events, for the session that serves it on the loop.
+
+    message: the `subscribe` message that the query stands for
+    answers: those of the authorize hook
+    """
+
+    def __init__(
+        self, sock: Any, user: User | None, began: float, message: dict[str, Any]
+    ) -> None:
+        super().__init__(sock, user, began)
+        self.session_type = StreamSession
+        self.message = message
+        self.answers: list[bool] = []
+
+
+class EventsResponse(Response):
+    """A response in the form of an event stream."""
+
+    def __init__(self, body: bytes = b"", has_length: bool = True) -> None:
+        self.automatically_set_content_length = has_length
+        super().__init__(body, mimetype="text/event-stream")
+        self.headers["Cache-Control"] = "no-store"
+        # nginx would collect 8 KiB before it sends any.
+        self.headers["X-Accel-Buffering"] = "no"
+
+
+def busy_response(code: str, message: str) -> Response:
+    """Tell a client to connect again later, because the server is full or stops."""
+    error = {"code": code, "message": message, "action": None}
+    body = retry_block(random.uniform(*BUSY_RETRY)) + EVENT_STREAM.message("system.error", error)
+    return EventsResponse(body)
+
+
+class StreamResponse(Response):
+    """Takes the socket over when the server calls it, with the headers that the site has left.
+
+    The server gets the same headers for its log, and writes them into a dead socket. The view does
+    not return it, because Flask would turn it into the site's own `response_class`.
+    """
+
+    # Seconds until the client of a stream that was cut connects again.
+    RETRY = (1.0, 3.0)
+
+    automatically_set_content_length = False
+
+    def __init__(self, engine: Engine, handshake: EventsHandshake, view: Response) -> None:
+        super().__init__(status=view.status, headers=view.headers)
+        self._engine = engine
+        self._handshake = handshake
+
+    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        handshake = self._handshake
+        head = self._head(environ) + retry_block(random.uniform(*self.RETRY))
+        try:
+            own = descriptors().take_over(handshake.sock)
+        except (OSError, ValueError) as error:
+            # ValueError: the server has closed its socket, because the client has left.
+            log_lost_socket(self._engine, error)
+            busy = busy_response("too_many_connections", "too many open files")
+            return busy(environ, start_response)
+        # The server would answer another request of this client into the dead socket.
+        read_server_buffers(environ)
+        set_timeout(own, self._engine.settings.heartbeat * (MISSED_HEARTBEATS + 1))
+        handshake.own, handshake.response = own, head
+        return super().__call__(environ, start_response)
+
+    def _head(self, environ: Any) -> bytes:
+        headers = self.get_wsgi_headers(environ)
+        headers.remove("Content-Length")
+        headers.setdefault("Date", http_date())
+        # Not for the server: PEP 3333 forbids applications to send it, and waitress checks that.
+        headers["Connection"] = "close"
+        lines = [f"HTTP/1.1 {self.status}", *(f"{name}: {value}" for name, value in headers)]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def set_timeout(sock: socket.socket, seconds: float) -> None:
+    """Let the kernel close a socket whose peer has not confirmed any data for so long.
+
+    The client of a stream never sends anything, so it would take 15 minutes to notice that it has
+    vanished. Linux alone has this option.
+    """
+    with suppress(OSError, AttributeError):
+        milliseconds = round(max(10.0, seconds) * 1000)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
+class StreamSession(Session):
+    """Serves one stream: its only message is the query of the request. Loop only."""
+
+    FRAMING = EVENT_STREAM
+
+    __slots__ = ()
+
+    def _greet(self) -> None:
+        """Send nothing: system.subscribed is the first message."""
+
+    def _serve_first(self, handshake: Handshake) -> None:
+        assert isinstance(handshake, EventsHandshake)
+        StreamSubscribing(self, handshake.message).allowed(handshake.answers)
+
+    def receive(self, data: bytes) -> None:
+        """Drop what a client sends after its request. If that is much, read more slowly."""
+        super().consume(1 + len(data) // MessageReader.BYTES_PER_TOKEN)
+        self.connection.update_selector()
+
+    def consume(self, count: float) -> None:
+        """Take no tokens: the client cannot ask twice in one request."""
+
+    def sign_out(self) -> None:
+        message = "the site signed you out; sign in again"
+        self.answer("system.error", {"code": "signed_out", "message": message, "action": None})
+        super().sign_out()
+
+
+class StreamSubscribing(Subscribing):
+    """Answers the query of a stream. Loop only."""
+
+    def finish(self, events: list[Event] | None) -> None:
+        super().finish(events)
+        session = self.session
+        connection = session.connection
+        if self.since is not None and connection.state is State.OPEN:
+            # The replay is over, so the client may resume from here, also if it was empty.
+            connection.send(EVENT_STREAM.heartbeat(place_fields(session.engine)))
+
+    def answer(self, payload: Mapping[str, Any]) -> None:
+        """Send system.subscribed. The client gets heartbeats from now on.
+
+        An earlier one would name events that are still missing.
+        """
+        engine, connection = self.session.engine, self.session.connection
+        connection.send(self.first_block(payload))
+        if connection.state is State.OPEN:
+            engine.heartbeat.add(connection)
+
+    def first_block(self, payload: Mapping[str, Any]) -> bytes:
+        """Return system.subscribed, with the fields of a greeting."""
+        engine, connection = self.session.engine, self.session.connection
+        user, place = connection.user, place_fields(engine)
+        last_id = place.pop("lastId")
+        if self.since is not None and payload["recovered"]:
+            last_id = format_event_id(self.since)
+        expires_at = None
+        if user is not None and user.expires_at is not None:
+            expires_at = timestamp(int(user.expires_at * 1000))
+        fields = {
+            "clientId": connection.id,
+            "userId": user.id if user else None,
+            "expiresAt": expires_at,
+            "heartbeat": engine.settings.heartbeat,
+        }
+        message = {**payload, **fields, **place}
+        return EVENT_STREAM.message("system.subscribed", message, event_id=last_id)
+
+
+class Poll(Connection):
+    """Collects the events of one request that is not a stream. It has no socket and takes no slot.
+
+    A thread of the web server creates it, waits for `is_done`, and reads the body. The rest is for
+    the loop. For the session it is a connection from which nothing can be read.
+    """
+
+    # How long the thread waits, in seconds: for a `since` that is not known yet, or the shared log.
+    TIMEOUT = 5.0
+    # Seconds until the next poll. The more events there were, the sooner.
+    LONGEST_RETRY, SHORTEST_RETRY = 1.5, 0.1
+
+    __slots__ = ("_blocks", "_engine", "_handshake", "_retry", "is_done")
+
+    def __init__(self, engine: Engine, handshake: EventsHandshake) -> None:
+        self.id = engine.process + secrets.token_hex(6)
+        self.framing = EVENT_STREAM
+        self.state = State.OPEN
+        self.user = handshake.user
+        # Stays empty: it receives no later events.
+        self.subscriptions = {}
+        self.is_done = threading.Event()
+        self._engine = engine
+        self._handshake = handshake
+        self._blocks: list[bytes] = []
+        self._retry: float | None = None
+
+    def body(self) -> bytes:
+        """Return the response's body, or ask the client to come later if there is none."""
+        if self._retry is None:
+            reason = "the server is going away; reconnect with since"
+            self._blocks = [EVENT_STREAM.closing(CloseCode.GOING_AWAY, reason)]
+            self._retry = random.uniform(*BUSY_RETRY)
+        return b"".join([retry_block(self._retry), *self._blocks])
+
+    # -- the loop's thread -------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Answer the query now, or as soon as the shared log is read."""
+        engine, handshake = self._engine, self._handshake
+        self.session = session = StreamSession(engine, self, None, "")
+        if handshake.user and engine.was_signed_out(handshake.user, handshake.began):
+            session.sign_out()
+        else:
+            session.guarded(self._subscribe)
+
+    def _subscribe(self) -> None:
+        PollSubscribing(self.session, self._handshake.message).allowed(self._handshake.answers)
+
+    def send(self, data: bytes) -> None:
+        self._blocks.append(data)
+
+    def finish(self, share: float) -> None:
+        """Everything is collected. share: that of the history which this poll has sent."""
+        retry = max(self.SHORTEST_RETRY, self.LONGEST_RETRY * (1 - share))
+        self._retry = retry * random.uniform(0.8, 1.2)
+        self._engine.pollers.add(retry)
+        self._end()
+
+    def close(self, code: int, reason: str) -> None:
+        """Send an error instead, after which the client asks again."""
+        self.send(self.framing.closing(code, reason))
+        self._retry = random.uniform(*BUSY_RETRY)
+        self._end()
+
+    def _end(self) -> None:
+        self.state = State.CLOSED
+        self.is_done.set()
+
+    @property
+    def can_read(self) -> bool:
+        return False
+
+    def update_selector(self) -> None:
+        """There is no socket to watch."""
+
+
+class PollSubscribing(StreamSubscribing):
+    """Answers the query of a poll. Loop only."""
+
+    # The shared log knows `since`, or was not asked yet.
+    _is_known = False
+
+    def find_missed(self) -> None:
+        """Find the events after `since`. If no process has such an id, do not wait for it.
+
+        Otherwise a stranger could occupy all threads of the web server with ids of the future.
+        """
+        engine = self.session.engine
+        is_new = self.since is not None and self.since > engine.history.newest_id
+        if engine.log is None or not is_new or self._is_known:
+            super().find_missed()
+        else:
+            self.session.tasks.start(engine.log.newest_id, self._compare)
+
+    def _compare(self, newest: EventId | None) -> None:
+        if newest is not None and cast(EventId, self.since) > newest:
+            self.finish(None)
+            return
+        # The follower will bring it soon, or the shared log cannot be read now.
+        self._is_known = True
+        super().find_missed()
+
+    def finish(self, events: list[Event] | None) -> None:
+        """Collect the answer and as many of the missed events as a poll may send."""
+        engine, poll = self.session.engine, cast(Poll, self.session.connection)
+        missed = engine.registry.missed(poll, self.patterns, events or [])
+        sent = list(_first_events(missed, engine.settings.max_queue))
+        recovery = {"recovered": events is not None, "replayed": len(sent)}
+        poll.send(self.first_block({**self.describe(), **recovery}))
+        poll.send(b"".join(event.block for event in sent))
+        place = place_fields(engine)
+        if len(sent) < len(missed):
+            # The rest comes with the next poll.
+            place["lastId"] = format_event_id(sent[-1].id)
+        poll.send(EVENT_STREAM.heartbeat(place))
+        engine.counters.add("replayed", len(sent))
+        poll.finish(len(sent) / max(1, engine.settings.history))
+
+
+def _first_events(events: Iterable[Event], room: int) -> Iterator[Event]:
+    """Yield the first events that have at most `room` bytes together, and at least one."""
+    size = 0
+    for event in events:
+        size += len(event.block)
+        if size > room and size > len(event.block):
+            return
+        yield event
+
+
+class Pollers:
+    """Estimates how many clients poll, from the pauses between their requests. Loop only.
+
+    A client that polls every three seconds counts a tenth in each poll. The weights fade in
+    WINDOW seconds, so that their sum is the number of clients.
+    """
+
+    WINDOW = 30.0
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._updated_at = time.monotonic()
+
+    def add(self, pause: float) -> None:
+        """Note a poll after which the client waits so many seconds."""
+        self._sum = self.count() + pause / self.WINDOW
+        self._updated_at = time.monotonic()
+
+    def count(self) -> float:
+        return self._sum * math.exp((self._updated_at - time.monotonic()) / self.WINDOW)
+
 
 # == 16. The ready-made hub ======================================================================
 
@@ -5974,82 +6713,216 @@ publish_many = hub.publish_many
 # IV  Around it
 # == 17. Command line ============================================================================
 
-# Seconds to wait for each answer of a server.
+# Seconds to wait for each answer of a server, and for the first message of a stream.
 REPLY_TIMEOUT = 10.0
-# Clients that check() connects at once: enough to reach several server processes, if there are any.
+STREAM_TIMEOUT = 3.0
+# Requests that check() sends at once: enough to reach several server processes, if there are any.
 CONCURRENT_CLIENTS = 8
-CONNECTION_ERRORS = (
-    OSError,
-    simple_websocket.ConnectionError,
-    simple_websocket.ConnectionClosed,
-    ProtocolError,
-)
+# check() subscribes to this type and content type, which no site publishes.
+CHECK_NAME = "swiftcms_ws.check"
+CONNECTION_ERRORS = (OSError, http.client.HTTPException, ParseFailed)
 # Hints by the HTTP status of a refused handshake. 0 stands for no HTTP answer at all.
 HINTS = {
     0: "Is the site running, and is this its port?"
     " A proxy must pass the headers Upgrade and Connection (see README).",
+    200: "This is a page. Is it the right address? Or a proxy removes the headers Upgrade and"
+    " Connection (see README).",
+    301: "A WebSocket cannot follow this redirect. Use the address of its target.",
     401: "The token in the address is not a valid token of this site.",
-    403: "Pages of this site may not connect."
+    403: "The server takes this page for one of another site."
     " Configure the proxy to pass the Host header, or set SWIFTCMS_WS_ORIGINS.",
     404: "Is this the right address, including its path? With a url_prefix it is /url_prefix/ws.",
     426: "A proxy removes the headers Upgrade and Connection (see README).",
     500: "The site failed, or the proxy cannot reach it. Their logs have the reason.",
-    501: "The web server gives no access to the socket."
-    " Serve the site with gunicorn, waitress or `flask run`.",
+    501: "For WebSockets, serve the site with gunicorn, waitress or `flask run`.",
     503: "The limit SWIFTCMS_WS_MAX_CONNECTIONS is reached: raise it."
     " Or the server is shutting down: try again.",
 }
 
 
-class Client(simple_websocket.Client):  # type: ignore[misc]
-    """A connection of listen() or check() to a server.
+class RequestRefused(OSError):
+    """A response with another status than the one that is needed.
 
-    `greeting` is the payload of its system.connected. The constructor raises one of
-    CONNECTION_ERRORS if there is no connection within REPLY_TIMEOUT.
+    status:   of HTTP
+    code:     in the JSON body of swiftcms-ws, as `code`, or an empty string
+    location: the target of a redirect, or an empty string
+    """
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self.status = response.status
+        self.code = ""
+        self.location = response.getheader("Location", "")
+        message = f"HTTP status {self.status}"
+        with suppress(*CONNECTION_ERRORS, ValueError, TypeError, KeyError):
+            body = json.loads(response.read(10_000))
+            self.code = str(body["code"])
+            message += f", {body['message']}"
+        if self.location:
+            message += f", a redirect to {self.location}"
+        super().__init__(message)
+
+
+class ConnectionClosed(OSError):
+    """The server has closed the connection, with a close code or, if it is 0, without one."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"the server closed the connection: {code or ''} {reason}".rstrip(": "))
+        self.code = code
+
+
+class HttpRequest:
+    """One request of listen() or check(), and its response, whose body may not end.
+
+    The constructor raises one of CONNECTION_ERRORS if there is no response with `status`.
+    """
+
+    def __init__(self, url: str, status: int, timeout: float, headers: Mapping[str, str]) -> None:
+        parts = urlsplit(url)
+        is_secure = parts.scheme == "wss"
+        kind = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
+        port = parts.port or DEFAULT_PORTS[parts.scheme]
+        connection = kind(parts.hostname or "", port, timeout=timeout)
+        try:
+            connection.connect()
+            # The connection forgets its socket if the body ends with it.
+            self.sock = connection.sock
+            target = parts._replace(scheme="", netloc="").geturl()
+            connection.request("GET", target, headers=dict(headers))
+            self.response = connection.getresponse()
+            if self.response.status != status:
+                raise RequestRefused(self.response)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+
+    def close(self) -> None:
+        self.response.close()
+        self._connection.close()
+
+
+class Client:
+    """A WebSocket of listen() or check(). `greeting` is the payload of its system.connected.
+
+    It reads from the socket in receive() only. So if the output of listen() is not read, the
+    server notices a slow client, and nothing is collected here.
+
+    The constructor raises one of CONNECTION_ERRORS if there is no connection.
     """
 
     def __init__(self, url: str, **headers: str) -> None:
-        daemon_thread = functools.partial(threading.Thread, daemon=True)
-        super().__init__(url, headers=headers, thread_class=daemon_thread)
-        # The library does not look at frames that arrive together with the handshake's response
-        # until more data arrives. The pong makes it look.
-        self.sock.send(self.ws.send(Ping()))
-        greeting = self.receive(REPLY_TIMEOUT)
-        if not isinstance(greeting, str) or '"system.connected"' not in greeting:
+        upgrade = {
+            "Connection": "Upgrade",
+            "Upgrade": "websocket",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": base64.b64encode(secrets.token_bytes(16)).decode(),
+        }
+        self._http = HttpRequest(url, 101, REPLY_TIMEOUT, {**upgrade, **headers})
+        self._frames = FrameProtocol(client=True, extensions=[])
+        self._messages: deque[str] = deque()
+        self._part = ""
+        self._closed: ConnectionClosed | None = None
+        greeting = ""
+        try:
+            with suppress(TimeoutError):
+                greeting = self.receive(REPLY_TIMEOUT)
+            if '"system.connected"' not in greeting:
+                raise OSError("this is a WebSocket, but not one of swiftcms-ws: it has no greeting")
+        except BaseException:
             self.close()
-            raise OSError("this is a WebSocket, but not one of swiftcms-ws: it sends no greeting")
+            raise
         self.greeting: dict[str, Any] = json.loads(greeting)["payload"]
 
-    def handshake(self) -> None:
-        self.sock.settimeout(REPLY_TIMEOUT)
-        super().handshake()
-        # The library's thread takes a timeout for a closed connection.
-        self.sock.settimeout(None)
+    def send(self, message: Mapping[str, Any]) -> None:
+        self._http.sock.sendall(self._frames.send_data(json.dumps(message), fin=True))
 
-    def close(self, reason: int | None = None, message: str | None = None) -> None:
-        """Close the connection, unless it is closed already."""
+    def receive(self, timeout: float) -> str:
+        """Return the next message. Raises one of CONNECTION_ERRORS, such as TimeoutError."""
+        deadline = time.monotonic() + timeout
+        while not self._messages:
+            if self._closed is not None:
+                raise self._closed
+            self._http.sock.settimeout(max(0.001, deadline - time.monotonic()))
+            data = self._http.response.fp.read1(65_536)
+            if not data:
+                raise ConnectionClosed(0, "")
+            self._frames.receive_bytes(data)
+            for frame in self._frames.received_frames():
+                self._handle(frame)
+        return self._messages.popleft()
+
+    def _handle(self, frame: Any) -> None:
+        if frame.opcode is Opcode.PING:
+            self._http.sock.sendall(self._frames.pong(frame.payload))
+        elif frame.opcode is Opcode.CLOSE:
+            self._closed = ConnectionClosed(*frame.payload)
+        elif frame.opcode is Opcode.TEXT:
+            self._part += frame.payload
+            if frame.message_finished:
+                self._messages.append(self._part)
+                self._part = ""
+
+    def close(self) -> None:
         with suppress(*CONNECTION_ERRORS):
-            super().close(reason, message)
+            self._http.sock.sendall(self._frames.close(1000))
+        self._http.close()
 
 
-def status_of(error: BaseException) -> int:
-    """Return the HTTP status of a refused handshake, or 0 if there is none."""
-    return int(getattr(error, "status_code", None) or 0)
+def status_of(error: BaseException | None) -> int:
+    """Return the HTTP status of a refused request, or 0 if there is none."""
+    return int(getattr(error, "status", 0))
 
 
 def hint_for(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "The server accepts connections but does not answer. Is it overloaded?"
+    if isinstance(error, ssl.SSLError):
+        return "Does this port speak TLS, and is the certificate valid for this name?"
     status = status_of(error)
-    return HINTS.get(status, HINTS[404 if status < 500 else 500])
+    if status in HINTS:
+        return HINTS[status]
+    return HINTS[{2: 200, 3: 301, 4: 404}.get(status // 100, 500)]
 
 
 def websocket_url(text: str) -> str:
     """Return the address of a WebSocket. The path may be missing, and the scheme may be http."""
-    scheme, _, rest = text.rpartition("://")
-    host, _, path = rest.partition("/")
-    secure = "s" if scheme in ("https", "wss") else ""
-    return f"ws{secure}://{host}/{path or 'ws'}"
+    form = (
+        r"(?:(?P<scheme>https?|wss?)://)?(?P<host>[^/?#]*[^/?#:])"
+        r"(?P<path>/[^?#]*)?(?P<query>\?[^#]*)?(?:#.*)?"
+    )
+    match = re.fullmatch(form, text, re.IGNORECASE)
+    host = match["host"] if match else ""
+    if host.count(":") > 1 and not host.startswith("["):
+        host = f"[{host}]"
+    try:
+        parts = urlsplit(f"//{host}")
+        is_address = bool(parts.hostname and parts.hostname.encode("idna")) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if match is None or not is_address:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address like wss://example.org/ws")
+    scheme = "wss" if (match["scheme"] or "").lower() in ("https", "wss") else "ws"
+    path = match["path"] or "/"
+    target = ("/ws" if path == "/" else path) + (match["query"] or "")
+    return f"{scheme}://{host}{quote(target, safe=string.punctuation)}"
+
+
+class OutputError(Exception):
+    """Standard output cannot be written: `head` has exited, say, or the disk is full."""
+
+
+def is_utf8() -> bool:
+    """Return whether standard output can show every character."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return codecs.lookup(encoding).name == "utf-8"
+
+
+def write_line(text: str) -> None:
+    """Print on standard output at once. Raises OutputError, which ends the command."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise OutputError from error
 
 
 class PermanentError(Exception):
@@ -6080,11 +6953,10 @@ class Listener:
         try:
             timeout = MISSED_HEARTBEATS * client.greeting["heartbeat"] + REPLY_TIMEOUT
             self._subscribe(client)
-            while (data := client.receive(timeout)) is not None:
-                self._handle(client, data)
-            raise TimeoutError("the server sent nothing for too long")
-        except simple_websocket.ConnectionClosed as error:
-            if error.reason in (CloseCode.UNAUTHORIZED, CloseCode.MESSAGE_TOO_BIG):
+            while True:
+                self._handle(client, client.receive(timeout))
+        except ConnectionClosed as error:
+            if error.code in (CloseCode.UNAUTHORIZED, CloseCode.MESSAGE_TOO_BIG):
                 raise PermanentError(str(error)) from error
             raise
         finally:
@@ -6102,7 +6974,7 @@ class Listener:
 
     def _subscribe(self, client: Client) -> None:
         if self.options.token is not None:
-            client.send(json.dumps({"action": "authenticate", "token": self.options.token}))
+            client.send({"action": "authenticate", "token": self.options.token})
         if self.last_id is None:
             self.last_id = client.greeting["lastId"]
         message = {
@@ -6111,13 +6983,14 @@ class Listener:
             "contentType": self.options.content_type,
             "since": self.last_id,
         }
-        client.send(json.dumps(message))
+        client.send(message)
 
     def _handle(self, client: Client, data: str) -> None:
         message = json.loads(data)
         payload = message["payload"]
         if "id" in message:
-            print(data, flush=True)
+            # JSON can be written in ASCII for terminals that cannot show all characters.
+            write_line(data if is_utf8() else json.dumps(message))
             self.last_id = message["id"]
         elif message["type"] == "system.subscribed":
             print(f"listening to {self.options.url}", file=sys.stderr)
@@ -6126,7 +6999,7 @@ class Listener:
                 print("some events were missed and are lost", file=sys.stderr)
                 self.last_id = client.greeting["lastId"]
         elif message["type"] == "system.heartbeat":
-            client.send('{"action": "pong"}')
+            client.send({"action": "pong"})
             self.pause = 1.0
             if self.is_subscribed:
                 self.last_id = payload["lastId"]
@@ -6154,134 +7027,220 @@ def listen(options: argparse.Namespace) -> int:
 
 
 class Finding(NamedTuple):
-    """One line that check() prints, with a hint if `is_ok` is False."""
+    """What check() prints about one thing.
 
-    is_ok: bool
+    is_ok: True is a tick and False a cross. None stands for a check that cannot be made.
+    hint:  what to change, or why the check cannot be made; a tick has none
+    """
+
+    is_ok: bool | None
     message: str
-    hint: str
+    hint: str = ""
 
 
 def check(options: argparse.Namespace) -> int:
     """Print a tick or a cross for each check. Return 1 if there is a cross."""
+    marks = {True: "ok", False: "WRONG", None: "note"}
+    if is_utf8():
+        marks = {True: "✓", False: "✗", None: "–"}
     exit_code = 0
     for finding in find_problems(options.url):
-        if finding.is_ok:
-            print(f"✓ {finding.message}", flush=True)
-        else:
-            print(f"✗ {finding.message}\n    {finding.hint}", flush=True)
+        write_line(f"{marks[finding.is_ok]} {finding.message}")
+        if not finding.is_ok:
+            write_line(f"    {finding.hint}")
+        if finding.is_ok is False:
             exit_code = 1
     return exit_code
 
 
-def find_problems(url: str) -> Iterator[Finding]:
-    """Check the things that often go wrong in a deployment."""
-    try:
-        client = Client(url)
-    except CONNECTION_ERRORS as error:
-        yield Finding(False, f"cannot connect to {url}: {error}", hint_for(error))
-        return
-    yield Finding(True, "the handshake succeeds, and the server sends its greeting", "")
-    yield from _check_refusals(url)
-    yield from _check_concurrent_clients(url)
-    hint = "A proxy does not pass close frames."
-    yield Finding(_is_close_answered(client), "the server answers a close frame", hint)
+class EventsReply:
+    """The beginning of the response to a request for /ws/events, which check() sends.
 
+    payload:   of system.subscribed, the first message
+    event_id:  from which a client would resume
+    is_stream: whether the response has not ended after END_TIMEOUT seconds
 
-def _check_refusals(url: str) -> Iterator[Finding]:
-    """Connect as a page of the site, as a page of another site, and with an invalid token."""
+    The constructor raises one of CONNECTION_ERRORS, such as TimeoutError if nothing arrives.
+    """
 
-    def connect(url: str, **headers: str) -> int:
-        """Return 101, or the HTTP status of the refusal."""
+    END_TIMEOUT = 0.5
+
+    def __init__(self, url: str, timeout: float, parameters: Mapping[str, str], **headers: str):
+        parts = urlsplit(url)
+        query = urlencode({"sub": f"{CHECK_NAME}:{CHECK_NAME}", **parameters})
+        query = f"{parts.query}&{query}".lstrip("&")
+        url = parts._replace(path=f"{parts.path}/events", query=query).geturl()
+        with closing(HttpRequest(url, 200, timeout, headers)) as http_request:
+            self._read_message(http_request.response)
+            http_request.sock.settimeout(self.END_TIMEOUT)
+            self.is_stream = not self._has_ended(http_request.response)
+
+    def _read_message(self, response: http.client.HTTPResponse) -> None:
+        fields: dict[str, str] = {}
+        # `retry` and an empty line come first, then `event`, `id` and `data`.
+        for _ in range(5):
+            name, _, value = response.readline(100_000).decode(errors="replace").partition(":")
+            fields[name] = value.strip()
         try:
-            Client(url, **headers).close()
-        except CONNECTION_ERRORS as error:
-            return status_of(error)
-        return 101
+            message = json.loads(fields["data"])
+            self.payload: dict[str, Any] = message["payload"]
+            self.event_id = fields.get("id", "")
+        except (ValueError, TypeError, KeyError) as error:
+            raise OSError("the response is not an event stream of swiftcms-ws") from error
+        if message["type"] == "system.error":
+            raise OSError(self.payload["message"])
 
-    # The library sends a Host header without the port, so the origin has none either.
+    def _has_ended(self, response: http.client.HTTPResponse) -> bool:
+        deadline = time.monotonic() + self.END_TIMEOUT
+        with suppress(TimeoutError):
+            while time.monotonic() < deadline:
+                if not response.readline(100_000):
+                    return True
+        return False
+
+
+def open_websocket(url: str, **headers: str) -> None:
+    Client(url, **headers).close()
+
+
+def poll(url: str, **headers: str) -> EventsReply:
+    return EventsReply(url, REPLY_TIMEOUT, {"mode": "poll"}, **headers)
+
+
+def error_of(connect: Callable[..., object], url: str, **headers: str) -> Exception | None:
+    """Connect; return the error, if there is one."""
+    try:
+        connect(url, **headers)
+    except CONNECTION_ERRORS as error:
+        return error
+    return None
+
+
+def find_problems(url: str, may_redirect: bool = True) -> Iterator[Finding]:
+    """Check the things that often go wrong in a deployment."""
     parts = urlsplit(url)
-    own = f"{parts.scheme.replace('ws', 'http')}://{parts.hostname}"
-    yield Finding(connect(url, Origin=own) == 101, f"a page of {own} may connect", HINTS[403])
+    origin = f"{parts.scheme.replace('ws', 'http')}://{parts.netloc}"
+    refusal = error_of(open_websocket, url, Origin=normalise_origin(origin) or origin)
+    target = redirect_target(url, refusal)
+    if target and may_redirect:
+        yield Finding(True, f"{url} redirects to {target}, which is checked instead")
+        yield from find_problems(target, may_redirect=False)
+        return
+    # A page of the site itself sends no Origin with this request.
+    plain_refusal = error_of(poll, url)
+    if refusal is None:
+        yield Finding(True, f"visitors get a WebSocket, in pages of {origin}")
+        yield _check_plain_http(url, plain_refusal, "without it,")
+        yield from _check_refusals(url, open_websocket)
+        yield _check_concurrent_clients(url)
+    elif plain_refusal is None:
+        # Some web servers give no access to the socket. Their visitors poll, which is no mistake.
+        is_ok = None if status_of(refusal) == 501 else False
+        message = f"visitors get no WebSocket, in pages of {origin}: {refusal}"
+        yield Finding(is_ok, message, hint_for(refusal))
+        yield _check_plain_http(url, None, "instead,")
+        yield from _check_refusals(url, poll)
+    else:
+        message = f"visitors get no WebSocket: {refusal}. Plain HTTP: {plain_refusal}"
+        yield Finding(False, message, hint_for(refusal))
+    if plain_refusal is None:
+        yield _check_processes(url)
+
+
+def redirect_target(url: str, refusal: Exception | None) -> str:
+    """Return the address to which the same host redirects a handshake, or an empty string."""
+    location = getattr(refusal, "location", "")
+    target = urljoin(url.replace("ws", "http", 1), location)
+    if not location or urlsplit(target).hostname != urlsplit(url).hostname:
+        return ""
+    return websocket_url(target)
+
+
+def _check_plain_http(url: str, refusal: Exception | None, when: str) -> Finding:
+    """Check whether plain HTTP streams or polls. refusal: the error of a poll."""
+    if getattr(refusal, "code", "") == "auth_required":
+        hint = "The site wants visitors to sign in. Add ?token=JWT to the address."
+        return Finding(None, f"plain HTTP and the server's processes: {refusal}", hint)
+    if refusal is not None:
+        return Finding(False, f"{when} they get nothing: {refusal}", hint_for(refusal))
+    try:
+        if EventsReply(url, STREAM_TIMEOUT, {}).is_stream:
+            return Finding(True, f"{when} they get a stream over plain HTTP")
+    except TimeoutError:
+        hint = "Turn buffering off for /ws/events in the proxy (nginx: proxy_buffering off)."
+        return Finding(False, f"{when} they poll, because a proxy holds streams back", hint)
+    except CONNECTION_ERRORS as error:
+        return Finding(False, f"{when} they poll, because a stream fails: {error}", HINTS[503])
+    return Finding(True, f"{when} they poll over plain HTTP, because the server cannot stream")
+
+
+def _check_refusals(url: str, connect: Callable[..., object]) -> Iterator[Finding]:
+    """Connect as a page of another site, and with an invalid token."""
     hint = "Pages of all sites may connect with your visitors' cookies: set SWIFTCMS_WS_ORIGINS."
-    is_refused = connect(url, Origin="https://swiftcms-ws-check.example") == 403
-    yield Finding(is_refused, "a page of another site is refused", hint)
-    separator = "&" if "?" in url else "?"
+    refusal = error_of(connect, url, Origin="https://swiftcms-ws-check.example")
+    yield Finding(status_of(refusal) == 403, "a page of another site is refused", hint)
+    parts = urlsplit(url)
+    query = [(name, value) for name, value in parse_qsl(parts.query) if name != "token"]
+    bad_url = parts._replace(query=urlencode([*query, ("token", "bad")])).geturl()
     hint = "The answer should be 401. Does a proxy remove the query?"
-    is_refused = connect(f"{url}{separator}token=bad") == 401
+    is_refused = status_of(error_of(connect, bad_url)) == 401
     yield Finding(is_refused, "an invalid token is refused", hint)
 
 
-def _check_concurrent_clients(url: str) -> Iterator[Finding]:
-    """Connect several clients at once, and use them to check the server processes they reach."""
-    with ThreadPoolExecutor(CONCURRENT_CLIENTS) as pool:
-        attempts = [pool.submit(Client, url) for _ in range(CONCURRENT_CLIENTS)]
+def _check_concurrent_clients(url: str) -> Finding:
+    count = CONCURRENT_CLIENTS
+    with ThreadPoolExecutor(count) as pool:
+        attempts = [pool.submit(Client, url) for _ in range(count)]
     errors = [error for attempt in attempts if (error := attempt.exception())]
     clients = [attempt.result() for attempt in attempts if not attempt.exception()]
-    if errors:
-        message = f"of {CONCURRENT_CLIENTS} clients at once, only {len(clients)} are accepted"
-        yield Finding(False, message, hint_for(errors[0]))
-    else:
-        yield Finding(True, f"{CONCURRENT_CLIENTS} clients at once are accepted", "")
-    if clients:
-        yield _check_processes(clients)
     for client in clients:
         client.close()
+    if errors:
+        message = f"of {count} clients at once, only {len(clients)} are accepted"
+        return Finding(False, message, hint_for(errors[0]))
+    return Finding(True, f"{count} clients at once are accepted")
 
 
-def _check_processes(clients: list[Client]) -> Finding:
-    """Check that an event reaches the clients of all server processes."""
-    of_process = {client.greeting["clientId"][:PROCESS_LENGTH]: client for client in clients}
-    one_each = list(of_process.values())
-    seen = f"server processes seen: {len(one_each)}"
-    # No process has such an old event in memory, so it looks into the shared log, if it has one.
-    is_answered = [_is_known(client, "1-0") is not None for client in one_each]
-    # Ask each process for the newest event of the next one. A single process is asked for its own.
-    neighbours = zip(one_each, one_each[1:] + one_each[:1], strict=True)
-    is_known = [_is_known(client, next_one.greeting["lastId"]) for client, next_one in neighbours]
-    if not all(is_answered):
+def _check_processes(url: str) -> Finding:
+    """Check that an event reaches the clients of all server processes.
+
+    A client may poll any of them, so each must know the newest event of the others.
+    """
+
+    def poll_since(since: str) -> EventsReply:
+        return EventsReply(url, REPLY_TIMEOUT, {"mode": "poll", "since": since})
+
+    def poll_all(since: Iterable[str]) -> list[EventsReply]:
+        with ThreadPoolExecutor(CONCURRENT_CLIENTS) as pool:
+            ids = itertools.islice(itertools.cycle(since), CONCURRENT_CLIENTS)
+            return list(pool.map(poll_since, ids))
+
+    try:
+        # No process has so old an event in memory, so it looks into the shared log, if it has one.
+        replies = poll_all(["1-0"])
+        newest = {reply.payload["clientId"][:PROCESS_LENGTH]: reply.event_id for reply in replies}
+        seen = f"server processes seen: {len(newest)}"
+        replies = poll_all(newest.values())
+    except CONNECTION_ERRORS as error:
         hint = (
             "The site's log says what is wrong with the file of SWIFTCMS_WS_DATABASE. With"
             " SWIFTCMS_WS_REDIS_URL: Is Redis running, and is the URL right?"
         )
-        return Finding(False, f"{seen}; they cannot read the shared log, so no event arrives", hint)
-    if not all(is_known):
+        return Finding(False, f"no event may arrive: {error}", hint)
+    if replies[0].payload["refused"]:
+        hint = f"The site's authorize hook does not allow check to subscribe to {CHECK_NAME}."
+        return Finding(None, f"{seen}; whether an event reaches the clients of all", hint)
+    if not all(reply.payload["recovered"] for reply in replies):
         hint = (
             "Set SWIFTCMS_WS_DATABASE (or, on several machines, SWIFTCMS_WS_REDIS_URL), or run one"
-            " process."
+            " process. Until then, visitors that poll miss events too."
         )
         return Finding(False, f"{seen}; an event reaches only the clients of one", hint)
-    return Finding(True, f"{seen}; an event reaches the clients of all of them", "")
+    return Finding(True, f"{seen}; an event reaches the clients of all of them")
 
 
-def _is_known(client: Client, event_id: str) -> bool | None:
-    """Return whether this client could resume after the event, or None if it gets no answer."""
-    message = {
-        "action": "subscribe",
-        "type": "swiftcms_ws.check",
-        "contentType": "none",
-        "since": event_id,
-        "ref": "check",
-    }
-    try:
-        client.send(json.dumps(message))
-        while (data := client.receive(REPLY_TIMEOUT)) is not None:
-            answer = json.loads(data)
-            if answer.get("ref") == "check":
-                # An error has no `recovered`: this client may not ask.
-                return bool(answer["payload"].get("recovered", True))
-    except CONNECTION_ERRORS:
-        pass
-    return None
-
-
-def _is_close_answered(client: Client) -> bool:
-    try:
-        client.sock.send(client.ws.send(CloseConnection(code=1000)))
-        while client.receive(REPLY_TIMEOUT):
-            pass
-    except CONNECTION_ERRORS as error:
-        return getattr(error, "reason", None) == 1000
-    return False
+def _exit_on_signal(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -6310,10 +7269,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     checker.add_argument("url", type=websocket_url, help="such as wss://example.org/ws")
 
     options = parser.parse_args(argv)
+    # As process 1 of a container, a program without a handler would ignore it.
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
         return 130
+    except OutputError as error:
+        # Otherwise Python would fail again when it writes the rest at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error.__cause__, BrokenPipeError):
+            # The exit code of a program that SIGPIPE has killed.
+            return 128 + 13
+        print(f"swiftcms-ws: cannot write the output: {error.__cause__}", file=sys.stderr)
+        return 1
 
 
 # == 18. Demo ====================================================================================
@@ -6557,7 +7528,7 @@ def serve_demo(options: argparse.Namespace) -> int:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         reason = str(error)
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             reason = "another program uses it; choose another port with --port"
@@ -6569,13 +7540,29 @@ def serve_demo(options: argparse.Namespace) -> int:
         os.environ.pop(CONFIG_PREFIX + key, None)
     with listener:
         server = make_server(host, port, demo_app(), threaded=True, fd=listener.fileno())
-    shown_host = f"[{host}]" if ":" in host else host
-    print(f"SwiftCMS demo: http://{shown_host}:{server.port}/ (press Ctrl+C to stop)", flush=True)
+        # Not "localhost", because another program may listen on the same port of [::1].
+        address, port = listener.getsockname()[:2]
+    others = ""
+    if address == "0.0.0.0":
+        others = f", on other computers http://{network_address()}:{port}/"
+        address = "127.0.0.1"
+    shown = f"[{address}]" if ":" in address else address
+    write_line(f"SwiftCMS demo: http://{shown}:{port}/{others} (press Ctrl+C to stop)")
     try:
         server.serve_forever()
     finally:
         hub.close()
     return 0
+
+
+def network_address() -> str:
+    """Return the address of this computer in its network. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))
+        except OSError:
+            return socket.gethostname()
+        return str(sock.getsockname()[0])
 
 
 # == 19. client.js and pages =====================================================================

@@ -26,6 +26,7 @@ deploy      3,000 clients connect to gunicorn, with few threads, while pages are
 many        15,000 clients of one process: one event, in turns with the raw loop
 idle_cpu    processor time for a connection that only answers pings
 return      1,000 clients reconnect with ten patterns each, while `authorize` looks something up
+http        the same over plain HTTP: a burst, memory of streams, and processor time of a poll
 ceiling     how much the load client can count: it must be more than any server sends
 
 The load client checks that every client gets every event, complete and in order. If not, or if a
@@ -111,6 +112,11 @@ class Server:
         return self.checkout is not None and int(version_in(self.checkout).partition(".")[0]) < 2
 
     @property
+    def has_events(self) -> bool:
+        """Return whether it serves the events over plain HTTP too."""
+        return self.checkout is not None and '"/ws/events"' in source_in(self.checkout)
+
+    @property
     def sends_pings(self) -> bool:
         """Return whether `--heartbeat` is implemented for it in bench_servers.py."""
         return self.checkout is not None or self.name in ("websockets", "flask-sock")
@@ -121,9 +127,12 @@ class Server:
         return self.name not in ("raw_python", "websockets")
 
 
+def source_in(checkout: Path) -> str:
+    return (checkout / "swiftcms_ws.py").read_text(encoding="utf-8")
+
+
 def version_in(checkout: Path) -> str:
-    source = (checkout / "swiftcms_ws.py").read_text(encoding="utf-8")
-    found = re.search(r'^__version__ = "([^"]+)"', source, re.M)
+    found = re.search(r'^__version__ = "([^"]+)"', source_in(checkout), re.M)
     return found[1] if found else "0"
 
 
@@ -575,6 +584,44 @@ class Deployment(Session):
         return self
 
 
+class Poller:
+    """Clients that poll a deployment, each every two seconds, one after the other in one thread."""
+
+    INTERVAL_S = 2.0
+
+    def __init__(self, session: Deployment, count: int) -> None:
+        self.session = session
+        self.last_ids: list[str] = [""] * count
+
+    def poll_for(self, seconds: float, path: str) -> tuple[float, int]:
+        """Return the worker's processor time for one request, in ms, and their number."""
+        server, count = self.session.server, len(self.last_ids)
+        before = server.request("process")["cpu_ns"]
+        started = time.monotonic()
+        number = 0
+        while (due := number * self.INTERVAL_S / count) < seconds:
+            time.sleep(max(0.0, started + due - time.monotonic()))
+            if path != "/" and number % (count // 2) == 0:
+                server.request("burst 1")
+            self.fetch(number % count, path)
+            number += 1
+        return (server.request("process")["cpu_ns"] - before) / 1e6 / number, number
+
+    def fetch(self, client: int, path: str) -> None:
+        """Make one request on a connection of its own, and keep the last id of the response."""
+        address = ("127.0.0.1", self.session.port)
+        connection = http.client.HTTPConnection(*address, timeout=PATIENCE_S)
+        with contextlib.closing(connection):
+            last_id = self.last_ids[client]
+            connection.request("GET", path, headers={"Last-Event-ID": last_id} if last_id else {})
+            body = connection.getresponse().read().decode()
+        if path == "/":
+            return
+        if '"recovered": true' not in body:
+            raise Failure(f"{self.session.name}: a poll has missed events: {body}")
+        self.last_ids[client] = body.rpartition("\nid: ")[2].partition("\n")[0]
+
+
 # --- Measurements: each returns the figures of one round, by server -------------------------------
 
 Figures = dict[str, dict]
@@ -594,7 +641,10 @@ MEASUREMENTS = [
     "many",
     "idle_cpu",
     "return",
+    "http",
 ]
+# How clients join over plain HTTP.
+STREAM = ("/ws/events?sub=content.*", "--stream", "--answers", "1")
 BURST_COLUMNS = [(200, False), (200, True), (1000, False), (1000, True)]
 # The ten patterns of a client that reconnects. Events have the content type of the last one.
 CONTENT_TYPES = [*(f"section-{number}" for number in range(9)), "posts"]
@@ -723,6 +773,13 @@ class Bench:
         for server in servers:
             if server.checkout:
                 yield "", bind(self.come_back, server)
+
+    def http_variants(self, servers: list[Server]) -> Variants:
+        for server in servers:
+            if server.has_events:
+                yield "burst", bind(self.http_burst, server)
+                yield "memory", bind(self.http_memory, server)
+                yield "poll", bind(self.http_poll, server)
 
     def burst(self, server: Server, clients: int, deflate: bool) -> Figures:
         with Session(self, server) as session:
@@ -1015,6 +1072,41 @@ class Bench:
             return [{"action": "subscribe", "since": since, **each} for each in subscriptions]
         return [{"action": "subscribe", "since": since, "subscriptions": subscriptions}]
 
+    def http_burst(self, server: Server) -> Figures:
+        """Measure bursts to 200 streams and to 200 WebSockets of another process, in turns."""
+        rates: dict[str, list[float]] = {"websocket": [], "stream": []}
+        with Session(self, server) as one, Session(self, server) as other:
+            turns = [("websocket", one, one.join(200))]
+            turns.append(("stream", other, other.join(200, join=STREAM)))
+            for _, session, client in turns:
+                session.publish(client, 10)
+            for number in range(self.repeats):
+                for name, session, client in turns[:: 1 if number % 2 else -1]:
+                    rates[name].append(session.publish(client, self.burst_size)["per_second"])
+        figures = {name: statistics.median(each) for name, each in rates.items()}
+        return {server.name: figures | {"ratio": figures["stream"] / figures["websocket"]}}
+
+    def http_memory(self, server: Server) -> Figures:
+        found = {}
+        for name, join in (("websocket", server.join), ("stream", STREAM)):
+            joined = dataclasses.replace(server, join=join)
+            figures = self.memory(joined, 200 if self.quick else 1000)[server.name]
+            found |= {f"{name}_{key}": figures[key] for key in ("idle", "after_400")}
+        return {server.name: found}
+
+    def http_poll(self, server: Server) -> Figures:
+        """Measure a sync worker that 200 clients poll every two seconds; an event each second.
+
+        As many requests for a plain page show what the web server and Flask take of it.
+        """
+        seconds = 4 if self.quick else 20
+        with Deployment(self, server, []) as session:
+            poller, path = Poller(session, 200), f"{STREAM[0]}&mode=poll"
+            poller.poll_for(2, path)
+            poll_ms, polls = poller.poll_for(seconds, path)
+            page_ms, _ = poller.poll_for(seconds / 4, "/")
+        return {server.name: {"poll_ms": poll_ms, "polls": polls, "page_ms": page_ms}}
+
     def ceiling(self) -> Figures:
         with Session(self, RAW) as session:
             client = session.join(200)
@@ -1251,6 +1343,25 @@ GOALS: list[tuple[str, str, list[tuple[str, str, str]]]] = [
         "≤ 4",
         [("return", "seconds", TWO)],
     ),
+    (
+        "burst over 200 streams of plain HTTP: share of the WebSocket's deliveries",
+        "≥ 0.5",
+        [("http: burst", "ratio", TWO)],
+    ),
+    (
+        "KiB per stream idle, after 400 events; the same of a WebSocket",
+        "no more",
+        [
+            ("http: memory", f"{name}_{key}", "{:.1f}")
+            for name in ("stream", "websocket")
+            for key in ("idle", "after_400")
+        ],
+    ),
+    (
+        "ms of processor time for a poll, 200 clients every 2 s; for a plain page",
+        "≤ 1",
+        [("http: poll", "poll_ms", TWO), ("http: poll", "page_ms", TWO)],
+    ),
 ]
 
 
@@ -1261,7 +1372,7 @@ def goals(results: Results) -> Iterator[str]:
         if set(cells) != {NOTHING}:
             rows.append([figure, goal, "; ".join(cells)])
     if rows:
-        yield table(f"Goals of issue 22, and {OURS}", ["figure", "goal", "measured"], rows)
+        yield table(f"Goals of issues 22 and 28, and {OURS}", ["figure", "goal", "measured"], rows)
 
 
 MORE_IS_BETTER, LESS_IS_BETTER = 1, -1
