@@ -541,7 +541,8 @@ class Hub:
         It returns True to allow and False to refuse. Anything else refuses too, and is logged.
         `user` is a User or None; the other two are the pattern that the client sent, such as
         "content.*" and "posts.*": decide for everything that it matches. Editing asks for
-        "user.editing". The hook runs in a worker, in a request context of its own.
+        "user.editing". The hook runs in a worker, in a request context of its own; for plain HTTP
+        it runs in the request.
 
         Raises TypeError for a coroutine function, RuntimeError if there is another hook already.
         """

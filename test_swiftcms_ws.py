@@ -11,6 +11,7 @@ import asyncio
 import base64
 import configparser
 import contextlib
+import errno
 import functools
 import gc
 import hashlib
@@ -11151,6 +11152,31 @@ def test_events_limit_of_connections() -> None:
         assert stat(server, "refused_503") == 2
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "too many"), ValueError("closed")], ids=repr)
+def test_events_socket_that_cannot_be_taken_over(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """Without a free descriptor the server answers by itself, and the slot is released."""
+
+    def fail(self: Any, sock: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(swiftcms_ws.Descriptors, "take_over", fail)
+    with Stream(server.port) as stream:
+        assert stream.closing() == "too_many_connections"
+        assert stream.retry is not None
+        assert 10 <= stream.retry <= 20
+    until(lambda: engine_of(server).registry.slots == 0, "the release of the slot")
+    assert ("may not open more files" in caplog.text) == isinstance(error, OSError)
+
+
+def test_events_where_a_relay_would_hold_a_thread(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    """With TLS inside the process, and on Windows, the answer is that of a poll."""
+    monkeypatch.setattr(swiftcms_ws.Endpoint, "FORCE_RELAY", True)
+    assert Polled(server.get("/ws/events")).types == ["system.subscribed", "system.heartbeat"]
+    assert stat(server, "polls") == 1
+
+
 def test_events_slow_reader(caplog: pytest.LogCaptureFixture) -> None:
     """A stream that is not read is closed, the last message says why, and others lose nothing."""
     with Server(MAX_QUEUE=100_000, HEARTBEAT=NEVER) as server, Stream(server.port) as other:
@@ -11316,12 +11342,16 @@ def test_events_stream_under_server(tmp_path: Path, server_name: str) -> None:
         assert (state["connections"], state["polls"]) == (20, 1)
         until(lambda: threads_of(state["pid"]) <= 16, "the end of the requests' threads")
         assert cpu_share(state["pid"]) < 0.3, "the server spins"
-        # One that leaves, and one that resets, free their slots.
-        streams.pop().sock.close()
-        vanish(streams.pop().sock)
-        until(lambda: site.state()["slots"] == 18, "the release of two slots")
         if "waitress" not in server_name:
             assert len(re.findall(r'GET /ws/events\S* HTTP/1\.1\S*" 200 ', site.output())) == 21
+        # Clients that leave, now or before they have an answer, free their slots.
+        streams.pop().sock.close()
+        vanish(streams.pop().sock)
+        for _ in range(5):
+            sock = site.open()
+            sock.sendall(b"GET /ws/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            vanish(sock)
+        until(lambda: site.state()["slots"] == 18, "the release of the slots")
         site.popen.send_signal(signal.SIGTERM)
         for stream in streams:
             assert stream.closing() == "going_away"
