@@ -148,6 +148,7 @@ try:
         request,
         url_for,
     )
+    from flask import session as flask_session
     from flask.typing import ResponseReturnValue
     from flask_sock import Sock
     from jwt.algorithms import get_default_algorithms
@@ -5420,6 +5421,8 @@ class EventsRequest(HandshakeCheck):
     def answer(self) -> Response:
         """Return a stream, the result of a poll, or a refusal."""
         cors: dict[str, str] = {}
+        # Only the changes of hooks are stored.
+        flask_session.modified = False
         try:
             self._check_size()
             self._check_origin()
@@ -5436,6 +5439,11 @@ class EventsRequest(HandshakeCheck):
                 response = busy_response(refused.code, str(refused))
         response.headers.update(cors)
         response.vary.add("Origin")
+        if flask_session.permanent and not flask_session.modified:
+            # A permanent session is stored in each request. So a poll would undo a logout that
+            # happens meanwhile, and keep its user signed in for ever.
+            del flask_session["_permanent"]
+            flask_session.modified = False
         return response
 
     def _answer(self) -> Response:

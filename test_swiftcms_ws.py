@@ -11091,6 +11091,55 @@ def test_events_users_hooks_and_signals() -> None:
         assert "Vary" in answer.headers
 
 
+@pytest.mark.parametrize("store", ["cookie", "server"])
+def test_events_leave_the_session_alone(tmp_path: Path, store: str) -> None:
+    """A poll during which the user logs out does not store the session again; a hook may change it."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        if store == "server":
+            flask_session = pytest.importorskip("flask_session")
+            cachelib = pytest.importorskip("cachelib")
+            app.config.update(SESSION_TYPE="cachelib", SESSION_CACHELIB=cachelib.FileSystemCache(str(tmp_path)))
+            flask_session.Session(app)
+
+        @app.before_request
+        def keep_for_a_month() -> None:
+            session.permanent = True
+
+        @app.get("/<action>")
+        def change(action: str) -> dict[str, Any]:
+            if action == "login":
+                session["user"] = "ana"
+            elif action == "logout":
+                session.clear()
+            return {"user": session.get("user")}
+
+        @hub.identify
+        def identify() -> Any:
+            user = session.get("user")
+            if "logout" in request.args:
+                client.get("/logout")
+            if "remember" in request.args:
+                session["seen"] = True
+            return user
+
+    with Server(configure) as server:
+        client = server.app.test_client()
+        client.get("/login")
+        assert Polled(client.get("/ws/events?mode=poll")).first["userId"] == "ana"
+        cookie = client.get_cookie("session")
+        assert cookie is not None
+        sent = {"Cookie": f"session={cookie.value}"}
+        for query, has_cookie in (("", False), ("remember=1", True)):
+            with Stream(server.port, query, **sent) as stream:
+                assert stream.receive()["payload"]["userId"] == "ana"
+                assert ("Set-Cookie" in stream.headers) == has_cookie
+        answer = Polled(client.get("/ws/events?mode=poll&logout=1"))
+        assert answer.first["userId"] == "ana"
+        assert "Set-Cookie" not in answer.headers
+        assert client.get("/me").json == {"user": None}
+
+
 def test_events_tokens_and_ends(caplog: pytest.LogCaptureFixture) -> None:
     """A stream ends with a system.error: token_expired, signed_out, going_away."""
     with Server(AUTH="required", HEARTBEAT=NEVER) as server:
