@@ -159,6 +159,7 @@ try:
         request,
         url_for,
     )
+    from flask import session as flask_session
     from flask.typing import ResponseReturnValue
     from flask_sock import Sock
     from jwt.algorithms import get_default_algorithms
@@ -589,7 +590,8 @@ class Hub:
         It returns True to allow and False to refuse. Anything else refuses too, and is logged.
         `user` is a User or None; the other two are the pattern that the client sent, such as
         "content.*" and "posts.*": decide for everything that it matches. Editing asks for
-        "user.editing". The hook runs in a worker, in a request context of its own.
+        "user.editing". The hook runs in a worker, in a request context of its own; for plain HTTP
+        it runs in the request.
 
         Raises TypeError for a coroutine function, RuntimeError if there is another hook already.
         """
@@ -1963,6 +1965,7 @@ class Loop(EventQueue):
         routes: Iterable[tuple[int, Collection[Connection]]],
         framing: Framing,
     ) -> None:
+        """Send each group of connections of one framing its events."""
         for bits, connections in routes:
             if not connections:
                 continue
@@ -3759,6 +3762,7 @@ class Session:
     }
 
     FRAMING = WEBSOCKET
+    SIGNED_OUT = "the site signed you out; sign in again"
     # Messages of one client are handled for so many seconds before the others get their turn.
     TURN = 0.005
     # Frames of a client that it sent before it received our close frame. With more, it floods.
@@ -4031,7 +4035,7 @@ class Session:
 
     def sign_out(self) -> None:
         """Close the connection, because the site has signed its user out."""
-        self.connection.close(CloseCode.UNAUTHORIZED, "the site signed you out; sign in again")
+        self.connection.close(CloseCode.UNAUTHORIZED, self.SIGNED_OUT)
 
     def end(self) -> None:
         """The connection is not OPEN any more: forget the client, and notify the site."""
@@ -6245,7 +6249,7 @@ class Follower:
 
 # == 15. Plain HTTP ==============================================================================
 
-# A client that has to wait comes again after so many seconds: the server is full, or stops.
+# If the server is full or stops, a client connects again after so many seconds.
 BUSY_RETRY = (10.0, 20.0)
 
 
@@ -6264,7 +6268,7 @@ def stream_block(
 
 
 def retry_block(seconds: float) -> bytes:
-    """Return the field that says after how many seconds the client shall connect again."""
+    """Return the field that says after how many seconds a client connects again."""
     return f"retry: {round(seconds * 1000)}\n\n".encode()
 
 
@@ -6272,7 +6276,7 @@ class EventStream(Framing):
     """How messages are written to a client over plain HTTP: as server-sent events."""
 
     has_pongs = False
-    # Each close code's `code` in the last system.error. For UNAUTHORIZED it was sent already.
+    # The `code` of the last system.error for each close code. For UNAUTHORIZED it was sent already.
     ERRORS: Mapping[int, str] = {
         CloseCode.GOING_AWAY: "going_away",
         CloseCode.TRY_AGAIN_LATER: "too_slow",
@@ -6298,8 +6302,11 @@ class EventStream(Framing):
     def closing(self, code: int, reason: str) -> bytes:
         if code not in self.ERRORS:
             return b""
-        error = {"code": self.ERRORS[code], "message": reason, "action": None}
-        return self.message("system.error", error)
+        return self.error(self.ERRORS[code], reason)
+
+    def error(self, code: str, message: str) -> bytes:
+        """Return system.error. It is not the answer to an action."""
+        return self.message("system.error", {"code": code, "message": message, "action": None})
 
 
 EVENT_STREAM = EventStream()
@@ -6314,6 +6321,8 @@ class EventsRequest(HandshakeCheck):
     def answer(self) -> Response:
         """Return a stream, the result of a poll, or a refusal."""
         cors: dict[str, str] = {}
+        # Only the changes of hooks are stored.
+        flask_session.modified = False
         try:
             self._check_size()
             self._check_origin()
@@ -6330,6 +6339,11 @@ class EventsRequest(HandshakeCheck):
                 response = busy_response(refused.code, str(refused))
         response.headers.update(cors)
         response.vary.add("Origin")
+        if flask_session.permanent and not flask_session.modified:
+            # A permanent session is stored in each request. So a poll would undo a logout that
+            # happens meanwhile, and keep its user signed in for ever.
+            del flask_session["_permanent"]
+            flask_session.modified = False
         return response
 
     def _answer(self) -> Response:
@@ -6421,10 +6435,9 @@ class EventsResponse(Response):
 
 
 def busy_response(code: str, message: str) -> Response:
-    """Tell a client to connect again later, because the server is full or stops."""
-    error = {"code": code, "message": message, "action": None}
-    body = retry_block(random.uniform(*BUSY_RETRY)) + EVENT_STREAM.message("system.error", error)
-    return EventsResponse(body)
+    """Return the response to a client that has to connect again later."""
+    retry = random.uniform(*BUSY_RETRY)
+    return EventsResponse(retry_block(retry) + EVENT_STREAM.error(code, message))
 
 
 class StreamResponse(Response):
@@ -6434,9 +6447,8 @@ class StreamResponse(Response):
     not return it, because Flask would turn it into the site's own `response_class`.
     """
 
-    # Seconds until the client of a stream that was cut connects again.
+    # After how many seconds the client connects again if the stream is cut.
     RETRY = (1.0, 3.0)
-
     automatically_set_content_length = False
 
     def __init__(self, engine: Engine, handshake: EventsHandshake, view: Response) -> None:
@@ -6504,8 +6516,7 @@ class StreamSession(Session):
         """Take no tokens: the client cannot ask twice in one request."""
 
     def sign_out(self) -> None:
-        message = "the site signed you out; sign in again"
-        self.answer("system.error", {"code": "signed_out", "message": message, "action": None})
+        self.connection.send(EVENT_STREAM.error("signed_out", self.SIGNED_OUT))
         super().sign_out()
 
 
@@ -6557,9 +6568,9 @@ class Poll(Connection):
     the loop. For the session it is a connection from which nothing can be read.
     """
 
-    # How long the thread waits, in seconds: for a `since` that is not known yet, or the shared log.
+    # How many seconds the thread waits for the loop and the shared log.
     TIMEOUT = 5.0
-    # Seconds until the next poll. The more events there were, the sooner.
+    # Seconds until the next poll. It comes the sooner, the more events this one has sent.
     LONGEST_RETRY, SHORTEST_RETRY = 1.5, 0.1
 
     __slots__ = ("_blocks", "_engine", "_handshake", "_retry", "is_done")
@@ -6578,7 +6589,7 @@ class Poll(Connection):
         self._retry: float | None = None
 
     def body(self) -> bytes:
-        """Return the response's body, or ask the client to come later if there is none."""
+        """Return the response's body. If the loop gave none, the client asks again later."""
         if self._retry is None:
             reason = "the server is going away; reconnect with since"
             self._blocks = [EVENT_STREAM.closing(CloseCode.GOING_AWAY, reason)]
@@ -6603,7 +6614,7 @@ class Poll(Connection):
         self._blocks.append(data)
 
     def finish(self, share: float) -> None:
-        """Everything is collected. share: that of the history which this poll has sent."""
+        """Complete the answer. share: how much of the history this poll has sent, from 0 to 1."""
         retry = max(self.SHORTEST_RETRY, self.LONGEST_RETRY * (1 - share))
         self._retry = retry * random.uniform(0.8, 1.2)
         self._engine.pollers.add(retry)

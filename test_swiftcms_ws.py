@@ -12,6 +12,7 @@ import asyncio
 import base64
 import configparser
 import contextlib
+import errno
 import functools
 import gc
 import hashlib
@@ -12087,6 +12088,55 @@ def test_events_users_hooks_and_signals() -> None:
         assert "Vary" in answer.headers
 
 
+@pytest.mark.parametrize("store", ["cookie", "server"])
+def test_events_leave_the_session_alone(tmp_path: Path, store: str) -> None:
+    """A poll during which the user logs out does not store the session again; a hook may change it."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        if store == "server":
+            flask_session = pytest.importorskip("flask_session")
+            cachelib = pytest.importorskip("cachelib")
+            app.config.update(SESSION_TYPE="cachelib", SESSION_CACHELIB=cachelib.FileSystemCache(str(tmp_path)))
+            flask_session.Session(app)
+
+        @app.before_request
+        def keep_for_a_month() -> None:
+            session.permanent = True
+
+        @app.get("/<action>")
+        def change(action: str) -> dict[str, Any]:
+            if action == "login":
+                session["user"] = "ana"
+            elif action == "logout":
+                session.clear()
+            return {"user": session.get("user")}
+
+        @hub.identify
+        def identify() -> Any:
+            user = session.get("user")
+            if "logout" in request.args:
+                client.get("/logout")
+            if "remember" in request.args:
+                session["seen"] = True
+            return user
+
+    with Server(configure) as server:
+        client = server.app.test_client()
+        client.get("/login")
+        assert Polled(client.get("/ws/events?mode=poll")).first["userId"] == "ana"
+        cookie = client.get_cookie("session")
+        assert cookie is not None
+        sent = {"Cookie": f"session={cookie.value}"}
+        for query, has_cookie in (("", False), ("remember=1", True)):
+            with Stream(server.port, query, **sent) as stream:
+                assert stream.receive()["payload"]["userId"] == "ana"
+                assert ("Set-Cookie" in stream.headers) == has_cookie
+        answer = Polled(client.get("/ws/events?mode=poll&logout=1"))
+        assert answer.first["userId"] == "ana"
+        assert "Set-Cookie" not in answer.headers
+        assert client.get("/me").json == {"user": None}
+
+
 def test_events_tokens_and_ends(caplog: pytest.LogCaptureFixture) -> None:
     """A stream ends with a system.error: token_expired, signed_out, going_away."""
     with Server(AUTH="required", HEARTBEAT=NEVER) as server:
@@ -12146,6 +12196,31 @@ def test_events_limit_of_connections() -> None:
             server.client()
         assert poll(server).types[0] == "system.subscribed"
         assert stat(server, "refused_503") == 2
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "too many"), ValueError("closed")], ids=repr)
+def test_events_socket_that_cannot_be_taken_over(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """Without a free descriptor the server answers by itself, and the slot is released."""
+
+    def fail(self: Any, sock: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(swiftcms_ws.Descriptors, "take_over", fail)
+    with Stream(server.port) as stream:
+        assert stream.closing() == "too_many_connections"
+        assert stream.retry is not None
+        assert 10 <= stream.retry <= 20
+    until(lambda: engine_of(server).registry.slots == 0, "the release of the slot")
+    assert ("may not open more files" in caplog.text) == isinstance(error, OSError)
+
+
+def test_events_where_a_relay_would_hold_a_thread(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    """With TLS inside the process, and on Windows, the answer is that of a poll."""
+    monkeypatch.setattr(swiftcms_ws.Endpoint, "FORCE_RELAY", True)
+    assert Polled(server.get("/ws/events")).types == ["system.subscribed", "system.heartbeat"]
+    assert stat(server, "polls") == 1
 
 
 def test_events_slow_reader(caplog: pytest.LogCaptureFixture) -> None:
@@ -12242,14 +12317,17 @@ def test_events_thirty_cuts_lose_nothing(way: str) -> None:
         deadline = time.monotonic() + 60
         while not (stop.is_set() and len(got) == len(published)):
             assert time.monotonic() < deadline, f"only {cuts} cuts"
-            if cuts < 30:
-                # A poll is short, and some end before they are cut.
-                threading.Timer(chance.uniform(0, 0.08 if way == "stream" else 0.008), proxy.cut).start()
-            elif not stop.is_set():
+            cutter = threading.Timer(chance.uniform(0, 0.08 if way == "stream" else 0.008), proxy.cut)
+            if cuts == 30 and not stop.is_set():
                 stop.set()
                 publisher.join(PATIENCE)
+            if cuts < 30 and way == "poll":
+                # A poll is short, and some end before they are cut.
+                cutter.start()
             is_complete = False
             with contextlib.suppress(Closed, OSError), Stream(proxy.port, mode, since=last) as stream:
+                if cuts < 30 and way == "stream":
+                    cutter.start()
                 while not (stop.is_set() and len(got) == len(published)):
                     message = stream.receive(heartbeats=True)
                     if message["type"] == "system.subscribed":
@@ -12259,7 +12337,8 @@ def test_events_thirty_cuts_lose_nothing(way: str) -> None:
                     # A browser has the id of a message once it has handled the message.
                     last = message["blockId"] or last
                     is_complete = message["type"] == "system.heartbeat"
-            cuts += not is_complete
+            if cuts < 30:
+                cuts += not is_complete
     assert got == published
 
 
@@ -12273,6 +12352,7 @@ def test_events_poller_that_obeys_retry_recovers(server: Server) -> None:
     pause = threading.Event()
     deadline = time.monotonic() + 3
     while not stop.is_set() or len(got) < len(numbers):
+        assert time.monotonic() < deadline + PATIENCE
         answer = poll(server, since=last)
         assert answer.first["recovered"] is True
         got += [payload["n"] for payload in answer.payloads]
@@ -12308,12 +12388,16 @@ def test_events_stream_under_server(tmp_path: Path, server_name: str) -> None:
         assert (state["connections"], state["polls"]) == (20, 1)
         until(lambda: threads_of(state["pid"]) <= 16, "the end of the requests' threads")
         assert cpu_share(state["pid"]) < 0.3, "the server spins"
-        # One that leaves, and one that resets, free their slots.
-        streams.pop().sock.close()
-        vanish(streams.pop().sock)
-        until(lambda: site.state()["slots"] == 18, "the release of two slots")
         if "waitress" not in server_name:
             assert len(re.findall(r'GET /ws/events\S* HTTP/1\.1\S*" 200 ', site.output())) == 21
+        # Clients that leave, now or before they have an answer, free their slots.
+        streams.pop().sock.close()
+        vanish(streams.pop().sock)
+        for _ in range(5):
+            sock = site.open()
+            sock.sendall(b"GET /ws/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            vanish(sock)
+        until(lambda: site.state()["slots"] == 18, "the release of the slots")
         site.popen.send_signal(signal.SIGTERM)
         for stream in streams:
             assert stream.closing() == "going_away"
