@@ -89,6 +89,7 @@ import argparse
 import atexit
 import base64
 import bisect
+import copy
 import dataclasses
 import difflib
 import errno
@@ -147,16 +148,19 @@ try:
         Response,
         abort,
         current_app,
+        has_request_context,
         make_response,
         render_template_string,
         request,
         url_for,
     )
+    from flask.sessions import SessionInterface, SessionMixin
     from flask.typing import ResponseReturnValue
     from flask_sock import Sock
     from jwt.algorithms import get_default_algorithms
     from werkzeug.exceptions import HTTPException
     from werkzeug.serving import make_server
+    from werkzeug.wsgi import ClosingIterator
     from wsproto.events import CloseConnection, Ping
     from wsproto.frame_protocol import FrameProtocol, Opcode, ParseFailed
     from wsproto.utilities import ProtocolError
@@ -181,6 +185,7 @@ __all__ = [
     "client_disconnected",
     "event_published",
     "hub",
+    "is_live_refresh",
     "publish",
     "publish_many",
 ]
@@ -656,7 +661,7 @@ class Hub:
         Call it before reading the data of a page: with this id as `since`, the page then gets
         every event that its data may not contain.
         """
-        return format_event_id(self._engine().newest_id())
+        return format_event_id(self._engine().newest_id() or (0, 0))
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until the events that this process has published are written to clients' sockets.
@@ -745,6 +750,8 @@ class Hub:
             check_sqlite()
         if settings.redis_url is not None:
             import_redis()
+        if "swiftcms_ws" not in app.extensions:
+            LivePages(self, app)
         engines = app.extensions.setdefault("swiftcms_ws", {})
         if self not in engines:
             engines[self] = None
@@ -858,6 +865,8 @@ class Engine:
         self.has_served = False
         self.is_started = False
         self.is_closing = False
+        # The average time of a live page's refresh, in seconds. Reading and setting it is atomic.
+        self.refresh_seconds = 0.0
         # Reading or setting an item is atomic. At worst a message is logged twice.
         self._warned_at: dict[str, float] = {}
         # Recent sign-outs, with their times. A handshake that began earlier is signed out when its
@@ -975,15 +984,19 @@ class Engine:
                 count,
             )
 
-    def newest_id(self) -> EventId:
-        """Return the id of the newest event. Starts no thread."""
-        if self.follower is not None and self.follower.newest_id is not None:
-            return self.follower.newest_id
+    def newest_id(self) -> EventId | None:
+        """Return the id of the newest event; None if the shared log does not answer at once.
+
+        Starts no thread.
+        """
         if self.log is None:
             return self.loop.last_id
+        if self.follower is not None and self.follower.newest_id is not None:
+            # The follower may not have read this process's own events yet.
+            return max(self.follower.newest_id, self.log.last_appended)
         with suppress(LogUnavailable):
-            return self.log.newest_id() or (0, 0)
-        return (0, 0)
+            return self.log.newest_id()
+        return None
 
     # -- signing out -------------------------------------------------------------------------------
 
@@ -4035,9 +4048,11 @@ class Expiry:
 def place_fields(engine: Engine) -> dict[str, Any]:
     """Return the fields from which a client can resume, in system.connected and heartbeats.
 
-    `spread` is part of the protocol. It is always 0 in this version.
+    Live pages refresh within `spread` seconds after an event: if all of them do, that takes about
+    half of the time of this process.
     """
-    return {"lastId": format_event_id(engine.history.newest_id), "spread": 0}
+    spread = 2 * engine.refresh_seconds * engine.registry.slots
+    return {"lastId": format_event_id(engine.history.newest_id), "spread": round(spread, 3)}
 
 
 def ref_of(message: Mapping[str, Any]) -> str | float | None:
@@ -4912,9 +4927,9 @@ class SharedLog:
 
     It gives the ids, and one order, to the events of all processes. It also carries control
     messages between processes: lists of editors and changes, which are never replayed. Any thread
-    may call append(), send(), newest_id() and read_after(), which give up within two seconds. Only
-    the follower calls find_end(), read_on() and stop_reading(). If the log is away, append() and
-    send() raise PublishError, and the others LogUnavailable.
+    may call append(), send() and read_after(), which give up within two seconds, and newest_id().
+    Only the follower calls find_end(), read_on() and stop_reading(). If the log is away, append()
+    and send() raise PublishError, and the others LogUnavailable.
     """
 
     # The most entries that are read at once.
@@ -4926,6 +4941,8 @@ class SharedLog:
     MAX_MESSAGE_BYTES = 16 * 1024 * 1024
     # The least time between two log records about failures of append(), in seconds.
     LOG_INTERVAL = 60.0
+    # Until the follower has begun, every page waits up to this many seconds for newest_id().
+    NEWEST_TIMEOUT = 0.1
 
     # What log records call it, and how it may have lost events.
     name: str
@@ -4984,7 +5001,7 @@ class SharedLog:
         raise NotImplementedError
 
     def newest_id(self) -> EventId | None:
-        """Return the id of the newest event, or None if there is none."""
+        """Return the id of the newest event, or None if there is none. Soon: see NEWEST_TIMEOUT."""
         raise NotImplementedError
 
     def read_after(self, since: EventId) -> list[Event] | None:
@@ -5402,6 +5419,8 @@ class SqliteLog(SharedLog):
         super().__init__(settings, is_trimming, report)
         self.name = f"the file {path}"
         self._file = LogFile(path, self.TIMEOUT)
+        # newest_id() must not wait for publish().
+        self._newest_file = LogFile(path, self.NEWEST_TIMEOUT)
         # The newest id, as a number, that this process has given or read. Ids stay above it, also
         # if the file is replaced and the clock is wrong. Setting it is atomic.
         self._newest_number = 0
@@ -5446,7 +5465,7 @@ class SqliteLog(SharedLog):
         self._wake(ports)
 
     def newest_id(self) -> EventId | None:
-        with self._file.use() as connection:
+        with self._newest_file.use() as connection:
             row = self._last_row(connection)
         return None if row is None else self._to_id(row[0])
 
@@ -5465,6 +5484,7 @@ class SqliteLog(SharedLog):
 
     def close(self) -> None:
         self._file.close()
+        self._newest_file.close()
 
     @staticmethod
     def _last_row(connection: sqlite3.Connection) -> tuple[int, int, int] | None:
@@ -5654,25 +5674,31 @@ class RedisLog(SharedLog):
     def __init__(self, settings: Settings, is_trimming: bool, report: Callable[..., None]) -> None:
         super().__init__(settings, is_trimming, report)
         redis = import_redis()
-        from redis.backoff import NoBackoff  # noqa: PLC0415
-        from redis.retry import Retry  # noqa: PLC0415
-
-        self._redis: Any = redis.Redis.from_url(
-            cast(str, settings.redis_url),
-            decode_responses=True,
-            # Another program may write into the stream: one entry must not stop the follower.
-            encoding_errors="replace",
-            socket_timeout=self.TIMEOUT,
-            socket_connect_timeout=self.TIMEOUT,
-            # A page waits for publish(): it fails soon.
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._redis = self._create_client(settings, self.TIMEOUT)
+        self._impatient = self._create_client(settings, self.NEWEST_TIMEOUT)
         self._redis_errors: tuple[type[Exception], ...] = (redis.RedisError, OSError)
         self._read_only_error: type[Exception] = redis.ReadOnlyError
         self._events = f"{settings.redis_prefix}:events"
         self._messages = f"{settings.redis_prefix}:messages"
         # When publish() or send() last used Redis. Setting it is atomic.
         self._used_at = time.monotonic()
+
+    @staticmethod
+    def _create_client(settings: Settings, timeout: float) -> Any:
+        redis = import_redis()
+        from redis.backoff import NoBackoff  # noqa: PLC0415
+        from redis.retry import Retry  # noqa: PLC0415
+
+        return redis.Redis.from_url(
+            cast(str, settings.redis_url),
+            decode_responses=True,
+            # Another program may write into the stream: one entry must not stop the follower.
+            encoding_errors="replace",
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+            # A page waits for publish(): it fails soon.
+            retry=Retry(NoBackoff(), 0),
+        )
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
@@ -5726,8 +5752,11 @@ class RedisLog(SharedLog):
         self._write(lambda: self._redis.xadd(self._messages, {"message": text}, maxlen=most))
 
     def newest_id(self) -> EventId | None:
+        return self._newest(self._impatient)
+
+    def _newest(self, client: Any) -> EventId | None:
         with self._translated_errors():
-            newest = self._redis.xrevrange(self._events, count=1)
+            newest = client.xrevrange(self._events, count=1)
         return parse_event_id(newest[0][0]) if newest else None
 
     def read_after(self, since: EventId) -> list[Event] | None:
@@ -5747,11 +5776,12 @@ class RedisLog(SharedLog):
 
     def close(self) -> None:
         self._redis.close()
+        self._impatient.close()
 
     # -- the follower's thread ---------------------------------------------------------------------
 
     def find_end(self) -> Place:
-        newest = self.newest_id() or self.append([MARKER])[0]
+        newest = self._newest(self._redis) or self.append([MARKER])[0]
         with self._translated_errors():
             messages = self._redis.xrevrange(self._messages, count=1)
         return newest, messages[0][0] if messages else "0-0"
@@ -5934,6 +5964,117 @@ class Follower:
 
 
 # == 14. Live pages and track ====================================================================
+
+# Keys of environ: the newest event's id when the request began, and, only in a refresh, a copy of
+# the session.
+NEWEST_KEY = "swiftcms_ws.newest_id"
+LIVE_KEY = "swiftcms_ws.live"
+
+
+def is_live_refresh() -> bool:
+    """Return whether the current request is a page with `data-live` that fetches itself again.
+
+    It is not a visit, so do not note it in a column such as `last_seen`. An event of that change
+    would make all pages fetch themselves again, for ever.
+    """
+    return has_request_context() and LIVE_KEY in request.environ
+
+
+def swiftcms_last_id() -> str:
+    """For templates: the newest event's id when the request began, or "" if it is not known."""
+    return cast(str, request.environ.get(NEWEST_KEY, "")) if has_request_context() else ""
+
+
+class LivePages:
+    """WSGI middleware of an app, for pages with `data-live`. Runs in the web server's threads.
+
+    It takes the newest event's id before the site reads any data, so that a page can subscribe from
+    there. A refresh gets no cookie and its session is not stored. Otherwise it would use up flash
+    messages, extend logins for ever, and undo a logout that happens meanwhile.
+    """
+
+    def __init__(self, hub: Hub, app: Flask) -> None:
+        self._hub, self._app, self._wsgi_app = hub, app, app.wsgi_app
+        # The app's session interface, with two methods replaced. Setting it is atomic.
+        self._sessions: SessionInterface | None = None
+        app.context_processor(lambda: {"swiftcms_last_id": swiftcms_last_id})
+        app.wsgi_app = self  # type: ignore[method-assign]
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        newest = environ[NEWEST_KEY] = self._newest_id()
+        is_live = environ["REQUEST_METHOD"] == "GET" and environ.get("HTTP_X_SWIFTCMS_LIVE") == "1"
+
+        def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
+            fields = [(name.lower(), value) for name, value in headers]
+            if newest and any(name == "content-type" and "html" in value for name, value in fields):
+                headers = [*headers, ("Server-Timing", f'swiftcms;desc="{newest}"')]
+            if is_live:
+                headers = [field for field in headers if field[0].lower() != "set-cookie"]
+            return start_response(status, headers, *exc_info)
+
+        if not is_live:
+            return self._wsgi_app(environ, start)
+        environ[LIVE_KEY] = {}
+        self._guard_sessions()
+        began = time.perf_counter()
+        body = self._wsgi_app(environ, start)
+        timed = self._timed(body, time.perf_counter() - began)
+        return ClosingIterator(timed, getattr(body, "close", None))
+
+    def _newest_id(self) -> str:
+        """Return the newest event's id, or "" if the shared log does not answer at once."""
+        # publish() raises mistakes in the configuration. Pages are served all the same.
+        with suppress(Exception):
+            newest = self._hub.engine_of(self._app).newest_id()
+            return "" if newest is None else format_event_id(newest)
+        return ""
+
+    def _timed(self, body: Iterable[bytes], seconds: float) -> Iterator[bytes]:
+        """Yield the body of a refresh, and update the average time without the client's reading.
+
+        If two threads do so at once, one refresh may not be counted.
+        """
+        began = time.perf_counter()
+        for part in body:
+            seconds += time.perf_counter() - began
+            yield part
+            began = time.perf_counter()
+        for engine in self._app.extensions["swiftcms_ws"].values():
+            if engine is not None:
+                engine.refresh_seconds += (seconds - engine.refresh_seconds) / 10
+
+    def _guard_sessions(self) -> None:
+        """Replace methods of the app's session interface. The site may set another at any time."""
+        if self._app.session_interface is not self._sessions:
+            self._sessions = sessions = copy.copy(self._app.session_interface)
+            vars(sessions).update(
+                open_session=functools.partial(self._open_session, sessions.open_session),
+                save_session=functools.partial(self._save_session, sessions.save_session),
+            )
+            self._app.session_interface = sessions
+
+    @staticmethod
+    def _open_session(open_session: Callable[..., Any], app: Flask, request_: Any) -> Any:
+        session = open_session(app, request_)
+        if LIVE_KEY in request_.environ:
+            request_.environ[LIVE_KEY] = copy.deepcopy(dict(session or {}))
+        return session
+
+    @staticmethod
+    def _save_session(
+        save_session: Callable[..., None], app: Flask, session: SessionMixin, response: Response
+    ) -> None:
+        if not is_live_refresh():
+            save_session(app, session, response)
+            return
+        before = request.environ[LIVE_KEY]
+        if session.keys() - before.keys():
+            # For example a CSRF token. The form in this page needs it in the stored session.
+            response.headers["X-SwiftCMS-Live"] = "reload"
+        session.clear()
+        session.update(before)
+        # As the replaced method would: a cache must not give the page to another visitor.
+        response.vary.add("Cookie")
 
 
 # == 15. Plain HTTP ==============================================================================
