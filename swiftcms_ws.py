@@ -158,6 +158,7 @@ try:
     from flask.typing import ResponseReturnValue
     from flask_sock import Sock
     from jwt.algorithms import get_default_algorithms
+    from werkzeug.datastructures import Headers
     from werkzeug.exceptions import HTTPException
     from werkzeug.serving import make_server
     from werkzeug.wsgi import ClosingIterator
@@ -6005,11 +6006,12 @@ class LivePages:
         is_live = environ["REQUEST_METHOD"] == "GET" and environ.get("HTTP_X_SWIFTCMS_LIVE") == "1"
 
         def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
-            fields = [(name.lower(), value) for name, value in headers]
-            if newest and any(name == "content-type" and "html" in value for name, value in fields):
-                headers = [*headers, ("Server-Timing", f'swiftcms;desc="{newest}"')]
             if is_live:
                 headers = [field for field in headers if field[0].lower() != "set-cookie"]
+            content_type = Headers(headers).get("Content-Type", "")
+            # A 304 has no type. Browsers put its headers in place of those of the stored page.
+            if newest and ("html" in content_type or status.startswith("304")):
+                headers = [*headers, ("Server-Timing", f'swiftcms;desc="{newest}"')]
             return start_response(status, headers, *exc_info)
 
         if not is_live:

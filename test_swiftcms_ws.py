@@ -42,6 +42,7 @@ import urllib.request
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timezone
 from decimal import Decimal
 from enum import Enum
@@ -54,17 +55,24 @@ import jwt
 import pytest
 import simple_websocket
 from flask import (
+    Blueprint,
     Flask,
     Response,
     current_app,
+    flash,
     g,
+    get_flashed_messages,
+    make_response,
     redirect,
     render_template_string,
     request,
+    send_file,
     session,
 )
 from flask.json.provider import DefaultJSONProvider
+from flask.sessions import SecureCookieSessionInterface, SessionInterface, SessionMixin
 from flask_sock import Sock
+from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.serving import make_server
 from wsproto import ConnectionType, WSConnection
 from wsproto.connection import ConnectionState
@@ -10723,6 +10731,386 @@ def test_serves_without_fcntl_resource_and_unix_sockets(tmp_path: Path) -> None:
 
 
 # -- Live pages: the server ------------------------------------------------------------------------
+
+LIVE = {"X-SwiftCMS-Live": "1"}
+
+
+@pytest.fixture
+def live() -> Iterator[tuple[Flask, Hub]]:
+    """A site without a server, whose functions the test adds."""
+    app, hub = Flask("site"), Hub()
+    app.secret_key, app.testing = KEY, True
+    hub.init_app(app)
+    yield app, hub
+    hub.close()
+
+
+def newest_of(response: Any) -> str | None:
+    """Return the id in a response's Server-Timing, or None."""
+    found = re.fullmatch(r'swiftcms;desc="(\d+-\d+)"', response.headers.get("Server-Timing", ""))
+    return found and found[1]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("path", "has_id"),
+    [
+        ("/page", True),
+        ("/page/as/xhtml", True),
+        ("/streamed", True),
+        ("/sent", True),
+        ("/not-modified", True),
+        ("/nothing", True),
+        ("/broken", True),
+        ("/redirect", True),
+        ("/inner/page", True),
+        ("/json", False),
+        ("/ws/client.js", False),
+    ],
+)
+def test_server_timing_of_responses(
+    live: tuple[Flask, Hub], tmp_path: Path, path: str, has_id: bool
+) -> None:
+    """HTML pages have the newest id, whoever answers. A 304 has it, because browsers use it."""
+    app, hub = live
+    app.testing = False
+    (tmp_path / "sent.html").write_text("<p>sent")
+    app.add_url_rule("/page", view_func=lambda: "<p>page")
+    app.add_url_rule("/page/as/xhtml", "x", lambda: Response("", mimetype="application/xhtml+xml"))
+    app.add_url_rule("/streamed", "s", lambda: Response(iter(["<p>", "streamed"])))
+    app.add_url_rule("/sent", "f", lambda: send_file(tmp_path / "sent.html"))
+    app.add_url_rule("/not-modified", "n", lambda: Response(status=304))
+    app.add_url_rule("/broken", "b", lambda: 1 / 0)
+    app.add_url_rule("/redirect", "r", lambda: redirect("/page"))
+    app.add_url_rule("/json", "j", lambda: {"a": 1})
+    inner = Blueprint("inner", __name__, url_prefix="/inner")
+    inner.add_url_rule("/page", "page", lambda: "<p>inner")
+    app.register_blueprint(inner)
+    app.register_error_handler(ZeroDivisionError, lambda error: ("<p>broken", 500))
+    # A proxy's middleware, which comes later, and a header of the site's own.
+    app.wsgi_app = ProxyFix(app.wsgi_app)  # type: ignore[method-assign]
+    client = app.test_client()
+    for method in (client.get, client.head):
+        response = method(path)
+        response.close()
+        assert newest_of(response) == (hub_last_id(app, hub) if has_id else None)
+
+
+def hub_last_id(app: Flask, hub: Hub) -> str:
+    with app.app_context():
+        return hub.last_id()
+
+
+@pytest.mark.core
+def test_newest_id_is_taken_before_the_site_reads_data(live: tuple[Flask, Hub]) -> None:
+    """An event is after the id if anything of the site, of any kind, ran before it."""
+    app, hub = live
+    ids = []
+
+    def publish(*args: Any) -> None:
+        ids.append(hub.publish("content.created", "posts", {}))
+
+    class Sessions(SecureCookieSessionInterface):
+        def open_session(self, *args: Any) -> Any:
+            publish()
+            return super().open_session(*args)
+
+    app.session_interface = Sessions()
+    app.url_value_preprocessor(publish)
+    app.before_request_funcs.setdefault(None, []).insert(0, publish)
+    app.get("/")(lambda: publish() or render_template_string("{{ swiftcms_last_id() }}"))
+    first = hub.publish("content.created", "posts", {})
+    response = app.test_client().get("/")
+    assert len(ids) == 4
+    assert newest_of(response) == response.text == first
+    response.headers.set("Server-Timing", "")
+    assert newest_of(app.test_client().get("/")) == ids[3]
+
+
+@pytest.mark.core
+def test_pages_start_no_thread_and_survive_a_wrong_setting(live: tuple[Flask, Hub]) -> None:
+    app, _ = live
+    app.get("/")(lambda: render_template_string("[{{ swiftcms_last_id() }}]"))
+    threads = threading.enumerate()
+    assert newest_of(app.test_client().get("/")) is not None
+    assert threading.enumerate() == threads
+    with app.app_context():
+        # A mail, say, is no page.
+        assert render_template_string("[{{ swiftcms_last_id() }}]") == "[]"
+    wrong = Flask("wrong")
+    Hub().init_app(wrong)
+    wrong.config["SWIFTCMS_WS_HEARTBEAT"] = "often"
+    wrong.get("/")(lambda: render_template_string("[{{ swiftcms_last_id() }}]"))
+    response = wrong.test_client().get("/")
+    assert (newest_of(response), response.text) == (None, "[]")
+
+
+class MemorySessions(SessionInterface):
+    """Sessions that stay in memory: open_session() returns the object that is stored."""
+
+    class Stored(dict[str, Any], SessionMixin):
+        pass
+
+    def __init__(self) -> None:
+        self.stored = self.Stored()
+
+    def open_session(self, app: Flask, request: Any) -> Any:
+        return self.stored
+
+    def save_session(self, app: Flask, session: Any, response: Response) -> None:
+        response.set_cookie("seen", "yes")
+
+
+def use_sessions(app: Flask, kind: str, directory: Path) -> None:
+    """Choose how the site stores its sessions."""
+    if kind == "permanent":
+        app.before_request(lambda: setattr(session, "permanent", True))
+    elif kind == "memory":
+        app.session_interface = MemorySessions()
+    elif kind == "cachelib":
+        flask_session = pytest.importorskip("flask_session")
+        cachelib = pytest.importorskip("cachelib")
+        app.config["SESSION_TYPE"] = "cachelib"
+        app.config["SESSION_CACHELIB"] = cachelib.FileSystemCache(str(directory))
+        flask_session.Session(app)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", ["cookie", "permanent", "cachelib", "memory"])
+def test_refresh_leaves_the_session_as_it_was(
+    live: tuple[Flask, Hub], tmp_path: Path, kind: str
+) -> None:
+    """A refresh reads the session, uses up nothing, sets no cookie, and cannot undo a logout.
+
+    Flask-Session stores every session at the end of its request, changed or not.
+    """
+    app, _ = live
+    use_sessions(app, kind, tmp_path)
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    @app.post("/login")
+    def login() -> str:
+        session.update(user="ana", cart={"books": 0}, visits=0)
+        flash("Welcome")
+        return "welcome"
+
+    @app.post("/logout")
+    def logout() -> str:
+        del session["user"]
+        flash("Goodbye")
+        return "goodbye"
+
+    @app.get("/")
+    def page() -> str:
+        # A careless view: it changes the session, and what is in it.
+        session["visits"] = session.get("visits", 0) + 1
+        session["cart"]["books"] += 1
+        session.modified = True
+        response = make_response(f"{session.get('user')} {get_flashed_messages()}")
+        response.set_cookie("last_page", "/")
+        return response
+
+    @app.get("/slow")
+    def slow() -> str:
+        has_begun.set()
+        assert may_end.wait(PATIENCE)
+        return page()
+
+    @app.get("/token")
+    def token() -> str:
+        session["csrf_token"] = "a token"
+        return "form"
+
+    @app.get("/session")
+    def show() -> dict[str, Any]:
+        return dict(session)
+
+    client = app.test_client()
+    client.post("/login")
+    before = client.get("/session").json
+    for _ in range(2):
+        refresh = client.get("/", headers=LIVE)
+        assert refresh.text == "ana ['Welcome']"
+        assert refresh.headers.getlist("Set-Cookie") == []
+        assert refresh.headers["Vary"] == "Cookie"
+        assert "X-SwiftCMS-Live" not in refresh.headers
+    assert client.get("/token", headers=LIVE).headers["X-SwiftCMS-Live"] == "reload"
+    assert client.get("/session").json == before
+    # Only a GET counts, and only the value 1.
+    for headers in ({}, {"X-SwiftCMS-Live": "0"}):
+        assert client.get("/token", headers=headers).headers.getlist("Set-Cookie") != []
+    assert client.post("/login", headers=LIVE).headers.getlist("Set-Cookie") != []
+    assert client.get("/").text.startswith("ana ['Welcome'")
+    # A refresh has begun when the visitor signs out.
+    cookie = client.get_cookie("session")
+    sent = {**LIVE, "Cookie": f"session={cookie.value}"} if cookie else LIVE
+    with ThreadPoolExecutor(1) as pool:
+        other = app.test_client(use_cookies=False)
+        late = pool.submit(other.get, "/slow", headers=sent)
+        assert has_begun.wait(PATIENCE)
+        client.post("/logout")
+        may_end.set()
+        assert late.result(PATIENCE).headers.getlist("Set-Cookie") == []
+    if kind != "memory":
+        assert client.get("/").text == "None ['Goodbye']"
+
+
+@needs_redis
+def test_newest_id_of_a_shared_log(redis: Redis) -> None:
+    """The log is asked until the follower runs. If it does not answer, pages are served soon."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.get("/")(lambda: render_template_string("[{{ swiftcms_last_id() }}]"))
+
+    with Server(configure, REDIS_URL=redis.url) as server:
+        browser = server.app.test_client()
+        assert newest_of(browser.get("/")) is None
+        with Hub(redis_url=redis.url) as script:
+            event_id = script.publish("content.created", "posts", {})
+        assert newest_of(browser.get("/")) == event_id
+        redis.popen.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        response = browser.get("/")
+        assert time.monotonic() - began < 0.1 * SLOWNESS + 0.1
+        assert (newest_of(response), response.text) == (None, "[]")
+        redis.popen.send_signal(signal.SIGCONT)
+        assert not engine_of(server).is_started
+        with server.client():
+            follower = engine_of(server).follower
+            assert follower is not None
+            until(lambda: follower.newest_id, "the follower's place")
+            redis.popen.send_signal(signal.SIGSTOP)
+            assert newest_of(browser.get("/")) == event_id
+            redis.popen.send_signal(signal.SIGCONT)
+            # The follower has not read the site's own event yet.
+            own = server.publish()
+            follower.newest_id = swiftcms_ws.parse_event_id(event_id)
+            assert newest_of(browser.get("/")) == own
+
+
+@pytest.mark.core
+def test_several_hubs_and_apps(live: tuple[Flask, Hub]) -> None:
+    """The id is that of the app's first hub. An app without a hub, or a secret key, is as before."""
+    app, hub = live
+    second = Hub()
+    second.init_app(app, name="second", url_prefix="/second")
+    other = Flask("other")
+    hub.init_app(other)
+    bare = Flask("bare")
+    bare.secret_key = KEY
+
+    def page() -> str:
+        session["seen"] = "yes"
+        return f"{swiftcms_ws.is_live_refresh()}"
+
+    for each in (app, bare):
+        each.get("/")(page)
+    other.get("/")(lambda: f"{swiftcms_ws.is_live_refresh()} {session.get('seen')}")
+    try:
+        assert app.test_client().get("/", headers=LIVE).headers["X-SwiftCMS-Live"] == "reload"
+        with app.app_context():
+            first_id = hub.publish("content.created", "posts", {})
+            second.publish("content.created", "posts", {})
+        with other.app_context():
+            other_id = hub.publish("content.created", "posts", {})
+        answers = [each.test_client().get("/", headers=LIVE) for each in (app, other, bare)]
+        assert [answer.text for answer in answers] == ["True", "True None", "False"]
+        assert [newest_of(answer) for answer in answers] == [first_id, other_id, None]
+        # The session interface is one object of all Flask apps.
+        assert answers[2].headers.getlist("Set-Cookie") != []
+        assert not swiftcms_ws.is_live_refresh()
+    finally:
+        second.close()
+
+
+@pytest.mark.core
+def test_spread_grows_with_the_time_of_a_refresh_and_the_connections() -> None:
+    """`spread` is twice the average time of a refresh, of a streamed page too, by connections."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        pause = threading.Event()
+
+        @app.get("/page")
+        def page() -> str:
+            pause.wait(0.03)
+            return "<p>page"
+
+        @app.get("/streamed")
+        def streamed() -> Response:
+            return Response(iter(lambda: "<p>" if pause.wait(0.01) or next(parts) else "", ""))
+
+        parts = itertools.cycle([1, 1, 0])
+
+    with Server(configure, HEARTBEAT=0.2) as server, server.client() as one:
+        # A page that a visitor opens is no refresh.
+        assert server.get("/page")[0] == 200
+        assert one.receive(heartbeats=True)["payload"]["spread"] == 0
+        for path in ("/page", "/streamed"):
+            engine_of(server).refresh_seconds = 0.0
+            for _ in range(3):
+                assert server.get(path, **LIVE)[0] == 200
+            # The average of ten, seven of which took no time.
+            average = engine_of(server).refresh_seconds
+            assert 0.1 * 0.03 < average < 0.3 * 0.03 * SLOWNESS
+        with server.client() as two:
+            spread = two.hello["payload"]["spread"]
+            assert spread == pytest.approx(2 * average * 2, abs=0.001)
+            assert one.ask("heartbeat")["payload"]["spread"] == spread
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("is_permanent", [False, True])
+def test_refresh_with_flask_login(live: tuple[Flask, Hub], is_permanent: bool) -> None:
+    """A refresh does not extend a login, and if only the remember cookie is left, the page reloads.
+
+    Otherwise the page would be that of a user whose session was never stored.
+    """
+    flask_login = pytest.importorskip("flask_login")
+    app, _ = live
+    app.config["REMEMBER_COOKIE_REFRESH_EACH_REQUEST"] = True
+    manager = flask_login.LoginManager(app)
+
+    class Person(flask_login.UserMixin):  # type: ignore[misc, name-defined]
+        id = "ana"
+
+    manager.user_loader(lambda user_id: Person())
+
+    @app.post("/login")
+    def login() -> str:
+        session.permanent = is_permanent
+        flask_login.login_user(Person(), remember=True)
+        return "welcome"
+
+    app.get("/")(lambda: f"{flask_login.current_user.is_authenticated}")
+    client = app.test_client()
+    client.post("/login")
+    refresh = client.get("/", headers=LIVE)
+    assert (refresh.text, refresh.headers.getlist("Set-Cookie")) == ("True", [])
+    assert "X-SwiftCMS-Live" not in refresh.headers
+    client.delete_cookie("session")
+    refresh = client.get("/", headers=LIVE)
+    assert (refresh.text, refresh.headers.getlist("Set-Cookie")) == ("True", [])
+    assert refresh.headers["X-SwiftCMS-Live"] == "reload"
+    assert client.get("/").headers.getlist("Set-Cookie") != []
+    assert "X-SwiftCMS-Live" not in client.get("/", headers=LIVE).headers
+
+
+@pytest.mark.core
+def test_refresh_with_a_csrf_token(live: tuple[Flask, Hub]) -> None:
+    """Flask-WTF puts a token into the session for the first form. A refresh asks for a reload."""
+    flask_wtf = pytest.importorskip("flask_wtf")
+    app, _ = live
+    flask_wtf.CSRFProtect(app)
+    app.get("/")(lambda: render_template_string("{{ csrf_token() }}"))
+    app.add_url_rule("/", "save", lambda: "saved", methods=["POST"])
+    client = app.test_client()
+    lost = client.get("/", headers=LIVE)
+    assert lost.headers["X-SwiftCMS-Live"] == "reload"
+    assert client.post("/", data={"csrf_token": lost.text}).status_code == 400
+    client.get("/")
+    refresh = client.get("/", headers=LIVE)
+    assert "X-SwiftCMS-Live" not in refresh.headers
+    assert client.post("/", data={"csrf_token": refresh.text}).text == "saved"
 
 
 # -- Live pages: client.js -------------------------------------------------------------------------
