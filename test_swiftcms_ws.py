@@ -11113,6 +11113,157 @@ def test_refresh_with_a_csrf_token(live: tuple[Flask, Hub]) -> None:
     assert client.post("/", data={"csrf_token": refresh.text}).text == "saved"
 
 
+# A page that writes in its GET: visits, which it publishes, and refreshes, which it counts.
+BUSY_SITE = """
+import contextlib, pathlib, sqlite3, time
+from flask import Flask, flash, get_flashed_messages, redirect, render_template_string, request, session
+from swiftcms_ws import blueprint, is_live_refresh, publish
+
+app = Flask(__name__)
+app.secret_key = "a key for tests that is long enough for HS256"
+app.register_blueprint(blueprint)
+
+def run(statement, *values):
+    with contextlib.closing(sqlite3.connect("site.db", timeout=20)) as db, db:
+        return db.execute(statement, values).fetchall()
+
+@app.get("/")
+def page():
+    run("INSERT INTO visits VALUES (?)", is_live_refresh())
+    if not is_live_refresh():
+        publish("visit", "visits", {})
+    return render_template_string(
+        "{{ session.user }} {{ get_flashed_messages() }} {{ titles }}",
+        titles=run("SELECT title FROM posts"),
+    )
+
+@app.get("/slow")
+def slow():
+    pathlib.Path("begun").touch()
+    while not pathlib.Path("go").exists():
+        time.sleep(0.01)
+    return page()
+
+@app.post("/")
+def create():
+    run("INSERT INTO posts VALUES (?)", request.form["title"])
+    publish("content.created", "posts", {})
+    flash("Saved")
+    return redirect("/")
+
+@app.post("/login")
+def login():
+    session["user"] = "ana"
+    return "welcome"
+
+@app.post("/logout")
+def logout():
+    session.pop("user")
+    return "goodbye"
+"""
+
+
+class LivePage:
+    """What client.js does for a page with `data-live`, without a browser.
+
+    It subscribes with the id of its page. An event that arrives makes it due to refresh, within
+    half a second, the time of its last fetch, or the server's `spread`.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._fetch_time = 0.0
+        response, _ = self._fetch()
+        self._newest = re.findall(r'"(.+)"', response.getheader("Server-Timing") or "")[0]
+
+    def connect(self) -> None:
+        self.client = Client(self._port)
+        pairs = [{"type": "content.*", "contentType": "posts"}, {"type": "visit"}]
+        answer = self.client.ask("subscribe", subscriptions=pairs, since=self._newest)
+        assert answer["payload"]["recovered"]
+
+    def _fetch(self, **headers: str) -> tuple[Any, str]:
+        began = time.monotonic()
+        with contextlib.closing(HTTPConnection("127.0.0.1", self._port, timeout=60)) as connection:
+            connection.request("GET", "/", headers=headers)
+            response = connection.getresponse()
+            body = response.read().decode()
+        self._fetch_time = time.monotonic() - began
+        assert response.status == 200
+        return response, body
+
+    def due(self) -> float:
+        """Wait for an event of posts; return when to refresh, in seconds from now."""
+        while self.client.receive()["type"] != "content.created":
+            pass
+        spread = self.client.hello["payload"]["spread"]
+        return random.uniform(0, max(0.5, self._fetch_time, spread))
+
+    def refresh(self) -> str:
+        return self._fetch(**LIVE)[1]
+
+
+@needs_redis
+def test_two_hundred_live_pages_on_four_sync_workers(redis: Redis, tmp_path: Path) -> None:
+    """One event, and every page shows it after one refresh, though the page writes in its GET.
+
+    Meanwhile a visitor has an unread flash message, and another signs out during a refresh.
+    """
+    (tmp_path / "busy_site.py").write_text(BUSY_SITE)
+    with contextlib.closing(sqlite3.connect(tmp_path / "site.db")) as db:
+        db.executescript(
+            "PRAGMA journal_mode = WAL; CREATE TABLE posts (title); CREATE TABLE visits (is_live)"
+        )
+    port = free_port()
+    bind = ("--bind", f"127.0.0.1:{port}", "--workers", "4", "busy_site:app")
+    command = (sys.executable, "-m", "gunicorn", *bind)
+    url, form = f"http://127.0.0.1:{port}", {"Content-Type": "application/x-www-form-urlencoded"}
+    environ = {"SWIFTCMS_WS_REDIS_URL": redis.url}
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+        process = stack.enter_context(Process(*command, cwd=tmp_path, port=port, **environ))
+        stack.callback(
+            lambda: [os.kill(pid, signal.SIGKILL) for pid in children(process.popen.pid)]
+        )
+
+        def post(path: str, cookie: str, body: bytes = b"") -> str:
+            """Send a form without following the redirect; return the cookie."""
+            with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+                connection.request("POST", path, body, {**form, "Cookie": cookie})
+                sent = connection.getresponse().getheader("Set-Cookie") or ""
+            return sent.split(";")[0]
+
+        cookie = post("/login", "")
+        # The first page starts the follower, so that the log knows an id.
+        with process.client():
+            pages = list(pool.map(LivePage, [port] * 200))
+        list(pool.map(LivePage.connect, pages))
+        for page in pages:
+            stack.callback(page.client.sock.close)
+        late = pool.submit(http, f"{url}/slow", Cookie=cookie, **LIVE)
+        until((tmp_path / "begun").exists, "the start of the slow refresh")
+        flashed = post("/", cookie, b"title=News")
+        assert http(url, Cookie=flashed, **LIVE)[2].startswith(b"ana [&#39;Saved&#39;]")
+        due = sorted((page.due(), number) for number, page in enumerate(pages))
+
+        def refresh(seconds: float, number: int) -> str:
+            time.sleep(max(0.0, began + seconds - time.monotonic()))
+            return pages[number].refresh()
+
+        began = time.monotonic()
+        shown = list(pool.map(refresh, *zip(*due, strict=True)))
+        assert [body for body in shown if "News" not in body] == []
+        signed_out = post("/logout", flashed)
+        (tmp_path / "go").touch()
+        status, headers, body = late.result(PATIENCE)
+        assert (status, headers.get("Set-Cookie")) == (200, None)
+        assert b"News" in body
+        assert http(url, Cookie=signed_out)[2].startswith(b" [&#39;Saved&#39;]")
+        with contextlib.closing(sqlite3.connect(tmp_path / "site.db")) as db:
+            refreshes = db.execute("SELECT count(*) FROM visits WHERE is_live").fetchone()
+        assert refreshes == (202,)
+        assert TROUBLE.search(process.output()) is None
+
+
 # -- Live pages: client.js -------------------------------------------------------------------------
 
 
