@@ -6739,6 +6739,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   const EDITING = ["user.editing", "user.stoppedEditing", "user.edited", "system.editing"];
 
   // An id is two numbers: milliseconds and a counter.
+  const EVENT_ID = /^\d{1,20}-\d{1,20}$/;
   const sortKey = id => id.replace(/\d+/g, number => number.padStart(20, "0"));
   const isLater = (id, other) => id && (!other || sortKey(id) > sortKey(other));
   const isMatch = (pattern, name) =>
@@ -6775,7 +6776,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     let attempts = 0;
     let timers = {};
     const ownIds = new Set();
-    const connection = { clientId: null, add, remove, subscribe, edit, wakeUp };
+    const connection = { clientId: null, add, remove, reopen, subscribe, edit, wakeUp };
     const base = page?.baseURI ?? location.href;
     const address = new URL(url ?? SCRIPT_URL ?? location.origin + WEBSOCKET_PATH, base);
     address.protocol = address.protocol.replace("http", "ws");
@@ -6815,6 +6816,13 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       socket.onmessage = ({ data }) => receive(data);
       // Messages restart it only when the client is ready, because a token may never come.
       later("silence", CONNECT_TIMEOUT, reconnect);
+    }
+
+    // For the user that the browser's cookies name now.
+    function reopen() {
+      if (!isReady) return;
+      ownUserId = undefined;
+      connect();
     }
 
     function disconnect(newStatus) {
@@ -6899,6 +6907,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     function receive(text) {
       const { type, contentType, payload, id, timestamp } = JSON.parse(text);
       if (isReady) later("silence", maxSilence, reconnect);
+      if (payload?.spread >= 0) connection.spread = payload.spread;
       for (const cms of clients.keys()) call(cms.onframe, "in", text);
       // That handler may have closed the connection.
       if (!socket) return;
@@ -6919,7 +6928,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 
     async function greet({ clientId, userId, heartbeat, lastId }) {
       const ownSocket = socket;
-      connection.clientId = clientId;
+      Object.assign(connection, { clientId, userId });
       ownIds.add(clientId);
       move(lastId);
       const isStranger = isSignedOut && (userId === null || userId !== ownUserId);
@@ -6966,10 +6975,10 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       startReplay({ recovered: false, replayed: 0 });
     }
 
-    function subscribe(cms, type, contentType, handler) {
+    function subscribe(cms, type, contentType, handler, known = clients.get(cms)) {
       if (!clients.has(cms)) throw new Error("this SwiftCMS is closed; make a new one");
       const key = `${type} ${contentType}`;
-      const since = clients.get(cms) ?? newestId;
+      const since = known ?? newestId;
       const stop = () => {
         if (subscriptions.delete(own) && !hasKey(subscriptions, key))
           send({ action: "unsubscribe", type, contentType });
@@ -7070,6 +7079,458 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     }
   };
 
+  // -- Live pages ----------------------------------------------------------------------------------
+  //
+  //   <ul id="posts" data-live="content.* posts, schema.changed *" data-live-within="0.5">
+  //
+  // After a matching event the page is fetched again, and the element is changed as the server has
+  // changed it. What the visitor or a script changed stays, unless the server changed it as well.
+
+  // For each node of such an element a copy of what the server sent last, and the reverse. The
+  // document of the copies shows nothing, loads nothing and runs nothing.
+  const copyOf = new WeakMap();
+  const nodeOf = new WeakMap();
+  const copies = page?.implementation.createHTMLDocument("");
+
+  const isKept = node => node.nodeType === 1 && node.hasAttribute("data-live-keep");
+  const hasFocus = node =>
+    node === page.activeElement || node.compareDocumentPosition(page.activeElement ?? page) & 16;
+
+  function pair(copy, node) {
+    copyOf.set(node, copy);
+    nodeOf.set(copy, node);
+    for (let a = copy.firstChild, b = node.firstChild; a && b; a = a.nextSibling, b = b.nextSibling)
+      pair(a, b);
+    return copy;
+  }
+
+  // isEqualNode() ignores what is in a template, so it becomes the template's children. Unlike the
+  // page, an answer has elements in noscript, templates for shadow roots, and readable nonces.
+  function tidy(root) {
+    for (const each of root.querySelectorAll("[nonce]")) each.removeAttribute("nonce");
+    for (const each of root.querySelectorAll("noscript")) each.replaceChildren();
+    for (const each of root.querySelectorAll("template")) {
+      each.append(each.content);
+      tidy(each);
+      if (each.hasAttribute("shadowrootmode")) each.remove();
+    }
+    return root;
+  }
+
+  // The server has changed `before` to `after`. Change `live` in the same way, and make its copy
+  // `before` equal to `after`. Returns whether `live` has changed.
+  function morph(before, after, live) {
+    if (before.isEqualNode(after) || isKept(live)) return false;
+    if (after.nodeType === 1) {
+      const hasNewAttributes = morphAttributes(before, after, live);
+      return morphChildren(before, after, live) || hasNewAttributes;
+    }
+    const isNew = live.data !== after.data;
+    if (isNew) live.data = after.data;
+    before.data = after.data;
+    return isNew;
+  }
+
+  function morphAttributes(before, after, live) {
+    let isNew = false;
+    // Not element.attributes: in a form this may be a field of that name.
+    for (const name of new Set([...before.getAttributeNames(), ...after.getAttributeNames()])) {
+      const [old, value, current] = [before, after, live].map(each => each.getAttribute(name));
+      if (old === value) continue;
+      const set = element => {
+        if (value === null) return element.removeAttribute(name);
+        // setAttribute() would refuse names like @click.
+        const attribute = after.getAttributeNode(name);
+        element.setAttributeNode(element.ownerDocument.importNode(attribute));
+      };
+      set(before);
+      if (current === value) continue;
+      isNew = true;
+      try {
+        if (name === "class" && current !== old) mergeClasses(live, old ?? "", value ?? "");
+        else set(live);
+      } catch (error) {
+        console.error(`SwiftCMS: the page does not allow a change of ${name}:`, error);
+      }
+    }
+    return isNew;
+  }
+
+  function mergeClasses(live, ...texts) {
+    const [old, added] = texts.map(text => new Set(text.match(/\S+/g)));
+    for (const name of old) if (!added.delete(name)) live.classList.remove(name);
+    live.classList.add(...added);
+  }
+
+  function morphChildren(before, after, live) {
+    const old = [...before.childNodes];
+    const fresh = [...after.childNodes];
+    const partners = findPartners(old, fresh);
+    const own = new Set(partners.map(each => nodeOf.get(each)));
+    const left = new Map(old.map((each, index) => [each, index]));
+    const order = partners.filter(Boolean).map(each => left.get(each));
+    const isReordered = order.some((each, index) => each < order[index - 1]);
+    let isNew = isReordered;
+
+    for (const each of partners) left.delete(each);
+    for (const copy of [...left.keys()]) {
+      const node = nodeOf.get(copy);
+      // It may be removed later, when it is not kept any more.
+      if (isKept(node)) continue;
+      left.delete(copy);
+      isNew ||= node.isConnected;
+      node.parentNode?.removeChild(node);
+    }
+
+    // The place of the next child. Nodes that scripts have added are passed.
+    let next = live.firstChild;
+    const pass = () => {
+      while (next && !own.has(next)) next = next.nextSibling;
+    };
+    const current = fresh.map((child, index) => {
+      const copy = partners[index];
+      const node = nodeOf.get(copy);
+      const hasChanged = !copy || morph(copy, child, node);
+      isNew ||= hasChanged;
+      if (!copy && !index) pass();
+      if (!copy) return addChild(live, child, next);
+      if (node.parentNode === live) {
+        // If the server has not changed the order, the order that a script has made stays.
+        if (isReordered) pass();
+        if (isReordered && node !== next) moveChild(live, node, next);
+        next = node.nextSibling;
+      } else if (hasChanged && !node.isConnected) {
+        // The nodes with which a script has replaced it are out of date.
+        while (next && !own.has(next)) {
+          const other = next;
+          next = next.nextSibling;
+          if (!copyOf.has(other) && !isKept(other)) live.removeChild(other);
+        }
+        live.insertBefore(node, next);
+      }
+      return copy;
+    });
+    current.push(...left.keys());
+    if (current.length !== old.length || current.some((each, index) => each !== old[index]))
+      before.replaceChildren(...current);
+    return isNew;
+  }
+
+  // For each new child the old one that it continues: equal ones at both ends, then by id, and
+  // without ids in their order. A text belongs to the element before it.
+  function findPartners(old, fresh) {
+    const partners = [];
+    let [start, oldEnd, freshEnd] = [0, old.length, fresh.length];
+    const isEqual = (index, freshIndex) =>
+      start < Math.min(oldEnd, freshEnd) && old[index].isEqualNode(fresh[freshIndex]);
+    while (isEqual(start, start)) partners[start] = old[start++];
+    while (isEqual(oldEnd - 1, freshEnd - 1)) partners[--freshEnd] = old[--oldEnd];
+    const keyOf = node => {
+      const element = node.nodeType === 1 ? node : node.previousSibling;
+      const [id, name] = ["id", "name"].map(each => element?.getAttribute?.(each) ?? "");
+      return `${node.nodeName} ${id ? `#${id}` : name}`;
+    };
+    const groups = new Map();
+    for (const each of old.slice(start, oldEnd)) {
+      const key = keyOf(each);
+      if (!groups.has(key)) groups.set(key, []);
+      groups.get(key).push(each);
+    }
+    for (; start < freshEnd; start++) {
+      const child = fresh[start];
+      // These are not changed but replaced, unless they are equal.
+      const isWhole = /^(SCRIPT|TEMPLATE)$/i.test(child.nodeName);
+      const group = groups.get(keyOf(child)) ?? [];
+      const index = group.findIndex(each => !isWhole || each.isEqualNode(child));
+      partners[start] = index < 0 ? undefined : group.splice(index, 1)[0];
+    }
+    return partners;
+  }
+
+  // Add a child that the server has added, and return its copy.
+  function addChild(live, child, next) {
+    const holder = page.createDocumentFragment();
+    holder.append(page.importNode(child, true));
+    const copy = pair(copies.importNode(child, true), holder.firstChild);
+    for (const each of holder.querySelectorAll("template")) each.content.append(...each.childNodes);
+    // An element with autofocus takes the focus when it is added, so it gets the attribute later.
+    const removed = [...holder.querySelectorAll("[autofocus]")].map(each => [
+      each,
+      each.removeAttributeNode(each.getAttributeNode("autofocus")),
+    ]);
+    live.insertBefore(holder, next);
+    for (const [each, attribute] of removed) each.setAttributeNode(attribute);
+    return copy;
+  }
+
+  function moveChild(live, node, next) {
+    if (live.moveBefore && live.isConnected) return live.moveBefore(node, next);
+    if (!hasFocus(node)) return live.insertBefore(node, next);
+    // Without moveBefore(), it would lose the focus. The nodes before it are moved instead.
+    const end = node.nextSibling;
+    while (next !== node) {
+      const moved = next;
+      next = next.nextSibling;
+      live.insertBefore(moved, end);
+    }
+  }
+
+  // Whether the visitor or a script has changed the value of a field.
+  function isEdited(field) {
+    if (field.options) {
+      const options = [...field.options];
+      const isMenu = !field.multiple && field.size < 2;
+      const chosen = options.filter(each => each.defaultSelected);
+      if (isMenu && !chosen.length) chosen.push(options.find(each => !each.disabled));
+      return options.some(each => each.selected !== chosen.includes(each));
+    }
+    if (/^(checkbox|radio)$/.test(field.type)) return field.checked !== field.defaultChecked;
+    // Without a value from the server, range and color have one of their own.
+    return !/^(hidden|range|color)$/.test(field.type) && field.value !== field.defaultValue;
+  }
+
+  // Find the elements with data-live, and refresh them after events. `since` is the newest event
+  // that the page as it was loaded contains.
+  function watchPage(since) {
+    // {id, keys, within}; a key is "TYPE CONTENT_TYPE". stops: for each key what unsubscribes.
+    const elements = new Map();
+    const stops = new Map();
+    const complaints = new Set();
+    const addressNow = () => location.href.split("#")[0];
+    const client = { onstatus, ongap: list => list.forEach(each => take(keyOf(each))) };
+    const keyOf = ({ type, contentType }) => `${type} ${contentType}`;
+    // The keys of events that the page does not show yet, and of those for which that has failed.
+    let due = new Set();
+    let failed = new Set();
+    let connection, userId, isOnline, isParsed, isReopened, lastScript, request, timer;
+    let [lastDuration, notBefore, timerAt] = [0, 0, Infinity];
+    const observer = new MutationObserver(records => {
+      if (!isParsed) copyParsed(records);
+      find(isParsed ? undefined : since);
+    });
+    const observe = more => observer.observe(page, { subtree: true, childList: true, ...more });
+    const attributes = { attributeFilter: ["data-live", "data-live-within"] };
+    observe({ ...attributes, characterData: true });
+    for (const each of page.querySelectorAll("[data-live]")) copyWhole(each);
+    lastScript = page.currentScript;
+    if (page.readyState !== "loading") finish();
+    else page.addEventListener("readystatechange", finish, { once: true });
+    page.addEventListener("visibilitychange", schedule);
+
+    function finish() {
+      copyParsed(observer.takeRecords());
+      isParsed = true;
+      for (const each of page.querySelectorAll("[data-live] template"))
+        copyOf.get(each)?.replaceChildren(copies.importNode(each.content, true));
+      for (const each of page.querySelectorAll("[data-live]"))
+        if (copyOf.has(each)) tidy(copyOf.get(each));
+      observe(attributes);
+      find(since);
+    }
+
+    // The parser lets observers run before it runs a script or a custom element's callback, and
+    // continues behind it. So all that is added before the last script was added by a script.
+    function copyParsed(records) {
+      const isBehind = node => !lastScript || !(node.compareDocumentPosition(lastScript) & 4);
+      const custom = new Set();
+      let script = lastScript;
+      for (const { target, addedNodes, nextSibling } of records) {
+        const parent = copyOf.get(target);
+        if (target.nodeType === 3 && parent && isBehind(target)) parent.data = target.data;
+        for (const node of addedNodes) {
+          if (!isBehind(node) || custom.has(target)) continue;
+          if (customElements.get(node.localName)?.prototype.connectedCallback) custom.add(node);
+          if (node.localName === "script" && !node.async) script = node;
+          if (!parent && !(node.nodeType === 1 && node.hasAttribute("data-live"))) continue;
+          const copy = copyOf.get(node) ?? pair(copies.importNode(node), node);
+          const next = copyOf.get(nextSibling);
+          parent?.insertBefore(copy, next?.parentNode === parent ? next : null);
+        }
+      }
+      lastScript = script;
+    }
+
+    // A script may have added the attribute, so the server is not the one who removes it.
+    function copyWhole(element) {
+      if (copyOf.has(element)) return;
+      tidy(pair(copies.importNode(element, true), element)).removeAttribute("data-live");
+    }
+
+    // `version`: the newest event that elements which are found now contain, if it is known.
+    function find(version) {
+      const former = new Set(elements.keys());
+      elements.clear();
+      const wanted = new Set();
+      for (const element of page.querySelectorAll("[data-live]")) {
+        copyWhole(element);
+        const id = element.getAttribute("id");
+        const text = element.getAttribute("data-live");
+        const within = Number(element.getAttribute("data-live-within") ?? 0.5);
+        const keys = text.split(",").map(each => each.trim().split(/\s+/).join(" "));
+        const wrong = keys.find(each => !/^\S+ \S+$/.test(each));
+        if (!id || page.getElementById(id) !== element)
+          complain("error", `an element with data-live="${text}" needs an id that no other element has`);
+        else if (wrong !== undefined)
+          complain("error", `data-live of #${id} must be like "content.* posts", not "${wrong}"`);
+        else if (!(within >= 0)) complain("error", `data-live-within of #${id} must be a number of seconds`);
+        else elements.set(element, { id, keys, within });
+        for (const key of elements.get(element)?.keys ?? []) {
+          wanted.add(key);
+          if (!version && !(former.has(element) && stops.has(key))) due.add(key);
+        }
+      }
+      for (const [key, stop] of stops) if (!wanted.has(key) && stops.delete(key)) stop();
+      for (const key of wanted) if (!stops.has(key)) stops.set(key, subscribe(key, version));
+      schedule();
+    }
+
+    function subscribe(key, version) {
+      if (!connection) {
+        connection = shared ??= createConnection();
+        connection.add(client);
+      }
+      return connection.subscribe(client, ...key.split(" "), () => take(key), version);
+    }
+
+    function onstatus(status) {
+      page.documentElement.dataset.swiftcms = status;
+      isOnline = status === "online";
+      if (!isOnline) return;
+      if (userId !== undefined && userId !== connection.userId) due = new Set(stops.keys());
+      userId = connection.userId;
+      due = new Set([...due, ...failed]);
+      schedule();
+    }
+
+    function take(key) {
+      due.add(key);
+      schedule();
+    }
+
+    function schedule() {
+      if (!isOnline || !isParsed || page.hidden || request || !due.size) return;
+      const withins = elementsOf(due).map(([, each]) => each.within);
+      if (!withins.length) return;
+      const longest = Math.max(1_000 * Math.min(...withins), lastDuration, 1_000 * connection.spread);
+      const now = performance.now();
+      const time = Math.max(now + Math.random() * longest, notBefore);
+      if (time >= timerAt) return;
+      timerAt = time;
+      clearTimeout(timer);
+      timer = setTimeout(refresh, Math.min(time - now, 2 ** 31 - 1));
+    }
+
+    function refresh() {
+      timerAt = Infinity;
+      if (!isOnline || page.hidden) return;
+      const keys = new Set([...due, ...failed]);
+      due = new Set();
+      failed = new Set();
+      const address = addressNow();
+      const startedAt = performance.now();
+      request = new XMLHttpRequest();
+      request.open("GET", address);
+      request.responseType = "document";
+      request.timeout = 20_000;
+      request.setRequestHeader("X-SwiftCMS-Live", "1");
+      // Otherwise browsers may answer from their cache.
+      request.setRequestHeader("Cache-Control", "no-cache");
+      request.onloadend = ({ target: answer }) => {
+        request = undefined;
+        lastDuration = performance.now() - startedAt;
+        // A script may have changed the address meanwhile.
+        if (addressNow() !== address) due = new Set([...due, ...keys]);
+        else {
+          const problem = problemOf(answer, address) ?? apply(answer, keys);
+          if (problem) failed = keys;
+          if (problem)
+            complain("warn", `the page is not refreshed: ${problem}. The next event tries it again.`);
+        }
+        schedule();
+      };
+      request.send();
+    }
+
+    // Returns why the answer is not the page, false if the page is loaded again, or undefined.
+    function problemOf(answer, address) {
+      const { status, responseURL } = answer;
+      if (!status) return "no answer came within 20 seconds";
+      const wait = answer.getResponseHeader("Retry-After");
+      if (wait && (status === 429 || status === 503))
+        notBefore = performance.now() + (1_000 * wait || Date.parse(wait) - Date.now() || 0);
+      if (responseURL !== address || status === 401 || status === 403) {
+        // The session has ended or changed, and the connection is still the former user's.
+        if (!isReopened) connection.reopen();
+        isReopened = true;
+      }
+      if (responseURL !== address) return `it was redirected to ${responseURL}`;
+      if (status !== 200) return `the server answered with status ${status}`;
+      if (!/^text\/html/i.test(answer.getResponseHeader("Content-Type")) || !answer.response)
+        return "the answer is not HTML";
+      isReopened = false;
+      if (answer.getResponseHeader("X-SwiftCMS-Live") !== "reload") wasReloaded("");
+      else {
+        // A refresh cannot change the session, which lacks something that the page needs.
+        if ([...page.querySelectorAll("input, select, textarea")].some(isEdited))
+          return "it must be loaded again, but a field was changed";
+        if (wasReloaded(address)) return;
+        // Not location.reload(), which would send a form again.
+        location.replace(address);
+        return false;
+      }
+    }
+
+    // Whether loading this address again was the last thing that happened, and has not helped.
+    function wasReloaded(address) {
+      try {
+        const former = sessionStorage.swiftcms;
+        sessionStorage.swiftcms = address;
+        return former === address;
+      } catch {
+        return true;
+      }
+    }
+
+    function apply(answer, keys) {
+      const fresh = tidy(answer.response);
+      // What was chosen stays, also if the server now marks another option of the group.
+      const fields = [...page.querySelectorAll("select, [type=radio]")].filter(isEdited);
+      const chosen = fields.flatMap(each =>
+        [...(each.options ?? [each])].map(box => [box, box.selected ?? box.checked]),
+      );
+      let problem;
+      const changed = elementsOf(keys).filter(([element, { id }]) => {
+        const after = fresh.getElementById(id);
+        if (after?.nodeName === element.nodeName)
+          return morph(copyOf.get(element), after, element);
+        problem = `the answer has no element #${id}`;
+      });
+      for (const [box, value] of chosen) box["selected" in box ? "selected" : "checked"] = value;
+      const timing = answer.getResponseHeader("Server-Timing");
+      find(timing?.match(/(?:^|[\s,])swiftcms;desc="?(\d+-\d+)/)?.[1]);
+      for (const [element] of changed)
+        element.dispatchEvent(new CustomEvent("swiftcms:refresh", { bubbles: true }));
+      return problem;
+    }
+
+    // The elements with one of these keys, inner ones before outer ones.
+    function elementsOf(keys) {
+      return [...elements].filter(([, each]) => each.keys.some(key => keys.has(key))).reverse();
+    }
+
+    function complain(level, message) {
+      if (!complaints.has(message)) console[level](`SwiftCMS: ${message}`);
+      complaints.add(message);
+    }
+  }
+
+  if (page && !globalThis.SwiftCMS) {
+    const [navigation] = performance.getEntriesByType("navigation");
+    const timing = navigation?.serverTiming?.find(each => each.name === "swiftcms");
+    const ids = [page.currentScript?.dataset.since, timing?.description];
+    watchPage(ids.find(each => EVENT_ID.test(each)));
+  }
+
   globalThis.SwiftCMS = class SwiftCMS {
     onstatus = null;
     ongap = null;
@@ -7082,7 +7543,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       const [unknown] = Object.keys(others);
       if (unknown !== undefined)
         throw new TypeError(`SwiftCMS has no option ${unknown}, only url, token and since`);
-      if (since !== undefined && !/^\d{1,20}-\d{1,20}$/.test(since))
+      if (since !== undefined && !EVENT_ID.test(since))
         throw new TypeError(`since must be the id of an event, not ${JSON.stringify(since)}`);
       if (url !== undefined || token !== undefined) this.#connection = createConnection(url, token);
       else this.#connection = shared ??= createConnection();
