@@ -7143,10 +7143,10 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
         const attribute = after.getAttributeNode(name);
         element.setAttributeNode(element.ownerDocument.importNode(attribute));
       };
-      set(before);
-      if (current === value) continue;
-      isNew = true;
       try {
+        set(before);
+        if (current === value) continue;
+        isNew = true;
         if (name === "class" && current !== old) mergeClasses(live, old ?? "", value ?? "");
         else set(live);
       } catch (error) {
@@ -7264,14 +7264,15 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   }
 
   function moveChild(live, node, next) {
-    if (live.moveBefore && live.isConnected) return live.moveBefore(node, next);
-    if (!hasFocus(node)) return live.insertBefore(node, next);
-    // Without moveBefore(), it would lose the focus. The nodes before it are moved instead.
+    const canMove = live.moveBefore && live.isConnected;
+    const put = canMove ? live.moveBefore : live.insertBefore;
+    if (!hasFocus(node)) return put.call(live, node, next);
+    // It may lose the focus, or be scrolled to. So the nodes before it are moved instead.
     const end = node.nextSibling;
     while (next !== node) {
       const moved = next;
       next = next.nextSibling;
-      live.insertBefore(moved, end);
+      put.call(live, moved, end);
     }
   }
 
@@ -7309,8 +7310,8 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       find(isParsed ? undefined : since);
     });
     const observe = more => observer.observe(page, { subtree: true, childList: true, ...more });
-    const attributes = { attributeFilter: ["data-live", "data-live-within"] };
-    observe({ ...attributes, characterData: true });
+    const attributeFilter = ["data-live", "data-live-within"];
+    observe({ attributeFilter, characterData: true });
     for (const each of page.querySelectorAll("[data-live]")) copyWhole(each);
     lastScript = page.currentScript;
     if (page.readyState !== "loading") finish();
@@ -7324,7 +7325,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
         copyOf.get(each)?.replaceChildren(copies.importNode(each.content, true));
       for (const each of page.querySelectorAll("[data-live]"))
         if (copyOf.has(each)) tidy(copyOf.get(each));
-      observe(attributes);
+      observe({ attributeFilter });
       find(since);
     }
 
@@ -7350,10 +7351,11 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       lastScript = script;
     }
 
-    // A script may have added the attribute, so the server is not the one who removes it.
     function copyWhole(element) {
       if (copyOf.has(element)) return;
-      tidy(pair(copies.importNode(element, true), element)).removeAttribute("data-live");
+      const copy = tidy(pair(copies.importNode(element, true), element));
+      // If a script has added the attributes, it is not the server that removes them.
+      for (const name of attributeFilter) copy.removeAttribute(name);
     }
 
     // `version`: the newest event that elements which are found now contain, if it is known.

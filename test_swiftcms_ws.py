@@ -11285,19 +11285,22 @@ class LiveSite:
         self.head = f"<script>{COUNT}</script><script src='/ws/client.js'></script>"
         self.headers: dict[str, str] = {}
         self.status = 200
-        self.live_requests: list[Any] = []
+        self.live_requests: list[tuple[str, Any]] = []
+        # Refreshes wait until it is set.
+        self.pause = threading.Event()
+        self.pause.set()
+        self.tick = threading.Event()
         self.server = Server(self._configure, **config)
 
     def _configure(self, app: Flask, hub: Hub) -> None:
         app.add_url_rule("/", "live_page", self._page, methods=["GET", "POST"])
 
     def _page(self) -> Any:
-        last_id = self.server.hub.last_id()
         if request.headers.get("X-SwiftCMS-Live"):
-            self.live_requests.append(request.headers)
+            self.live_requests.append((request.full_path.rstrip("?"), request.headers))
+            self.pause.wait(PATIENCE)
         page = f"<!doctype html><html><head><title>x</title><link rel=icon href=data:,>{self.head}</head><body>{self.body}"
-        headers = {"Server-Timing": f'swiftcms;desc="{last_id}"', **self.headers}
-        return Response(page, self.status, headers, content_type=headers.get("Content-Type", "text/html"))
+        return Response(page, self.status, self.headers)
 
     def __enter__(self) -> LiveSite:
         self.server.__enter__()
@@ -11311,7 +11314,7 @@ class LiveSite:
         """Open the page, wait until it is online, and run a script as its visitor."""
         self.body = self.body if body is None else body
         page = browser.page(self.url)
-        page.wait("document.documentElement.dataset.swiftcms === 'online'")
+        page.wait("document.documentElement?.dataset.swiftcms === 'online'")
         page.js(script)
         return page
 
@@ -11487,6 +11490,566 @@ def morphed(request: pytest.FixtureRequest) -> dict[str, Any]:
 def test_live_morph(morphed: dict[str, Any], name: str) -> None:
     """What the server changed is changed, and nothing else."""
     assert morphed[name] == ([] if name == "complaints" else True)
+
+
+UL = "<ul id=posts data-live='content.* posts' data-live-within=0>{}</ul>"
+
+
+@pytest.fixture
+def live() -> Iterator[LiveSite]:
+    with LiveSite(UL.format("<li id=p1>1</li>"), HISTORY=5) as site:
+        yield site
+
+
+def random_tree(rng: random.Random, depth: int = 0) -> str:
+    """Random HTML in which ids are missing, recur, and move."""
+    parts = []
+    for _ in range(rng.randrange(7 - depth)):
+        id_ = rng.choice(["", "", f" id=i{rng.randrange(40)}"])
+        inner = random_tree(rng, depth + 1) if depth < 4 else ""
+        text = rng.choice(["", "a", "b &amp; c", "\n  ", "long text"])
+        parts += rng.choice(
+            [
+                [text],
+                [f"<!--{text}-->"],
+                [f"<input{id_} name=n{rng.randrange(3)} value='{text}'{rng.choice(['', ' checked type=checkbox'])}>"],
+                [f"<textarea{id_}>{text}</textarea>"],
+                [f"<select{id_}><option>1<option{rng.choice(['', ' selected'])}>{text}</select>"],
+                [f"<template{id_}><i>{text}</i></template>"],
+                [f"<noscript>{text}<b>{text}</b></noscript>"],
+                [f"<svg{id_}><g id=g{rng.randrange(3)}><path d='M{rng.randrange(3)} 1'/></g></svg>"],
+                [f"<script{id_}>window.runs = {rng.randrange(3)}</script>"],
+                [f"<table{id_}><tr><td>{inner}<td>{text}</table>"],
+                *[[f"<{tag}{id_} class='{text}' title={rng.randrange(3)}>{inner}</{tag}>"] for tag in ("div", "ul", "li", "x-list", "details")],
+                *[[f"<div{id_}>{inner}</div>\n"]] * 3,
+            ]
+        )  # fmt: skip
+    return "".join(parts)
+
+
+# Fetches the page as a visitor would, and compares the live element with it.
+COMPARE = """
+  function comparable(node) {
+    const copy = document.implementation.createHTMLDocument().importNode(node, true);
+    for (const each of copy.querySelectorAll("noscript")) each.replaceChildren();
+    for (const each of copy.querySelectorAll("template")) each.append(each.innerHTML);
+    return copy;
+  }
+  const isServers = id => new Promise(resolve => {
+    const request = new XMLHttpRequest();
+    request.open("GET", location.href);
+    request.responseType = "document";
+    request.onload = () => {
+      const [fresh, own] = [request.response, document].map(each => comparable(each.getElementById(id)));
+      resolve(own.isEqualNode(fresh) || `${own.outerHTML}\\n--\\n${fresh.outerHTML}`);
+    };
+    send.call(request);
+  });
+"""
+
+
+def test_live_random_pages(either: Any, live: LiveSite) -> None:
+    """If only the server changes the page, it is equal to the server's, with and without moveBefore()."""
+    rng = random.Random(26)
+    pages = [random_tree(rng) for _ in range(12)]
+    live.head += f"<script>{COMPARE}</script>"
+    page = live.open(either, UL.format(pages[0]))
+    assert page.js("isServers('posts')") is True
+    for round_ in range(60):
+        if round_ == 30:
+            page.js("delete Element.prototype.moveBefore")
+        # Every second page is a former one with its parts in another order.
+        parts = re.split(r"(?=<div)", rng.choice(pages))
+        rng.shuffle(parts)
+        body = random_tree(rng) if round_ % 2 else "".join(parts)
+        live.change(page, UL.format(body))
+        assert page.js("isServers('posts')") is True, (round_, body)
+    assert page.complaints() == []
+    page.close()
+
+
+@needs_chromium
+def test_live_one_row_of_a_thousand(browser: Browser, live: LiveSite) -> None:
+    """One changed row is one changed node, and all rows stay the same objects."""
+    rows = [f"<li id=p{n}><a href='/{n}'>title {n}</a> <time>now</time></li>" for n in range(1000)]
+    page = live.open(browser, UL.format("\n".join(rows)))
+    page.js(
+        "var records = [], rows = [...$('posts').children];"
+        "new MutationObserver(list => records.push(...list)).observe(document, {subtree: true,"
+        "  childList: true, attributes: true, characterData: true, attributeFilter: undefined}); 0"
+    )
+    rows[500] = rows[500].replace("title", "new")
+    live.change(page, UL.format("\n".join(rows)))
+    assert page.js("[records.length, records[0].type, records[0].target.data]") == [1, "characterData", "new 500"]
+    rows.insert(0, "<li id=p1001>first</li>")
+    rows.pop(700)
+    live.change(page, UL.format("\n".join(rows)))
+    assert page.js("records.length") <= 6
+    assert page.js("rows.filter(row => row.isConnected).length") == 999
+    assert page.js("refreshed") == ["posts", "posts"]
+    page.close()
+
+
+def test_live_refresh_after_an_event(either: Any, live: LiveSite) -> None:
+    """Elements with a matching pair are changed, with one fetch of the page's own address."""
+    other = "<p id=other data-live='order.* *, content.deleted posts' data-live-within=0>{}</p><p id=dead>{}</p>"
+    live.body = UL.format("<li id=p1>1</li>") + other.format("a", "a")
+    page = live.open(either)
+    page.js("history.replaceState(0, '', '/?q=1#part')")
+    changed = UL.format("<li id=p1>2</li>") + other.format("b", "b")
+    live.change(page, changed)
+    assert page.js("[$('p1').textContent, $('other').textContent, $('dead').textContent]") == ["2", "a", "a"]
+    live.change(page, changed, kind="content.deleted")
+    assert page.js("[$('other').textContent, $('dead').textContent]") == ["b", "a"]
+    live.change(page, changed)
+    assert page.js("refreshed") == ["posts", "other"]
+    assert len(live.live_requests) == 3
+    _, headers = live.live_requests[0]
+    assert (headers["X-SwiftCMS-Live"], headers["Cache-Control"]) == ("1", "no-cache")
+    live.server.publish(kind="user.login")
+    live.change(page, changed)
+    assert len(live.live_requests) == 4
+    assert page.complaints() == []
+    page.close()
+
+
+@pytest.mark.parametrize("source", ["header", "data-since", "neither"])
+def test_live_nothing_is_lost_before_subscribing(either: Any, live: LiveSite, source: str) -> None:
+    """An event after the page was rendered refreshes it, and without a known id it is refreshed once."""
+    events = 0
+
+    def page_with_events() -> Any:
+        response = page_of()
+        if source == "data-since":
+            since = f"<script data-since={live.server.hub.last_id()} src"
+            response.set_data(response.get_data(as_text=True).replace("<script src", since))
+        if "X-SwiftCMS-Live" not in request.headers:
+            for _ in range(events):
+                live.body = live.body.replace(">1<", ">2<")
+                live.server.publish()
+        return response
+
+    page_of = live.server.app.view_functions["live_page"]
+    live.server.app.view_functions["live_page"] = page_with_events
+    live.server.publish()
+    if source != "header":
+        live.head = f"<script>performance.getEntriesByType = () => [];</script>{live.head}"
+    page = live.open(either)
+    live.change(page)
+    page.wait(f"answers === {2 if source == 'neither' else 1}")
+    page.close()
+    events = 3
+    page = live.open(either)
+    page.wait("$('p1').textContent === '2' && answers === 1")
+    page.close()
+
+
+@needs_chromium
+def test_live_elements_that_come_and_go(browser: Browser, live: LiveSite) -> None:
+    """They are found and subscribed to, and those that are removed are unsubscribed."""
+    subscriptions = lambda: live.server.hub.stats()["subscriptions"]  # noqa: E731
+    page = live.open(browser, UL.format("<li id=p1>1</li>") + "<p id=late>1</p>")
+    page.js("var cms = new SwiftCMS(); cms.subscribe('order.*', '*', () => 0); 0")
+    until(lambda: subscriptions() == 2, "the subscription of the page's script")
+    assert live.server.hub.stats()["connections"] == 1
+    # It may be out of date, so it is refreshed once.
+    page.js("$('late').dataset.liveWithin = '0'; $('late').dataset.live = 'late posts'; 0")
+    page.wait("answers === 1")
+    assert subscriptions() == 3
+    live.change(page, UL.format("<li id=p1>1</li>") + "<p id=late>2</p>", kind="late")
+    assert page.js("[$('late').textContent, $('late').dataset.live, refreshed.join()]") == ["2", "late posts", "late"]
+    # One that comes with a refresh is up to date.
+    live.change(page, UL.format("<li id=p1 data-live='inner posts' data-live-within=0>1</li>"))
+    until(lambda: subscriptions() == 4, "the subscription of the new element")
+    assert page.js("answers") == 3
+    live.change(page, UL.format("<li id=p1>2</li>"), kind="inner")
+    assert page.js("$('p1').textContent") == "2"
+    page.js("$('late').remove()")
+    until(lambda: subscriptions() == 2, "the end of both subscriptions")
+    assert page.complaints() == []
+    page.close()
+
+
+@needs_chromium
+def test_live_nested_elements(browser: Browser, live: LiveSite) -> None:
+    """The inner one is changed alone, or with the outer one, and later changes still fit."""
+    body = (
+        "<div id=outer data-live='outer *' data-live-within=0><b>{0}</b>"
+        "<i id=inner data-live='inner *' data-live-within=0><u id=u{0}>{0}</u></i></div>"
+    )
+    live.head += f"<script>{COMPARE}</script>"
+    page = live.open(browser, body.format(0))
+    live.change(page, body.format(1), kind="inner")
+    assert page.js("$('outer').textContent") == "01"
+    live.change(page, body.format(2), kind="outer")
+    assert page.js("$('outer').textContent") == "22"
+    live.body = body.format(3)
+    page.js("Math.random = () => 1; for (const each of [$('outer'), $('inner')]) each.dataset.liveWithin = 0.3; 0")
+    live.server.publish(kind="outer")
+    live.change(page, body.format(3), kind="inner")
+    assert page.js("isServers('outer')") is not False
+    assert page.js("[$('outer').textContent, refreshed.join()]") == ["33", "inner,outer,inner,outer"]
+    page.close()
+
+
+def test_live_reconnecting(either: Any, live: LiveSite) -> None:
+    """After a reconnect the page is refreshed if events were missed or unknown, and not otherwise."""
+    with Proxy(live.server.port) as proxy:
+        live.url = f"http://localhost:{proxy.port}/"
+        page = live.open(either)
+        page.js(
+            "var seen = []; new MutationObserver(() => seen.push(document.documentElement.dataset.swiftcms))"
+            ".observe(document.documentElement, {attributes: true}); 0"
+        )
+        proxy.cut()
+        page.wait("seen.join() === 'connecting,online'")
+        proxy.cut()
+        live.body = UL.format("<li id=p1>2</li>")
+        live.server.publish()
+        page.wait("answers === 1 && seen.length === 4")
+        live.body = UL.format("<li id=p1>3</li>")
+        live.server.publish()
+        page.wait("answers === 2 && $('p1').textContent === '3'")
+        # It has missed more than the history has.
+        target, proxy._target = proxy._target, free_port()
+        proxy.cut()
+        for number in range(6):
+            live.server.publish(number, "user.login")
+        proxy._target = target
+        page.wait("answers === 3 && seen.at(-1) === 'online'")
+        page.close()
+
+
+@pytest.mark.parametrize("has_move_before", [True, False])
+def test_live_focus_and_scrolling(either: Any, live: LiveSite, has_move_before: bool) -> None:
+    """A field that moves with its row keeps focus, caret and text; nothing else takes the focus."""
+    rows = [f"<li id=p{n}><input id=f{n} value=text{n}></li>\n" for n in range(40)]
+    style = "<style>#posts { height: 90px; overflow: auto; overflow-anchor: none }</style>"
+    page = live.open(either, style + UL.format("".join(rows)))
+    if not has_move_before:
+        page.js("delete Element.prototype.moveBefore")
+    page.js(
+        "var field = $('f7'); field.value = 'typed by me'; field.focus(); field.setSelectionRange(2, 5);"
+        "var scrolled = $('posts').scrollTop = 33; var blurs = 0; field.onblur = () => blurs++; 0"
+    )
+    state = "[document.activeElement.id, field.value, field.selectionStart, field.selectionEnd, blurs]"
+    right = ["f7", "typed by me", 2, 5, 0]
+    field = "<li id=new><input autofocus id=auto></li>"
+    for order in (rows[::-1], [field, *rows[7:], *rows[:7]], [*rows[8:], rows[7]], rows):
+        live.change(page, style + UL.format("".join(order)))
+        assert page.js(state) == right
+        assert page.js("$('posts').scrollTop") == 33
+        assert page.js("[...$('posts').children].map(row => row.id).join()") == ",".join(
+            re.search(r"id=(\w+)", row)[1] for row in order  # type: ignore[index]
+        )
+    page.js("field.blur()")
+    live.change(page, style + UL.format(field))
+    page.js("new Promise(requestAnimationFrame)")
+    assert page.js("[document.activeElement.nodeName, $('auto').autofocus]") == ["BODY", True]
+    page.close()
+
+
+@needs_chromium
+def test_live_hidden_tab(browser: Browser, live: LiveSite) -> None:
+    """It fetches once when it becomes visible."""
+    hide = "Object.defineProperty(document, 'hidden', {{get: () => {}, configurable: true}})"
+    page = live.open(browser)
+    page.js(hide.format("true"))
+    page.js("var heard = 0; cms = new SwiftCMS(); cms.subscribe('*', '*', () => heard++); 0")
+    for number in range(3):
+        live.server.publish(number)
+    page.wait("heard === 3")
+    page.js("new Promise(resolve => setTimeout(resolve, 50))")
+    assert live.live_requests == []
+    page.js(hide.format("false") + "; document.dispatchEvent(new Event('visibilitychange')); 0")
+    page.wait("answers === 1")
+    page.js("document.dispatchEvent(new Event('visibilitychange'))")
+    page.js("new Promise(resolve => setTimeout(resolve, 50))")
+    assert len(live.live_requests) == 1
+    page.close()
+
+
+@needs_chromium
+def test_live_one_fetch_at_a_time(browser: Browser, live: LiveSite) -> None:
+    """Events during a fetch cause one more. An answer for an address that was left is dropped."""
+    page = live.open(browser)
+    live.pause.clear()
+    live.server.publish()
+    until(lambda: len(live.live_requests) == 1, "the first fetch")
+    live.body = UL.format("<li id=p1>2</li>")
+    for number in range(3):
+        live.server.publish(number)
+    page.js("history.pushState(0, '', '?other')")
+    live.pause.set()
+    page.wait("answers === 2 && $('p1').textContent === '2'")
+    assert [path for path, _ in live.live_requests] == ["/", "/?other"]
+    assert page.js("refreshed.length") == 1
+    page.close()
+
+
+@needs_chromium
+def test_live_waits_as_long_as_the_server_asks(browser: Browser, live: LiveSite) -> None:
+    """Up to the largest of data-live-within, the time of the last fetch, and `spread`."""
+    live.head = (
+        "<script>var waits = []; const real = setTimeout; Math.random = () => 0.5;"
+        "window.setTimeout = (f, time) => real(f, waits.push(time) && time < 9000 ? 0 : time)</script>"
+        + live.head
+    )
+    page = live.open(browser, UL.format("<li>").replace("data-live-within=0", ""))
+    page.js("waits.length = 0")
+    live.change(page)
+    assert 249 < page.js("Math.max(...waits.filter(time => time < 9000))") < 251
+    page.js("$('posts').dataset.liveWithin = 3; waits.length = 0")
+    live.change(page)
+    assert 1490 < page.js("Math.max(...waits.filter(time => time < 9000))") < 1501
+    engine_of(live.server).refresh_seconds = 2.0
+    page.js("dispatchEvent(new Event('online')); waits.length = 0")
+    page.wait("waits.some(time => time > 25000)")
+    page.js("waits.length = 0")
+    live.change(page)
+    assert 1990 < page.js("Math.max(...waits.filter(time => time < 9000))") < 2001
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("reason", "answer"),
+    [
+        ("status 500", {"status": 500}),
+        ("not HTML", {"headers": {"Content-Type": "image/svg+xml"}}),
+        ("no element #posts", {"body": "<p>something else</p>"}),
+        ("redirected to", {"status": 302, "headers": {"Location": "/elsewhere"}}),
+        ("20 seconds", {"pause": "hang"}),
+    ],
+)
+@needs_chromium
+def test_live_what_is_not_the_page(browser: Browser, live: LiveSite, reason: str, answer: dict[str, Any]) -> None:
+    """It leaves the page as it is, is named once in the console, and the next event tries again."""
+    live.head = live.head.replace("send.call", "this.timeout /= 100; send.call")
+    other = "<p id=other data-live='order.* *' data-live-within=0>1</p>"
+    page = live.open(browser, UL.format("<li id=p1>1</li>") + other)
+    good = (live.status, live.headers, live.body.replace("1<", "2<"))
+    if "pause" in answer:
+        live.pause.clear()
+    live.status, live.headers = answer.get("status", 200), answer.get("headers", {})
+    for _ in range(2):
+        live.change(page, answer.get("body", good[2]))
+    live.pause.set()
+    assert page.js("[$('p1').textContent, $('other').textContent, refreshed.length]") == ["1", "1", 0]
+    warnings = [line for line in page.complaints() if line.startswith("warning: SwiftCMS")]
+    assert len(warnings) == 1
+    assert reason in warnings[0]
+    live.status, live.headers, live.body = good
+    # An event of another element tries it again too.
+    live.change(page, kind="order.paid")
+    page.wait("$('p1').textContent === '2' && $('other').textContent === '2'")
+    page.close()
+
+
+@needs_chromium
+def test_live_retry_after(browser: Browser, live: LiveSite) -> None:
+    """It is not fetched before the time that the server has named."""
+    page = live.open(browser)
+    live.status, live.headers = 503, {"Retry-After": "1"}
+    live.change(page)
+    started = time.monotonic()
+    live.status = 200
+    live.change(page, UL.format("<li id=p1>2</li>"))
+    assert 0.9 < time.monotonic() - started < 5
+    assert page.js("$('p1').textContent") == "2"
+    page.close()
+
+
+@needs_chromium
+def test_live_answer_to_a_post(browser: Browser, live: LiveSite) -> None:
+    """It is fetched by GET."""
+    page = live.open(browser, UL.format("<li id=p1>1</li>") + "<form method=post><button>x</button></form>")
+    page.js("setTimeout(() => document.forms[0].submit()); window.left = 1; 0")
+    page.wait("!window.left && document.documentElement?.dataset.swiftcms === 'online'")
+    live.change(page, UL.format("<li id=p1>2</li>"))
+    assert page.js("$('p1').textContent") == "2"
+    page.close()
+
+
+def test_live_session_that_ends(either: Any) -> None:
+    """After a redirect the connection is opened again once, and has the new user."""
+    users = []
+    with LiveSite(UL.format("<li>1</li>")) as site, received_users(users):
+        app = site.server.app
+        page_of = app.view_functions["live_page"]
+        site.server.hub.identify(lambda: session.get("user"))
+
+        def page_for_users() -> Any:
+            return page_of() if session.get("user") else redirect("/login")
+
+        app.view_functions["live_page"] = page_for_users
+
+        @app.get("/login")
+        def login() -> str:
+            session["user"] = request.args.get("user")
+            return "Sign in"
+
+        page = either.page(f"{site.url}login?user=ana")
+        go(page, "/")
+        page.wait("document.documentElement?.dataset.swiftcms === 'online'")
+        page.js("fetch('/login').then(() => 1)")
+        site.server.publish()
+        until(lambda: users == ["ana", None], "the connection without a user")
+        page.wait("answers === 2")
+        site.change(page)
+        assert users == ["ana", None]
+        # Somebody signs in again: the page becomes theirs.
+        page.js("fetch('/login?user=bob').then(() => 1)")
+        site.change(page)
+        page.js("fetch('/login').then(() => 1)")
+        site.change(page)
+        until(lambda: users == ["ana", None, None], "one more connection")
+        page.close()
+
+
+@contextlib.contextmanager
+def received_users(users: list[Any]) -> Iterator[None]:
+    def note(app: Flask, user: Any, **more: Any) -> None:
+        users.append(user and user.id)
+
+    with swiftcms_ws.client_connected.connected_to(note):
+        yield
+
+
+@needs_chromium
+def test_live_reload(browser: Browser, live: LiveSite) -> None:
+    """A page whose session lacks a key is loaded again once, unless a field was changed."""
+    page_of = live.server.app.view_functions["live_page"]
+    keeps_cookies = True
+
+    def page_with_token() -> Any:
+        session["token"] = session.get("token", 0)
+        g.keeps_cookies = keeps_cookies
+        return page_of()
+
+    @live.server.app.after_request
+    def drop_cookies(response: Response) -> Response:
+        session.modified = keeps_cookies
+        return response
+
+    live.server.app.view_functions["live_page"] = page_with_token
+    page = live.open(browser, UL.format("<li id=p1>1</li>") + "<input id=field>")
+    live.change(page)
+    assert page.js("refreshed.length") == 0
+    page.js("window.isFirst = true; $('field').value = 'typed'; 0")
+    page.call("Network.clearBrowserCookies")
+    live.change(page, live.body.replace("1<", "2<"))
+    assert page.js("[$('p1').textContent, $('field').value, isFirst]") == ["1", "typed", True]
+    assert "a field was changed" in str(page.complaints())
+    page.js("$('field').value = ''; 0")
+    live.server.publish()
+    page.wait("!window.isFirst && document.documentElement?.dataset.swiftcms === 'online'")
+    assert page.js("$('p1').textContent") == "2"
+    live.change(page, live.body.replace("2<", "3<"))
+    assert page.js("$('p1').textContent") == "3"
+    # Without cookies it is loaded again once, and then shows what comes.
+    keeps_cookies = False
+    page.call("Network.clearBrowserCookies")
+    page.js("window.isFirst = true; 0")
+    live.server.publish()
+    page.wait("!window.isFirst && document.documentElement?.dataset.swiftcms === 'online'")
+    page.js("window.isSecond = true; 0")
+    live.change(page, live.body.replace("3<", "4<"))
+    page.wait("$('p1').textContent === '4' && isSecond")
+    page.close()
+
+
+@needs_chromium
+def test_live_mistakes_are_named(browser: Browser) -> None:
+    """An element without an id of its own, a malformed pair, a subscription that is refused."""
+
+    def authorize(user: Any, event_type: str, content_type: str) -> bool:
+        return content_type != "secret"
+
+    body = (
+        "<p data-live='a posts'>1</p><p id=twice></p><p id=twice data-live='b posts'>1</p>"
+        "<p id=one data-live='posts'>1</p><p id=none data-live>1</p><p id=comma data-live='a b, c'>1</p>"
+        "<p id=slow data-live='a b' data-live-within=soon>1</p>"
+        "<p id=secret data-live='content.* secret, con* posts'>1</p>" + UL.format("<li id=p1>1</li>")
+    )
+    with LiveSite(body) as site:
+        site.server.hub.authorize(authorize)
+        page = site.open(browser)
+        site.change(page, body.replace("1<", "2<"))
+        assert page.js("$('p1').textContent") == "2"
+        found = "\n".join(page.complaints())
+        for hint in (
+            'data-live="a posts" needs an id',
+            'data-live="b posts" needs an id',
+            'data-live of #one must be like "content.* posts", not "posts"',
+            'data-live of #none must be like "content.* posts", not ""',
+            'data-live of #comma must be like "content.* posts", not "c"',
+            "data-live-within of #slow must be a number of seconds",
+            "no content.* of secret",
+            "no con* of posts",
+        ):
+            assert found.count(hint) == 1, (hint, found)
+        assert len(page.complaints()) == 8
+        page.close()
+
+
+def test_live_under_a_strict_policy(either: Any, live: LiveSite) -> None:
+    """A Content-Security-Policy with trusted types and without inline code is no obstacle."""
+    policy = "default-src 'none'; script-src 'self'; connect-src 'self'; img-src data:;"
+    live.headers["Content-Security-Policy"] = policy + " require-trusted-types-for 'script'; trusted-types 'none'"
+    live.head = "<script src='/ws/client.js'></script>"
+    page = live.open(either, UL.format("<li id=p1>1</li>"))
+    body = "<li id=p1 class=a>2<svg></svg></li><template>x</template><script>window.evil = 1</script>"
+    live.body = UL.format(body + "<li id=p3>3</li>")
+    live.server.publish()
+    page.wait("!!document.getElementById('p3')")
+    assert page.complaints() == []
+    # Attributes that contain code are the exception. The page's other changes are made.
+    live.body = UL.format(body.replace("class=a", "onclick=a") + "<li id=p3>4</li>")
+    live.server.publish()
+    page.wait("document.getElementById('p3').textContent === '4'")
+    until(lambda: "a change of onclick" in str(page.complaints()), "the reason in the console")
+    page.close()
+
+
+@pytest.mark.parametrize("place", ["head", "end", "defer"])
+def test_live_page_that_arrives_slowly(either: Any, live: LiveSite, place: str) -> None:
+    """The first version is what the parser made of the answer, however it is split."""
+    script = "<script src='/ws/client.js'></script>"
+    head = live.head.replace(script, {"head": script, "end": "", "defer": script.replace("src", "defer src")}[place])
+    live.head = f"{head}<script>{COMPARE}</script>"
+    run = "<script>document.querySelectorAll('time').forEach(each => { each.textContent = 'today' })</script>"
+    chunks = [
+        "<main id=posts data-live='* *' data-live-within=0><p>Hel", "lo <b>wor", "ld</b></p><time>2026</time>" + run,
+        "<table><tr><td>1", "2</td></tr>\n", "<tr><td><template>te", "xt</template>", "<noscript>no",
+        "script</noscript></table><p>end", "</main>" + run + "<p>other</p>" + (script if place == "end" else ""),
+    ]  # fmt: skip
+    live.body = "".join(chunks)
+    page_of = live.server.app.view_functions["live_page"]
+
+    def slow_page() -> Response:
+        start = page_of().get_data(as_text=True).split("<body>")[0]
+
+        def parts() -> Iterator[str]:
+            yield start
+            for chunk in chunks:
+                live.tick.wait(0.03)
+                yield chunk
+
+        return Response(parts(), mimetype="text/html")
+
+    live.server.app.view_functions["live_page"] = slow_page
+    page = live.open(either)
+    live.server.app.view_functions["live_page"] = page_of
+    live.change(page, live.body.replace("end", "END"))
+    assert page.js("refreshed") == ["posts"]
+    # Elsewhere than in <head>, client.js cannot know what a script changed before it.
+    shown = page.js("document.querySelector('time').textContent")
+    assert shown == ("today" if place == "head" else "2026")
+    live.change(page, live.body.replace("2026", "2027"))
+    assert page.js("document.querySelector('time').textContent") == "2027"
+    assert page.js("isServers('posts')") is True
+    assert page.complaints() == []
+    page.close()
 
 
 # -- track -----------------------------------------------------------------------------------------
