@@ -11318,6 +11318,60 @@ def test_two_hundred_live_pages_on_four_sync_workers(tmp_path: Path) -> None:
         assert TROUBLE.search(process.output()) is None
 
 
+@needs_chromium
+def test_readme_live_site_in_two_windows(browser: Browser) -> None:
+    """README's first page: what one window adds, the other shows, and typed text stays."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
+    code = "".join([*blocks[:2], readme_block("python", "EDIT_PAGE")])
+    assert code.count("data-live=") == 3
+    names: dict[str, Any] = {"__name__": "readme_live_site"}
+    exec(compile(code, "README.md", "exec"), names)
+    app, hub = names["app"], names["hub"]
+    app.add_url_rule("/favicon.ico", "icon", lambda: Response(status=204))
+    refreshes: list[str] = []
+
+    @app.before_request
+    def note() -> None:
+        if swiftcms_ws.is_live_refresh():
+            refreshes.append(request.path)
+
+    http_server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=http_server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    url = f"http://localhost:{http_server.server_port}/"
+    rows = "[...document.querySelectorAll('li')].map(each => each.id).join()"
+    try:
+        one, two = browser.page(url), browser.page(url)
+        until(lambda: hub.stats()["subscriptions"] == 2, "the subscriptions")
+        two.js("document.querySelector('input').value = 'half a sent'")
+        one.js("document.querySelector('input').value = '<b>New</b>'; document.forms[0].submit()")
+        two.wait(f"{rows} === 'post-1,post-2'")
+        assert two.js("document.querySelector('#post-2').innerText") == "<b>New</b>"
+        assert two.js("document.querySelector('input').value") == "half a sent"
+        # The page after the redirect was past its own event.
+        one.wait(f"{rows} === 'post-1,post-2'")
+        assert refreshes == ["/"]
+        for page in (one, two):
+            page.js("document.querySelector('#post-2 a').click()")
+            page.wait("location.pathname === '/posts/2' && !!document.querySelector('#comments')")
+        until(lambda: hub.stats()["subscriptions"] == 4, "the pages of the post")
+        # A page that is hidden is not refreshed.
+        one.call("Page.bringToFront")
+        two.js("document.querySelector('input').value = 'Nice'; document.forms[0].submit()")
+        one.wait(f"{rows} === 'comment-1'")
+        assert refreshes == ["/", "/posts/2"]
+        post_form(http_server.server_port, "/posts/2/edit", title="Better", version="1")
+        one.wait("document.querySelector('#title').innerText === 'Better'")
+        assert one.complaints() == two.complaints() == []
+        one.close()
+        two.close()
+    finally:
+        hub.close()
+        http_server.shutdown()
+        http_server.server_close()
+        thread.join(PATIENCE)
+
+
 # -- Live pages: client.js -------------------------------------------------------------------------
 
 # Counts the answers to refreshes. Its listener runs after that of client.js.
