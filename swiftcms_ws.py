@@ -65,10 +65,10 @@ Locks (each is documented where it is created)
     EventQueue._lock ids and the queue              Registry._lock   connections, subscriptions
     Workers._lock    tasks and threads              Editing._lock    editors of entries
     Counters._lock   the numbers of stats()         Lane._lock       one ordered queue of tasks
-    LogFile._lock    one connection to the file of a shared log
+    LogFile._queue   one connection to the file of a shared log
 A thread holds one lock at a time, except that it may take others while it holds Hub._starting.
-No code of the site, no logging and no network I/O runs while a lock is held. Only under
-LogFile._lock a thread reads and writes a file.
+No code of the site, no logging and no network I/O runs while a lock is held. Only while it is first
+in LogFile._queue, a thread reads and writes a file.
 
 Sections
          1 Map
@@ -119,7 +119,7 @@ import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import Enum, IntEnum
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -4901,28 +4901,6 @@ MARKER = Draft("system.marker", "system", "{}", frozenset())
 SIGN_OUT = "system.disconnect"
 
 
-class AppendGuard:
-    """Raises RuntimeError if a signal handler publishes while its own thread is inside.
-
-    For any thread. If a signal handler raises, its entry may stay; so entries expire after LIMIT.
-    """
-
-    LIMIT = 3.0
-
-    def __init__(self) -> None:
-        # When each thread entered. Each step is atomic.
-        self._entered: dict[int, float] = {}
-
-    def __enter__(self) -> None:
-        thread, now = threading.get_ident(), time.monotonic()
-        if now - self._entered.get(thread, now - self.LIMIT) < self.LIMIT:
-            raise RuntimeError(SIGNAL_HINT)
-        self._entered[thread] = now
-
-    def __exit__(self, *exception: object) -> None:
-        self._entered.pop(threading.get_ident(), None)
-
-
 class SharedLog:
     """A log that all processes append to and read: the interface of SqliteLog and RedisLog.
 
@@ -4954,7 +4932,6 @@ class SharedLog:
         # Only a process with an app trims: a script does not know the site's HISTORY.
         self._max_events = settings.history + self.FOLLOWER_ROOM if is_trimming else None
         self._report = report
-        self._guard = AppendGuard()
         # The newest event of this process, for flush(). Setting it is atomic.
         self.last_appended: EventId = (0, 0)
         # When a failure was last logged. Setting it is atomic.
@@ -4968,8 +4945,7 @@ class SharedLog:
         if not drafts:
             return []
         try:
-            with self._guard:
-                event_ids = self._add_events(drafts)
+            event_ids = self._add_events(drafts)
         except LogUnavailable as error:
             # A site may catch PublishError, and the follower may be able to read all the same.
             if time.monotonic() > self._logged_at + self.LOG_INTERVAL:
@@ -5031,18 +5007,14 @@ class SharedLog:
             self._report(logging.ERROR, message, format_event_id(event_id), self.name)
             return Event(event_id, MARKER)
 
-    def interrupt(self) -> bool:
-        """Let read_on() return soon. Return False if that is not possible."""
-        return False
-
     def stop_reading(self) -> None:
-        """Free what the follower alone uses."""
+        """Free what the follower alone uses. Its thread calls this last."""
 
     def close_copies(self) -> None:
         """Close a forked child's copies of descriptors."""
 
     def close(self) -> None:
-        """Close the connections of all other threads. A later call opens them again."""
+        """Close connections, and let read_on() return soon. A later call opens them again."""
         raise NotImplementedError
 
 
@@ -5097,9 +5069,10 @@ class LogFile:
         "locked": "Another program holds it; `sqlite3 FILE '.backup COPY'` copies it and does not.",
         "readonly": "This process must be able to write the file and its directory.",
         "unable to open": "This process must be able to read and write the file and its directory.",
-        "Permission denied": "This process must be able to write the directory.",
+        "Permission denied": "This process must be able to read and write the directory.",
+        "temporarily unavailable": "Other processes take too long to open it.",
         "full": "Free some space.",
-        "disk I/O": "Is the disk full, or broken?",
+        "disk I/O": "Is the disk full or broken, or was its -wal deleted?",
         "malformed": "It is damaged: delete it with its -wal and -shm, and clients load again.",
         "not a database": "It is damaged, or another file: delete it, or choose another name.",
         "No such file": "Create the directory.",
@@ -5114,12 +5087,13 @@ class LogFile:
         self._path = path
         self._timeout = timeout
         self._directory = os.path.dirname(path)
-        # Held while SQLite reads or writes: the only I/O under a lock. A connection for each thread
-        # would need none, but Werkzeug starts a thread for each request.
-        self._lock = threading.Lock()
-        self._guard = ReentryGuard(self._lock)
-        self._is_held_for_fork = False
-        # These need the lock: the connection, and device and number of the three files.
+        # The thread that uses the connection, and those that wait for it. (A connection for each
+        # thread would need no lock, but Werkzeug starts a thread for each request.) This list is
+        # the lock. A threading.Lock with a timeout would stay locked for ever if a signal handler
+        # raised an exception, such as Celery's time limit, just when acquire() returns.
+        self._queue = list[int]()
+        self._fork_turn: AbstractContextManager[None] | None = None
+        # Only for the first in the queue: the connection, and device and number of the three files.
         self._connection: sqlite3.Connection | None = None
         self._identity: list[tuple[int, int] | None] = []
         _log_files.add(self)
@@ -5129,17 +5103,14 @@ class LogFile:
 
     @contextmanager
     def use(self) -> Iterator[sqlite3.Connection]:
-        """Lock the connection to the file that has the path now, and open it if need be.
+        """Yield the connection to the file that has the path now; open it if need be.
 
         Raises LogUnavailable if the file cannot be used.
         """
-        deadline = time.monotonic() + self._timeout
-        with self._guard:
-            if not self._lock.acquire(timeout=self._timeout):
-                raise self._unavailable("other threads of this process still wait for it")
+        with self._turn(self._timeout):
             try:
                 if self._connection is None or self._find_identity() != self._identity:
-                    self._open(deadline)
+                    self._open()
                 yield cast("sqlite3.Connection", self._connection)
             except BaseException as error:
                 connection = self._connection
@@ -5149,8 +5120,22 @@ class LogFile:
                 if isinstance(error, (sqlite3.Error, OSError)):
                     raise self._unavailable(str(error)) from error
                 raise
-            finally:
-                self._lock.release()
+
+    @contextmanager
+    def _turn(self, timeout: float) -> Iterator[None]:
+        """Wait until this thread may use the connection. Each step on the queue is atomic."""
+        thread, deadline = threading.get_ident(), time.monotonic() + timeout
+        if thread in self._queue:
+            raise RuntimeError(SIGNAL_HINT)
+        try:
+            self._queue.append(thread)
+            while self._queue[0] != thread:
+                if time.monotonic() >= deadline:
+                    raise self._unavailable("other threads of this process still wait for it")
+                time.sleep(0.0002)
+            yield
+        finally:
+            self._queue.remove(thread)
 
     def _unavailable(self, problem: str) -> LogUnavailable:
         hints = [hint for words, hint in self.HINTS.items() if words in problem]
@@ -5166,11 +5151,10 @@ class LogFile:
 
     def close(self) -> None:
         """Close the connection, unless a thread uses it for longer than the timeout."""
-        if self._lock.acquire(timeout=self._timeout):
+        with suppress(LogUnavailable), self._turn(self._timeout):
             self._close()
-            self._lock.release()
 
-    # -- with the lock held ------------------------------------------------------------------------
+    # -- for the first in the queue ----------------------------------------------------------------
 
     def _begin(self, connection: sqlite3.Connection) -> None:
         """Begin a transaction that writes, as soon as no other process writes.
@@ -5208,16 +5192,15 @@ class LogFile:
                 found.append(None)
         return found
 
-    def _open(self, deadline: float) -> None:
+    def _open(self) -> None:
         if self.inherited:
             raise self._unavailable(
                 "this process was forked while another thread wrote to it; start the process in"
                 " another way, such as multiprocessing with the method spawn"
             )
         # Otherwise two processes could create the file, or remove its journal, at the same time.
-        with self._locked_directory(deadline):
-            self._remove_old_journal()
-            self._close()
+        with self._locked_directory():
+            self._forget_old_files()
             if not os.path.lexists(self._path):
                 self._create()
             created = self._find_identity()[0]
@@ -5233,15 +5216,15 @@ class LogFile:
                 raise self._unavailable(problem)
 
     @contextmanager
-    def _locked_directory(self, deadline: float) -> Iterator[None]:
+    def _locked_directory(self) -> Iterator[None]:
         """Hold a lock on the directory, against other processes that open the file."""
-        descriptor = None
-        if fcntl is not None:
-            # If the directory cannot be read, it may still be possible to use a file in it.
-            with suppress(PermissionError):
-                descriptor = os.open(self._directory, os.O_RDONLY)
+        if fcntl is None:
+            yield
+            return
+        deadline = time.monotonic() + self._timeout / 2
+        descriptor = os.open(self._directory, os.O_RDONLY)
         try:
-            while descriptor is not None:
+            while True:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
@@ -5251,23 +5234,28 @@ class LogFile:
                     time.sleep(0.005)
             yield
         finally:
-            if descriptor is not None:
-                os.close(descriptor)
+            os.close(descriptor)
 
-    def _remove_old_journal(self) -> None:
-        """Remove the journal of a file that was deleted or replaced.
+    def _forget_old_files(self) -> None:
+        """Close connections to files that were deleted or replaced, and remove an old journal.
 
-        Otherwise SQLite would copy parts of the old file into the new one.
+        Otherwise SQLite would use the journal of another file, and lose events or damage the file.
         """
-        is_open, before = self._connection is not None, self._identity
-        now = self._find_identity()
-        for suffix in self.SUFFIXES[1:]:
-            number = self.SUFFIXES.index(suffix)
+        now, before, is_open = self._find_identity(), self._identity, self._connection is not None
+        for number, suffix in enumerate(self.SUFFIXES[1:], 1):
             # While the connection is open, no other file can have the same device and number.
             is_old = is_open and now[0] != before[0] and now[number] == before[number]
             if now[0] is None or is_old:
                 with suppress(FileNotFoundError):
                     os.unlink(self._path + suffix)
+        self._close()
+        # If only the -wal or the -shm is gone, SQLite shares the old one between all connections of
+        # this process. So all must be closed before one is opened.
+        for other in list(_log_files):
+            is_open = other is not self and other._connection is not None
+            if is_open and other._identity[0] == now[0] and other._identity != now:
+                with other._turn(0):
+                    other._close()
 
     def _create(self) -> None:
         """Create an empty file, with mode 0600 and the group's bits of its directory."""
@@ -5290,14 +5278,17 @@ class LogFile:
 
         A child that inherits one would believe that it holds the locks of its parent.
         """
-        self._is_held_for_fork = self._lock.acquire(timeout=self.FORK_TIMEOUT)
-        if self._is_held_for_fork:
+        self._fork_turn = self._turn(self.FORK_TIMEOUT)
+        try:
+            self._fork_turn.__enter__()
             self._close()
+        except (LogUnavailable, RuntimeError):
+            self._fork_turn = None
 
     def end_fork(self, is_child: bool) -> None:
-        if self._is_held_for_fork:
-            self._is_held_for_fork = False
-            self._lock.release()
+        turn, self._fork_turn = self._fork_turn, None
+        if turn is not None:
+            turn.__exit__(None, None, None)
         elif is_child and self._connection is not None:
             self.inherited.append(self._connection)
 
@@ -5316,6 +5307,9 @@ def _begin_fork() -> None:
 def _end_fork(is_child: bool) -> None:
     for file in list(_log_files):
         file.end_fork(is_child)
+    if is_child:
+        # The child forgets its engines, and their queues may have threads of the parent.
+        _log_files.clear()
     _fork_lock.release()
 
 
@@ -5486,6 +5480,7 @@ class SqliteLog(SharedLog):
     def close(self) -> None:
         self._file.close()
         self._newest_file.close()
+        self._wake([self._port])
 
     @staticmethod
     def _last_row(connection: sqlite3.Connection) -> tuple[int, int, int] | None:
@@ -5516,19 +5511,21 @@ class SqliteLog(SharedLog):
             return -1
         return milliseconds << self.COUNTER_BITS | counter
 
-    def _trim(self, connection: sqlite3.Connection) -> None:
-        """Delete events that are too old, in a process with an app."""
+    def _trim(self, connection: sqlite3.Connection) -> bool:
+        """Delete events that are too old, in a process with an app. Return whether it did."""
         newest = self._last_row(connection)
         if self._max_events is None or newest is None:
-            return
+            return False
         limits = (newest[1] - self._max_events, newest[2] - self.MAX_BYTES)
         found = connection.execute(
             "SELECT max(id) FROM (SELECT id, position, bytes FROM events ORDER BY id LIMIT ?)"
             " WHERE position <= ? OR bytes <= ?",
             (self.MAX_DELETED, *limits),
         ).fetchone()
-        if found[0] is not None:
-            connection.execute("DELETE FROM events WHERE id <= ?", found)
+        if found[0] is None:
+            return False
+        connection.execute("DELETE FROM events WHERE id <= ?", found)
+        return True
 
     @staticmethod
     def _ports(connection: sqlite3.Connection) -> list[int]:
@@ -5577,7 +5574,8 @@ class SqliteLog(SharedLog):
             # The publisher does not know our port, or cannot reach it.
             self._confirm_at = 0
         self._untidy += len(rows)
-        if self._untidy >= self.TIDY_STEP or (self._untidy and not is_woken):
+        # Not while there is more to read, because it would delete what is not read yet.
+        if not rows and self._untidy and (self._untidy >= self.TIDY_STEP or not is_woken):
             self._tidy()
         if rows:
             number = rows[-1][0]
@@ -5618,15 +5616,12 @@ class SqliteLog(SharedLog):
         """
         self._untidy = 0
         with suppress(LogUnavailable), self._own_file.use() as connection:
-            self._trim(connection)
+            while self._trim(connection):
+                pass
             _, pages, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             if pages > self.MAX_JOURNAL:
                 # If events are published all the time, the journal would grow for ever.
                 connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
-
-    def interrupt(self) -> bool:
-        self._wake([self._port])
-        return True
 
     def stop_reading(self) -> None:
         with suppress(LogUnavailable), self._own_file.write() as connection:
@@ -5655,6 +5650,28 @@ def import_redis() -> Any:
     return redis
 
 
+class AppendGuard:
+    """Raises RuntimeError if a signal handler publishes while its own thread is inside.
+
+    For any thread. If a signal handler raises, its entry may stay; so entries expire after LIMIT.
+    """
+
+    LIMIT = 3.0
+
+    def __init__(self) -> None:
+        # When each thread entered. Each step is atomic.
+        self._entered: dict[int, float] = {}
+
+    def __enter__(self) -> None:
+        thread, now = threading.get_ident(), time.monotonic()
+        if now - self._entered.get(thread, now - self.LIMIT) < self.LIMIT:
+            raise RuntimeError(SIGNAL_HINT)
+        self._entered[thread] = now
+
+    def __exit__(self, *exception: object) -> None:
+        self._entered.pop(threading.get_ident(), None)
+
+
 class RedisLog(SharedLog):
     """A log in Redis: a stream of events, and a second one of control messages.
 
@@ -5681,6 +5698,7 @@ class RedisLog(SharedLog):
         self._read_only_error: type[Exception] = redis.ReadOnlyError
         self._events = f"{settings.redis_prefix}:events"
         self._messages = f"{settings.redis_prefix}:messages"
+        self._guard = AppendGuard()
         # When publish() or send() last used Redis. Setting it is atomic.
         self._used_at = time.monotonic()
 
@@ -5712,7 +5730,8 @@ class RedisLog(SharedLog):
             ) from error
 
     def _add_events(self, drafts: Sequence[Draft]) -> list[EventId]:
-        event_ids: list[EventId] = self._write(lambda: self._add(drafts))
+        with self._guard:
+            event_ids: list[EventId] = self._write(lambda: self._add(drafts))
         return event_ids
 
     def _add(self, drafts: Sequence[Draft]) -> list[EventId]:
@@ -5858,9 +5877,9 @@ class Follower:
 
     def stop(self) -> None:
         self._stopped.set()
-        thread = self._thread
-        if self._log.interrupt() and thread not in (None, threading.current_thread()):
-            thread.join(1.0)
+        self._log.close()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(1.0)
 
     def wait_for_begin(self) -> None:
         """Wait until this process knows the newest event, but only in the second after the start.
