@@ -7098,9 +7098,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     }
   };
 
-  // -- Live pages ----------------------------------------------------------------------------------
-  //
-  //   <ul id="posts" data-live="content.* posts, schema.changed *" data-live-within="0.5">
+  // -- Live pages: <ul id="posts" data-live="content.* posts, schema.changed *"> -------------------
   //
   // After a matching event the page is fetched again, and the element is changed as the server has
   // changed it. What the visitor or a script changed stays, unless the server changed it as well.
@@ -7109,11 +7107,8 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   // document of the copies shows nothing, loads nothing and runs nothing.
   const copyOf = new WeakMap();
   const nodeOf = new WeakMap();
-  const copies = page?.implementation.createHTMLDocument("");
-
+  const copies = page?.implementation.createHTMLDocument();
   const isKept = node => node.nodeType === 1 && node.hasAttribute("data-live-keep");
-  const hasFocus = node =>
-    node === page.activeElement || node.compareDocumentPosition(page.activeElement ?? page) & 16;
 
   function pair(copy, node) {
     copyOf.set(node, copy);
@@ -7123,21 +7118,21 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     return copy;
   }
 
-  // isEqualNode() ignores what is in a template, so it becomes the template's children. Unlike the
-  // page, an answer has elements in noscript, templates for shadow roots, and readable nonces.
+  // isEqualNode() ignores what is in a template, so it becomes the template's children. Unlike a
+  // page, an answer has elements in noscript, templates of shadow roots, and readable nonces.
   function tidy(root) {
     for (const each of root.querySelectorAll("[nonce]")) each.removeAttribute("nonce");
     for (const each of root.querySelectorAll("noscript")) each.replaceChildren();
+    for (const each of root.querySelectorAll("template[shadowrootmode]")) each.remove();
     for (const each of root.querySelectorAll("template")) {
       each.append(each.content);
       tidy(each);
-      if (each.hasAttribute("shadowrootmode")) each.remove();
     }
     return root;
   }
 
-  // The server has changed `before` to `after`. Change `live` in the same way, and make its copy
-  // `before` equal to `after`. Returns whether `live` has changed.
+  // The server has changed `before` to `after`. Change the node on the page in the same way, and
+  // make its copy `before` equal to `after`. Returns whether the page has changed.
   function morph(before, after, live) {
     if (before.isEqualNode(after) || isKept(live)) return false;
     if (after.nodeType === 1) {
@@ -7152,22 +7147,22 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 
   function morphAttributes(before, after, live) {
     let isNew = false;
-    // Not element.attributes: in a form this may be a field of that name.
+    // Not element.attributes: in a form, this may be a field of that name.
     for (const name of new Set([...before.getAttributeNames(), ...after.getAttributeNames()])) {
       const [old, value, current] = [before, after, live].map(each => each.getAttribute(name));
       if (old === value) continue;
-      const set = element => {
+      const change = element => {
         if (value === null) return element.removeAttribute(name);
-        // setAttribute() would refuse names like @click.
+        // setAttribute() refuses names like @click.
         const attribute = after.getAttributeNode(name);
         element.setAttributeNode(element.ownerDocument.importNode(attribute));
       };
       try {
-        set(before);
+        change(before);
         if (current === value) continue;
-        isNew = true;
         if (name === "class" && current !== old) mergeClasses(live, old ?? "", value ?? "");
-        else set(live);
+        else change(live);
+        isNew = true;
       } catch (error) {
         console.error(`SwiftCMS: the page does not allow a change of ${name}:`, error);
       }
@@ -7182,37 +7177,40 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   }
 
   function morphChildren(before, after, live) {
-    const old = [...before.childNodes];
-    const fresh = [...after.childNodes];
+    const [old, fresh] = [before, after].map(each => [...each.childNodes]);
     const partners = findPartners(old, fresh);
-    const own = new Set(partners.map(each => nodeOf.get(each)));
-    const left = new Map(old.map((each, index) => [each, index]));
-    const order = partners.filter(Boolean).map(each => left.get(each));
-    const isReordered = order.some((each, index) => each < order[index - 1]);
+    const own = new Set(partners.map(index => nodeOf.get(old[index])));
+    const order = partners.filter(index => index >= 0);
+    const isReordered = order.some((index, place) => index < order[place - 1]);
     let isNew = isReordered;
 
-    for (const each of partners) left.delete(each);
-    for (const copy of [...left.keys()]) {
+    const kept = [];
+    for (const copy of old) {
       const node = nodeOf.get(copy);
-      // It may be removed later, when it is not kept any more.
-      if (isKept(node)) continue;
-      left.delete(copy);
-      isNew ||= node.isConnected;
-      node.parentNode?.removeChild(node);
+      if (own.has(node)) continue;
+      // It is removed when it is not kept any more.
+      if (isKept(node)) kept.push(copy);
+      else {
+        isNew ||= node.isConnected;
+        node.parentNode?.removeChild(node);
+      }
     }
 
-    // The place of the next child. Nodes that scripts have added are passed.
+    // Where the next child belongs. Nodes that scripts have added are passed.
     let next = live.firstChild;
     const pass = () => {
       while (next && !own.has(next)) next = next.nextSibling;
     };
-    const current = fresh.map((child, index) => {
-      const copy = partners[index];
+    const current = fresh.map((child, place) => {
+      const copy = old[partners[place]];
       const node = nodeOf.get(copy);
-      const hasChanged = !copy || morph(copy, child, node);
+      if (!copy) {
+        isNew = true;
+        if (!place) pass();
+        return addChild(live, child, next);
+      }
+      const hasChanged = morph(copy, child, node);
       isNew ||= hasChanged;
-      if (!copy && !index) pass();
-      if (!copy) return addChild(live, child, next);
       if (node.parentNode === live) {
         // If the server has not changed the order, the order that a script has made stays.
         if (isReordered) pass();
@@ -7229,50 +7227,48 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       }
       return copy;
     });
-    current.push(...left.keys());
-    if (current.length !== old.length || current.some((each, index) => each !== old[index]))
-      before.replaceChildren(...current);
+    if (isReordered || order.length < current.length || order.length < old.length)
+      before.replaceChildren(...current, ...kept);
     return isNew;
   }
 
-  // For each new child the old one that it continues: equal ones at both ends, then by id, and
-  // without ids in their order. A text belongs to the element before it.
+  // For each new child the index of the old one that it continues, or -1: equal ones at both ends,
+  // others by id, and without ids in their order. A text belongs to the element before it.
   function findPartners(old, fresh) {
-    const partners = [];
-    let [start, oldEnd, freshEnd] = [0, old.length, fresh.length];
-    const isEqual = (index, freshIndex) =>
-      start < Math.min(oldEnd, freshEnd) && old[index].isEqualNode(fresh[freshIndex]);
-    while (isEqual(start, start)) partners[start] = old[start++];
-    while (isEqual(oldEnd - 1, freshEnd - 1)) partners[--freshEnd] = old[--oldEnd];
+    const partners = fresh.map(() => -1);
+    let [start, oldEnd, end] = [0, old.length, fresh.length];
+    const isEqual = (a, b) => start < Math.min(oldEnd, end) && old[a].isEqualNode(fresh[b]);
+    while (isEqual(start, start)) partners[start] = start++;
+    while (isEqual(oldEnd - 1, end - 1)) partners[--end] = --oldEnd;
     const keyOf = node => {
       const element = node.nodeType === 1 ? node : node.previousSibling;
       const [id, name] = ["id", "name"].map(each => element?.getAttribute?.(each) ?? "");
       return `${node.nodeName} ${id ? `#${id}` : name}`;
     };
     const groups = new Map();
-    for (const each of old.slice(start, oldEnd)) {
-      const key = keyOf(each);
-      if (!groups.has(key)) groups.set(key, []);
-      groups.get(key).push(each);
+    for (let index = start; index < oldEnd; index++) {
+      const key = keyOf(old[index]);
+      groups.set(key, groups.get(key) ?? []);
+      groups.get(key).push(index);
     }
-    for (; start < freshEnd; start++) {
+    for (; start < end; start++) {
       const child = fresh[start];
-      // These are not changed but replaced, unless they are equal.
+      // Scripts and templates are replaced by new ones, unless they are equal.
       const isWhole = /^(SCRIPT|TEMPLATE)$/i.test(child.nodeName);
       const group = groups.get(keyOf(child)) ?? [];
-      const index = group.findIndex(each => !isWhole || each.isEqualNode(child));
-      partners[start] = index < 0 ? undefined : group.splice(index, 1)[0];
+      const found = group.findIndex(index => !isWhole || old[index].isEqualNode(child));
+      if (found >= 0) [partners[start]] = group.splice(found, 1);
     }
     return partners;
   }
 
-  // Add a child that the server has added, and return its copy.
+  // Add what the server has added, and return its copy.
   function addChild(live, child, next) {
     const holder = page.createDocumentFragment();
     holder.append(page.importNode(child, true));
     const copy = pair(copies.importNode(child, true), holder.firstChild);
     for (const each of holder.querySelectorAll("template")) each.content.append(...each.childNodes);
-    // An element with autofocus takes the focus when it is added, so it gets the attribute later.
+    // An element that is added with autofocus takes the focus, so it gets the attribute later.
     const removed = [...holder.querySelectorAll("[autofocus]")].map(each => [
       each,
       each.removeAttributeNode(each.getAttributeNode("autofocus")),
@@ -7283,73 +7279,59 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   }
 
   function moveChild(live, node, next) {
-    const canMove = live.moveBefore && live.isConnected;
-    const put = canMove ? live.moveBefore : live.insertBefore;
-    if (!hasFocus(node)) return put.call(live, node, next);
-    // It may lose the focus, or be scrolled to. So the nodes before it are moved instead.
+    const put = (live.isConnected && live.moveBefore) || live.insertBefore;
+    const hasFocus = [0, 20].includes(node.compareDocumentPosition(page.activeElement ?? page));
+    // What has the focus might lose it, or be scrolled to. The nodes before it are moved instead.
     const end = node.nextSibling;
-    while (next !== node) {
+    if (!hasFocus) put.call(live, node, next);
+    while (hasFocus && next !== node) {
       const moved = next;
       next = next.nextSibling;
       put.call(live, moved, end);
     }
   }
 
-  // Whether the visitor or a script has changed the value of a field.
-  function isEdited(field) {
-    if (field.options) {
-      const options = [...field.options];
-      const isMenu = !field.multiple && field.size < 2;
-      const chosen = options.filter(each => each.defaultSelected);
-      if (isMenu && !chosen.length) chosen.push(options.find(each => !each.disabled));
-      return options.some(each => each.selected !== chosen.includes(each));
-    }
-    if (/^(checkbox|radio)$/.test(field.type)) return field.checked !== field.defaultChecked;
-    // Without a value from the server, range and color have one of their own.
-    return !/^(hidden|range|color)$/.test(field.type) && field.value !== field.defaultValue;
-  }
-
-  // Find the elements with data-live, and refresh them after events. `since` is the newest event
-  // that the page as it was loaded contains.
-  function watchPage(since) {
-    // {id, keys, within}; a key is "TYPE CONTENT_TYPE". stops: for each key what unsubscribes.
+  // Find the elements with data-live, and fetch the page after events of their keys. `since` is the
+  // newest event that the page contains. A key is "TYPE CONTENT_TYPE".
+  function watchPage(since, isReloaded) {
     const elements = new Map();
     const stops = new Map();
     const complaints = new Set();
+    const edited = new WeakSet();
+    const take = ({ type, contentType }) => due.add(`${type} ${contentType}`) && schedule();
+    const client = { onstatus, ongap: list => list.forEach(take) };
     const addressNow = () => location.href.split("#")[0];
-    const client = { onstatus, ongap: list => list.forEach(each => take(keyOf(each))) };
-    const keyOf = ({ type, contentType }) => `${type} ${contentType}`;
-    // The keys of events that the page does not show yet, and of those for which that has failed.
+    // Inner elements before outer ones.
+    const elementsOf = keys =>
+      [...elements.keys()].filter(each => elements.get(each).some(key => keys.has(key))).reverse();
+    // Keys of events that the page does not show yet.
     let due = new Set();
-    let failed = new Set();
     let connection, userId, isOnline, isParsed, isReopened, lastScript, request, timer;
-    let [lastDuration, notBefore, timerAt] = [0, 0, Infinity];
+    let [lastDuration, notBefore] = [0, 0];
     const observer = new MutationObserver(records => {
       if (!isParsed) copyParsed(records);
       find(isParsed ? undefined : since);
     });
-    const observe = more => observer.observe(page, { subtree: true, childList: true, ...more });
     const attributeFilter = ["data-live", "data-live-within"];
-    observe({ attributeFilter, characterData: true });
-    for (const each of page.querySelectorAll("[data-live]")) copyWhole(each);
+    const observe = characterData =>
+      observer.observe(page, { subtree: true, childList: true, attributeFilter, characterData });
+    observe(true);
+    page.querySelectorAll("[data-live]").forEach(copyWhole);
     lastScript = page.currentScript;
     if (page.readyState !== "loading") finish();
     else page.addEventListener("readystatechange", finish, { once: true });
     page.addEventListener("visibilitychange", schedule);
+    page.addEventListener("input", ({ target }) => edited.add(target), true);
 
     function finish() {
       copyParsed(observer.takeRecords());
       isParsed = true;
-      for (const each of page.querySelectorAll("[data-live] template"))
-        copyOf.get(each)?.replaceChildren(copies.importNode(each.content, true));
-      for (const each of page.querySelectorAll("[data-live]"))
-        if (copyOf.has(each)) tidy(copyOf.get(each));
-      observe({ attributeFilter });
+      observe(false);
       find(since);
     }
 
-    // The parser lets observers run before it runs a script or a custom element's callback, and
-    // continues behind it. So all that is added before the last script was added by a script.
+    // The parser adds nodes behind the last script. It lets observers run before each script, and
+    // before a callback of a custom element. So it is known which nodes scripts have added.
     function copyParsed(records) {
       const isBehind = node => !lastScript || !(node.compareDocumentPosition(lastScript) & 4);
       const custom = new Set();
@@ -7362,8 +7344,9 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
           if (customElements.get(node.localName)?.prototype.connectedCallback) custom.add(node);
           if (node.localName === "script" && !node.async) script = node;
           if (!parent && !(node.nodeType === 1 && node.hasAttribute("data-live"))) continue;
-          const copy = copyOf.get(node) ?? pair(copies.importNode(node), node);
+          const copy = copyOf.get(node) ?? copies.importNode(node, node.localName === "template");
           const next = copyOf.get(nextSibling);
+          pair(copy, node);
           parent?.insertBefore(copy, next?.parentNode === parent ? next : null);
         }
       }
@@ -7372,30 +7355,27 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 
     function copyWhole(element) {
       if (copyOf.has(element)) return;
-      const copy = tidy(pair(copies.importNode(element, true), element));
+      const copy = pair(copies.importNode(element, true), element);
       // If a script has added the attributes, it is not the server that removes them.
       for (const name of attributeFilter) copy.removeAttribute(name);
     }
 
-    // `version`: the newest event that elements which are found now contain, if it is known.
+    // `version`: the newest event that elements contain which are found now, if it is known.
     function find(version) {
-      const former = new Set(elements.keys());
-      elements.clear();
+      const former = new Map(elements);
       const wanted = new Set();
+      elements.clear();
       for (const element of page.querySelectorAll("[data-live]")) {
         copyWhole(element);
-        const id = element.getAttribute("id");
-        const text = element.getAttribute("data-live");
-        const within = Number(element.getAttribute("data-live-within") ?? 0.5);
-        const keys = text.split(",").map(each => each.trim().split(/\s+/).join(" "));
+        const pairs = element.getAttribute("data-live").split(",");
+        const keys = pairs.map(each => each.trim().split(/\s+/).join(" "));
         const wrong = keys.find(each => !/^\S+ \S+$/.test(each));
-        if (!id || page.getElementById(id) !== element)
-          complain("error", `an element with data-live="${text}" needs an id that no other element has`);
-        else if (wrong !== undefined)
-          complain("error", `data-live of #${id} must be like "content.* posts", not "${wrong}"`);
-        else if (!(within >= 0)) complain("error", `data-live-within of #${id} must be a number of seconds`);
-        else elements.set(element, { id, keys, within });
-        for (const key of elements.get(element)?.keys ?? []) {
+        if (wrong !== undefined)
+          complain(`data-live must be like "content.* posts, content.* pages", not "${wrong}"`);
+        else if (page.getElementById(element.getAttribute("id")) === element)
+          elements.set(element, keys);
+        else complain(`the element with data-live="${keys}" needs an id that no other has`);
+        for (const key of elements.get(element) ?? []) {
           wanted.add(key);
           if (!version && !(former.has(element) && stops.has(key))) due.add(key);
         }
@@ -7406,11 +7386,10 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     }
 
     function subscribe(key, version) {
-      if (!connection) {
-        connection = shared ??= createConnection();
-        connection.add(client);
-      }
-      return connection.subscribe(client, ...key.split(" "), () => take(key), version);
+      if (!connection) (connection = shared ??= createConnection()).add(client);
+      const [type, contentType] = key.split(" ");
+      const takeIt = () => take({ type, contentType });
+      return connection.subscribe(client, type, contentType, takeIt, version);
     }
 
     function onstatus(status) {
@@ -7419,34 +7398,23 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       if (!isOnline) return;
       if (userId !== undefined && userId !== connection.userId) due = new Set(stops.keys());
       userId = connection.userId;
-      due = new Set([...due, ...failed]);
-      schedule();
-    }
-
-    function take(key) {
-      due.add(key);
       schedule();
     }
 
     function schedule() {
-      if (!isOnline || !isParsed || page.hidden || request || !due.size) return;
-      const withins = elementsOf(due).map(([, each]) => each.within);
-      if (!withins.length) return;
-      const longest = Math.max(1_000 * Math.min(...withins), lastDuration, 1_000 * connection.spread);
-      const now = performance.now();
-      const time = Math.max(now + Math.random() * longest, notBefore);
-      if (time >= timerAt) return;
-      timerAt = time;
-      clearTimeout(timer);
-      timer = setTimeout(refresh, Math.min(time - now, 2 ** 31 - 1));
+      const found = elementsOf(due);
+      if (!isOnline || !isParsed || page.hidden || request || timer || !found.length) return;
+      const within = Math.min(...found.map(each => each.getAttribute("data-live-within") ?? 0.5));
+      const longest = Math.max(1_000 * within, lastDuration, 1_000 * connection.spread);
+      const wait = Math.max(Math.random() * longest, notBefore - performance.now());
+      timer = setTimeout(refresh, Math.min(wait, 2 ** 31 - 1));
     }
 
     function refresh() {
-      timerAt = Infinity;
+      timer = undefined;
       if (!isOnline || page.hidden) return;
-      const keys = new Set([...due, ...failed]);
+      const keys = due;
       due = new Set();
-      failed = new Set();
       const address = addressNow();
       const startedAt = performance.now();
       request = new XMLHttpRequest();
@@ -7456,100 +7424,88 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       request.setRequestHeader("X-SwiftCMS-Live", "1");
       // Otherwise browsers may answer from their cache.
       request.setRequestHeader("Cache-Control", "no-cache");
-      request.onloadend = ({ target: answer }) => {
+      request.onloadend = ({ target }) => {
         request = undefined;
         lastDuration = performance.now() - startedAt;
-        // A script may have changed the address meanwhile.
-        if (addressNow() !== address) due = new Set([...due, ...keys]);
-        else {
-          const problem = problemOf(answer, address) ?? apply(answer, keys);
-          if (problem) failed = keys;
-          if (problem)
-            complain("warn", `the page is not refreshed: ${problem}. The next event tries it again.`);
-        }
-        schedule();
+        // A script may have changed the address.
+        const isLeft = addressNow() !== address;
+        const problem = isLeft || (problemOf(target, address) ?? apply(target, keys));
+        const isDue = due.size || isLeft;
+        if (problem) due = new Set([...due, ...keys]);
+        if (problem && !isLeft) complain(`the page is not refreshed, because ${problem}`, "warn");
+        if (isDue) schedule();
       };
       request.send();
     }
 
-    // Returns why the answer is not the page, false if the page is loaded again, or undefined.
+    // Returns why the answer is not the page, if it is not.
     function problemOf(answer, address) {
       const { status, responseURL } = answer;
-      if (!status) return "no answer came within 20 seconds";
+      if (!status) return "there was no answer within 20 seconds";
       const wait = answer.getResponseHeader("Retry-After");
       if (wait && (status === 429 || status === 503))
         notBefore = performance.now() + (1_000 * wait || Date.parse(wait) - Date.now() || 0);
-      if (responseURL !== address || status === 401 || status === 403) {
-        // The session has ended or changed, and the connection is still the former user's.
-        if (!isReopened) connection.reopen();
-        isReopened = true;
+      const isElsewhere = responseURL !== address;
+      const hasEnded = isElsewhere || status === 401 || status === 403;
+      // The connection is still that of the user whose session has ended.
+      if (hasEnded && !isReopened) connection.reopen();
+      isReopened = hasEnded;
+      if (isElsewhere) return `it was redirected to ${responseURL}`;
+      if (status !== 200) return `it has status ${status}`;
+      const type = answer.getResponseHeader("Content-Type");
+      if (!/^text\/html/i.test(type) || !answer.response) return `it is not HTML, but ${type}`;
+      const mustReload = answer.getResponseHeader("X-SwiftCMS-Live") === "reload";
+      const isEdited = each =>
+        each.options || each.value !== each.defaultValue || each.checked !== each.defaultChecked;
+      if (mustReload && editedFields().some(isEdited))
+        return "it must be loaded again, but a field was changed";
+      if (mustReload && !isReloaded) {
+        // After this, a page that is the answer to a form is loaded again without the form.
+        history.replaceState(history.state, "");
+        location.reload();
       }
-      if (responseURL !== address) return `it was redirected to ${responseURL}`;
-      if (status !== 200) return `the server answered with status ${status}`;
-      if (!/^text\/html/i.test(answer.getResponseHeader("Content-Type")) || !answer.response)
-        return "the answer is not HTML";
-      isReopened = false;
-      if (answer.getResponseHeader("X-SwiftCMS-Live") !== "reload") wasReloaded("");
-      else {
-        // A refresh cannot change the session, which lacks something that the page needs.
-        if ([...page.querySelectorAll("input, select, textarea")].some(isEdited))
-          return "it must be loaded again, but a field was changed";
-        if (wasReloaded(address)) return;
-        // Not location.reload(), which would send a form again.
-        location.replace(address);
-        return false;
-      }
+      isReloaded = mustReload;
     }
 
-    // Whether loading this address again was the last thing that happened, and has not helped.
-    function wasReloaded(address) {
-      try {
-        const former = sessionStorage.swiftcms;
-        sessionStorage.swiftcms = address;
-        return former === address;
-      } catch {
-        return true;
-      }
+    function editedFields() {
+      return [...page.querySelectorAll("input, select, textarea")].filter(each => edited.has(each));
     }
 
     function apply(answer, keys) {
       const fresh = tidy(answer.response);
-      // What was chosen stays, also if the server now marks another option of the group.
-      const fields = [...page.querySelectorAll("select, [type=radio]")].filter(isEdited);
-      const chosen = fields.flatMap(each =>
-        [...(each.options ?? [each])].map(box => [box, box.selected ?? box.checked]),
-      );
+      // An attribute of another option or radio button must not undo the visitor's choice.
+      const boxes = editedFields().flatMap(each => [...(each.options ?? [each])]);
+      const states = boxes.map(({ selected, checked }) => selected ?? checked);
       let problem;
-      const changed = elementsOf(keys).filter(([element, { id }]) => {
-        const after = fresh.getElementById(id);
+      const changed = elementsOf(keys).filter(element => {
+        const after = fresh.getElementById(element.getAttribute("id"));
         if (after?.nodeName === element.nodeName)
-          return morph(copyOf.get(element), after, element);
-        problem = `the answer has no element #${id}`;
+          return morph(tidy(copyOf.get(element)), after, element);
+        problem = `it has no element #${element.getAttribute("id")}`;
       });
-      for (const [box, value] of chosen) box["selected" in box ? "selected" : "checked"] = value;
+      boxes.forEach((each, index) => {
+        each["selected" in each ? "selected" : "checked"] = states[index];
+      });
       const timing = answer.getResponseHeader("Server-Timing");
       find(timing?.match(/(?:^|[\s,])swiftcms;desc="?(\d+-\d+)/)?.[1]);
-      for (const [element] of changed)
-        element.dispatchEvent(new CustomEvent("swiftcms:refresh", { bubbles: true }));
+      for (const each of changed)
+        each.dispatchEvent(new CustomEvent("swiftcms:refresh", { bubbles: true }));
       return problem;
     }
 
-    // The elements with one of these keys, inner ones before outer ones.
-    function elementsOf(keys) {
-      return [...elements].filter(([, each]) => each.keys.some(key => keys.has(key))).reverse();
-    }
-
-    function complain(level, message) {
+    function complain(message, level = "error") {
       if (!complaints.has(message)) console[level](`SwiftCMS: ${message}`);
       complaints.add(message);
     }
   }
 
+  // Not if the script was loaded twice.
   if (page && !globalThis.SwiftCMS) {
     const [navigation] = performance.getEntriesByType("navigation");
     const timing = navigation?.serverTiming?.find(each => each.name === "swiftcms");
     const ids = [page.currentScript?.dataset.since, timing?.description];
-    watchPage(ids.find(each => EVENT_ID.test(each)));
+    const since = ids.find(each => EVENT_ID.test(each));
+    watchPage(since, navigation?.type === "reload");
   }
 
   globalThis.SwiftCMS = class SwiftCMS {
