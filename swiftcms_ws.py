@@ -7098,7 +7098,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     }
   };
 
-  // -- Live pages: <ul id="posts" data-live="content.* posts, schema.changed *"> -------------------
+  // -- Live pages: <ul id="posts" data-live="content.* posts, schema.changed *"> ------------------
   //
   // After a matching event the page is fetched again, and the element is changed as the server has
   // changed it. What the visitor or a script changed stays, unless the server changed it as well.

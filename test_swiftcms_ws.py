@@ -12270,7 +12270,7 @@ COUNT = """
 """
 
 
-class LiveSite:
+class LivePageSite:
     """A site with one live page, whose body a test changes."""
 
     def __init__(self, body: str = "", **config: Any) -> None:
@@ -12295,7 +12295,7 @@ class LiveSite:
         page = f"<!doctype html><html><head><title>x</title><link rel=icon href=data:,>{self.head}</head><body>{self.body}"
         return Response(page, self.status, self.headers)
 
-    def __enter__(self) -> LiveSite:
+    def __enter__(self) -> LivePageSite:
         self.server.__enter__()
         self.url = f"http://localhost:{self.server.port}/"
         return self
@@ -12464,7 +12464,7 @@ def morphed(request: pytest.FixtureRequest) -> dict[str, Any]:
             f"<div id=case-{number} {attributes}>{row[column]}</div>" for number, row in enumerate(MORPHS)
         )
 
-    with LiveSite(body(1)) as site:
+    with LivePageSite(body(1)) as site:
         site.head += CUSTOM
         scripts = (f"try {{ (e => {{ {row[2]} }})($('case-{n}')) }} catch (error) {{ console.error('{row[0]}', error) }}" for n, row in enumerate(MORPHS))
         page = site.open(request.getfixturevalue(name), script=";".join([*scripts, "0"]))
@@ -12489,8 +12489,8 @@ UL = "<ul id=posts data-live='content.* posts' data-live-within=0>{}</ul>"
 
 
 @pytest.fixture
-def live() -> Iterator[LiveSite]:
-    with LiveSite(UL.format("<li id=p1>1</li>"), HISTORY=5) as site:
+def live() -> Iterator[LivePageSite]:
+    with LivePageSite(UL.format("<li id=p1>1</li>"), HISTORY=5) as site:
         yield site
 
 
@@ -12541,7 +12541,7 @@ COMPARE = """
 """
 
 
-def test_live_random_pages(either: Any, live: LiveSite) -> None:
+def test_live_random_pages(either: Any, live: LivePageSite) -> None:
     """If only the server changes the page, it is equal to the server's, with and without moveBefore()."""
     rng = random.Random(26)
     pages = [random_tree(rng) for _ in range(12)]
@@ -12562,7 +12562,7 @@ def test_live_random_pages(either: Any, live: LiveSite) -> None:
 
 
 @needs_chromium
-def test_live_one_row_of_a_thousand(browser: Browser, live: LiveSite) -> None:
+def test_live_one_row_of_a_thousand(browser: Browser, live: LivePageSite) -> None:
     """One changed row is one changed node, and all rows stay the same objects."""
     rows = [f"<li id=p{n}><a href='/{n}'>title {n}</a> <time>now</time></li>" for n in range(1000)]
     page = live.open(browser, UL.format("\n".join(rows)))
@@ -12583,7 +12583,7 @@ def test_live_one_row_of_a_thousand(browser: Browser, live: LiveSite) -> None:
     page.close()
 
 
-def test_live_refresh_after_an_event(either: Any, live: LiveSite) -> None:
+def test_live_refresh_after_an_event(either: Any, live: LivePageSite) -> None:
     """Elements with a matching pair are changed, with one fetch of the page's own address."""
     other = "<p id=other data-live='order.* *, content.deleted posts' data-live-within=0>{}</p><p id=dead>{}</p>"
     live.body = UL.format("<li id=p1>1</li>") + other.format("a", "a")
@@ -12607,7 +12607,7 @@ def test_live_refresh_after_an_event(either: Any, live: LiveSite) -> None:
 
 
 @pytest.mark.parametrize("source", ["header", "data-since", "neither"])
-def test_live_nothing_is_lost_before_subscribing(either: Any, live: LiveSite, source: str) -> None:
+def test_live_nothing_is_lost_before_subscribing(either: Any, live: LivePageSite, source: str) -> None:
     """An event after the page was rendered refreshes it, and without a known id it is refreshed once."""
     events = 0
 
@@ -12638,7 +12638,7 @@ def test_live_nothing_is_lost_before_subscribing(either: Any, live: LiveSite, so
 
 
 @needs_chromium
-def test_live_elements_that_come_and_go(browser: Browser, live: LiveSite) -> None:
+def test_live_elements_that_come_and_go(browser: Browser, live: LivePageSite) -> None:
     """They are found and subscribed to, and those that are removed are unsubscribed."""
     subscriptions = lambda: live.server.hub.stats()["subscriptions"]  # noqa: E731
     page = live.open(browser, UL.format("<li id=p1>1</li>") + "<p id=late>1</p>")
@@ -12664,7 +12664,7 @@ def test_live_elements_that_come_and_go(browser: Browser, live: LiveSite) -> Non
 
 
 @needs_chromium
-def test_live_nested_elements(browser: Browser, live: LiveSite) -> None:
+def test_live_nested_elements(browser: Browser, live: LivePageSite) -> None:
     """The inner one is changed alone, or with the outer one, and later changes still fit."""
     body = (
         "<div id=outer data-live='outer *' data-live-within=0><b>{0}</b>"
@@ -12685,7 +12685,7 @@ def test_live_nested_elements(browser: Browser, live: LiveSite) -> None:
     page.close()
 
 
-def test_live_reconnecting(either: Any, live: LiveSite) -> None:
+def test_live_reconnecting(either: Any, live: LivePageSite) -> None:
     """After a reconnect the page is refreshed if events were missed or unknown, and not otherwise."""
     with Proxy(live.server.port) as proxy:
         live.url = f"http://localhost:{proxy.port}/"
@@ -12714,7 +12714,7 @@ def test_live_reconnecting(either: Any, live: LiveSite) -> None:
 
 
 @pytest.mark.parametrize("has_move_before", [True, False])
-def test_live_focus_and_scrolling(either: Any, live: LiveSite, has_move_before: bool) -> None:
+def test_live_focus_and_scrolling(either: Any, live: LivePageSite, has_move_before: bool) -> None:
     """A field that moves with its row keeps focus, caret and text; nothing else takes the focus."""
     rows = [f"<li id=p{n}><input id=f{n} value=text{n}></li>\n" for n in range(40)]
     style = "<style>#posts { height: 90px; overflow: auto; overflow-anchor: none }</style>"
@@ -12743,7 +12743,7 @@ def test_live_focus_and_scrolling(either: Any, live: LiveSite, has_move_before: 
 
 
 @needs_chromium
-def test_live_hidden_tab(browser: Browser, live: LiveSite) -> None:
+def test_live_hidden_tab(browser: Browser, live: LivePageSite) -> None:
     """It fetches once when it becomes visible."""
     hide = "Object.defineProperty(document, 'hidden', {{get: () => {}, configurable: true}})"
     page = live.open(browser)
@@ -12763,7 +12763,7 @@ def test_live_hidden_tab(browser: Browser, live: LiveSite) -> None:
 
 
 @needs_chromium
-def test_live_one_fetch_at_a_time(browser: Browser, live: LiveSite) -> None:
+def test_live_one_fetch_at_a_time(browser: Browser, live: LivePageSite) -> None:
     """Events during a fetch cause one more. An answer for an address that was left is dropped."""
     page = live.open(browser)
     live.pause.clear()
@@ -12781,7 +12781,7 @@ def test_live_one_fetch_at_a_time(browser: Browser, live: LiveSite) -> None:
 
 
 @needs_chromium
-def test_live_waits_as_long_as_the_server_asks(browser: Browser, live: LiveSite) -> None:
+def test_live_waits_as_long_as_the_server_asks(browser: Browser, live: LivePageSite) -> None:
     """Up to the largest of data-live-within, the time of the last fetch, and `spread`."""
     live.head = (
         "<script>var waits = []; const real = setTimeout; Math.random = () => 0.5;"
@@ -12815,7 +12815,7 @@ def test_live_waits_as_long_as_the_server_asks(browser: Browser, live: LiveSite)
     ],
 )
 @needs_chromium
-def test_live_what_is_not_the_page(browser: Browser, live: LiveSite, reason: str, answer: dict[str, Any]) -> None:
+def test_live_what_is_not_the_page(browser: Browser, live: LivePageSite, reason: str, answer: dict[str, Any]) -> None:
     """It leaves the page as it is, is named once in the console, and the next event tries again."""
     live.head = live.head.replace("send.call", "this.timeout /= 100; send.call")
     other = "<p id=other data-live='order.* *' data-live-within=0>1</p>"
@@ -12839,7 +12839,7 @@ def test_live_what_is_not_the_page(browser: Browser, live: LiveSite, reason: str
 
 
 @needs_chromium
-def test_live_retry_after(browser: Browser, live: LiveSite) -> None:
+def test_live_retry_after(browser: Browser, live: LivePageSite) -> None:
     """It is not fetched before the time that the server has named."""
     page = live.open(browser)
     live.status, live.headers = 503, {"Retry-After": "1"}
@@ -12853,7 +12853,7 @@ def test_live_retry_after(browser: Browser, live: LiveSite) -> None:
 
 
 @needs_chromium
-def test_live_answer_to_a_post(browser: Browser, live: LiveSite) -> None:
+def test_live_answer_to_a_post(browser: Browser, live: LivePageSite) -> None:
     """It is fetched by GET."""
     page = live.open(browser, UL.format("<li id=p1>1</li>") + "<form method=post><button>x</button></form>")
     page.js("setTimeout(() => document.forms[0].submit()); window.left = 1; 0")
@@ -12866,7 +12866,7 @@ def test_live_answer_to_a_post(browser: Browser, live: LiveSite) -> None:
 def test_live_session_that_ends(either: Any) -> None:
     """After a redirect the connection is opened again once, and has the new user."""
     users = []
-    with LiveSite(UL.format("<li>1</li>")) as site, received_users(users):
+    with LivePageSite(UL.format("<li>1</li>")) as site, received_users(users):
         app = site.server.app
         page_of = app.view_functions["live_page"]
         site.server.hub.identify(lambda: session.get("user"))
@@ -12909,7 +12909,7 @@ def received_users(users: list[Any]) -> Iterator[None]:
 
 
 @needs_chromium
-def test_live_reload(browser: Browser, live: LiveSite) -> None:
+def test_live_reload(browser: Browser, live: LivePageSite) -> None:
     """A page whose session lacks a key is loaded again once, unless a field was changed."""
     page_of = live.server.app.view_functions["live_page"]
     keeps_cookies = True
@@ -12963,7 +12963,7 @@ def test_live_mistakes_are_named(browser: Browser) -> None:
         "<p id=one data-live='posts'>1</p><p id=none data-live>1</p><p id=comma data-live='a b, c'>1</p>"
         "<p id=secret data-live='content.* secret, con* posts'>1</p>" + UL.format("<li id=p1>1</li>")
     )
-    with LiveSite(body) as site:
+    with LivePageSite(body) as site:
         site.server.hub.authorize(authorize)
         page = site.open(browser)
         site.change(page, body.replace("1<", "2<"))
@@ -12983,7 +12983,7 @@ def test_live_mistakes_are_named(browser: Browser) -> None:
         page.close()
 
 
-def test_live_under_a_strict_policy(either: Any, live: LiveSite) -> None:
+def test_live_under_a_strict_policy(either: Any, live: LivePageSite) -> None:
     """A Content-Security-Policy with trusted types and without inline code is no obstacle."""
     policy = "default-src 'none'; script-src 'self'; connect-src 'self'; img-src data:;"
     live.headers["Content-Security-Policy"] = policy + " require-trusted-types-for 'script'; trusted-types 'none'"
@@ -13003,7 +13003,7 @@ def test_live_under_a_strict_policy(either: Any, live: LiveSite) -> None:
 
 
 @pytest.mark.parametrize("place", ["head", "end", "defer"])
-def test_live_page_that_arrives_slowly(either: Any, live: LiveSite, place: str) -> None:
+def test_live_page_that_arrives_slowly(either: Any, live: LivePageSite, place: str) -> None:
     """The first version is what the parser made of the answer, however it is split."""
     script = "<script src='/ws/client.js'></script>"
     head = live.head.replace(script, {"head": script, "end": "", "defer": script.replace("src", "defer src")}[place])

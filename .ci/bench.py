@@ -26,6 +26,7 @@ deploy      3,000 clients connect to gunicorn, with few threads, while pages are
 many        15,000 clients of one process: one event, in turns with the raw loop
 idle_cpu    processor time for a connection that only answers pings
 return      1,000 clients reconnect with ten patterns each, while `authorize` looks something up
+refresh     a live page of 1,000 rows in Chromium, of which one changes (if there is Chromium)
 ceiling     how much the load client can count: it must be more than any server sends
 
 The load client checks that every client gets every event, complete and in order. If not, or if a
@@ -594,6 +595,7 @@ MEASUREMENTS = [
     "many",
     "idle_cpu",
     "return",
+    "refresh",
 ]
 BURST_COLUMNS = [(200, False), (200, True), (1000, False), (1000, True)]
 # The ten patterns of a client that reconnects. Events have the content type of the last one.
@@ -723,6 +725,12 @@ class Bench:
         for server in servers:
             if server.checkout:
                 yield "", bind(self.come_back, server)
+
+    def refresh_variants(self, servers: list[Server]) -> Variants:
+        for server in servers:
+            # Version 1.0.0 has no live pages.
+            if server.checkout and not server.holds_threads and shutil.which("chromium"):
+                yield "", bind(self.refresh, server)
 
     def burst(self, server: Server, clients: int, deflate: bool) -> Figures:
         with Session(self, server) as session:
@@ -1015,6 +1023,15 @@ class Bench:
             return [{"action": "subscribe", "since": since, **each} for each in subscriptions]
         return [{"action": "subscribe", "since": since, "subscriptions": subscriptions}]
 
+    def refresh(self, server: Server) -> Figures:
+        """Change one row of a live page of 1,000 rows, and measure how long its scripts run."""
+        command = [sys.executable, str(HERE / "bench_page.py"), str(server.checkout)]
+        page = Process([*command, "10" if self.quick else "50"], None)
+        try:
+            return {server.name: page.receive(2 * PATIENCE_S)}
+        finally:
+            page.stop()
+
     def ceiling(self) -> Figures:
         with Session(self, RAW) as session:
             client = session.join(200)
@@ -1251,6 +1268,11 @@ GOALS: list[tuple[str, str, list[tuple[str, str, str]]]] = [
         "≤ 4",
         [("return", "seconds", TWO)],
     ),
+    (
+        "ms of scripts for a refresh of 1,000 rows, of which one changes (issue 26)",
+        "≤ 50",
+        [("refresh", "script_ms", WHOLE)],
+    ),
 ]
 
 
@@ -1423,6 +1445,9 @@ def all_tables(results: Results) -> Iterator[str]:
     }
     title = "return: seconds after which clients that reconnect have their answer"
     yield from by_variant(results, "return", title, fields)
+    fields = {"median": ("script_ms", "{:.1f}"), "most": ("most_ms", "{:.1f}")}
+    title = "refresh: ms in which client.js changes one of 1,000 rows of a live page"
+    yield from by_variant(results, "refresh", title, fields)
 
 
 def ceiling_line(results: Results) -> str:
