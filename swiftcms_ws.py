@@ -6795,7 +6795,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     let attempts = 0;
     let timers = {};
     const ownIds = new Set();
-    const connection = { clientId: null, add, remove, reopen, subscribe, edit, wakeUp };
+    const connection = { clientId: null, spread: 0, add, remove, reopen, subscribe, edit, wakeUp };
     const base = page?.baseURI ?? location.href;
     const address = new URL(url ?? SCRIPT_URL ?? location.origin + WEBSOCKET_PATH, base);
     address.protocol = address.protocol.replace("http", "ws");
@@ -7207,6 +7207,12 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       if (!copy) {
         isNew = true;
         if (!place) pass();
+        // A script may have added the same one already.
+        const double = page.getElementById(child.getAttribute?.("id") ?? "");
+        if (double?.parentNode === live && !copyOf.has(double) && !isKept(double)) {
+          if (double === next) next = next.nextSibling;
+          live.removeChild(double);
+        }
         return addChild(live, child, next);
       }
       const hasChanged = morph(copy, child, node);
@@ -7293,7 +7299,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 
   // Find the elements with data-live, and fetch the page after events of their keys. `since` is the
   // newest event that the page contains. A key is "TYPE CONTENT_TYPE".
-  function watchPage(since, isReloaded) {
+  function watchPage(since) {
     const elements = new Map();
     const stops = new Map();
     const complaints = new Set();
@@ -7328,6 +7334,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       isParsed = true;
       observe(false);
       find(since);
+      schedule();
     }
 
     // The parser adds nodes behind the last script. It lets observers run before each script, and
@@ -7377,12 +7384,14 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
         else complain(`the element with data-live="${keys}" needs an id that no other has`);
         for (const key of elements.get(element) ?? []) {
           wanted.add(key);
-          if (!version && !(former.has(element) && stops.has(key))) due.add(key);
+          if (version || (former.has(element) && stops.has(key))) continue;
+          // It may be out of date already.
+          due.add(key);
+          schedule();
         }
       }
       for (const [key, stop] of stops) if (!wanted.has(key) && stops.delete(key)) stop();
       for (const key of wanted) if (!stops.has(key)) stops.set(key, subscribe(key, version));
-      schedule();
     }
 
     function subscribe(key, version) {
@@ -7402,8 +7411,9 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     }
 
     function schedule() {
+      if (!isOnline || !isParsed || page.hidden || request || timer) return;
       const found = elementsOf(due);
-      if (!isOnline || !isParsed || page.hidden || request || timer || !found.length) return;
+      if (!found.length) return;
       const within = Math.min(...found.map(each => each.getAttribute("data-live-within") ?? 0.5));
       const longest = Math.max(1_000 * within, lastDuration, 1_000 * connection.spread);
       const wait = Math.max(Math.random() * longest, notBefore - performance.now());
@@ -7459,12 +7469,11 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
         each.options || each.value !== each.defaultValue || each.checked !== each.defaultChecked;
       if (mustReload && editedFields().some(isEdited))
         return "it must be loaded again, but a field was changed";
-      if (mustReload && !isReloaded) {
-        // After this, a page that is the answer to a form is loaded again without the form.
-        history.replaceState(history.state, "");
-        location.reload();
-      }
-      isReloaded = mustReload;
+      if (mustReload === Boolean(history.state?.swiftcms)) return;
+      // Loading it again may not help, if the browser stores no cookies. After replaceState(), the
+      // answer to a form is loaded again without the form.
+      history.replaceState({ ...history.state, swiftcms: mustReload }, "");
+      if (mustReload) location.reload();
     }
 
     function editedFields() {
@@ -7504,8 +7513,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     const [navigation] = performance.getEntriesByType("navigation");
     const timing = navigation?.serverTiming?.find(each => each.name === "swiftcms");
     const ids = [page.currentScript?.dataset.since, timing?.description];
-    const since = ids.find(each => EVENT_ID.test(each));
-    watchPage(since, navigation?.type === "reload");
+    watchPage(ids.find(each => EVENT_ID.test(each)));
   }
 
   globalThis.SwiftCMS = class SwiftCMS {
