@@ -12590,6 +12590,7 @@ def test_live_refresh_after_an_event(either: Any, live: LivePageSite) -> None:
     other = "<p id=other data-live='order.* *, content.deleted posts' data-live-within=0>{}</p><p id=dead>{}</p>"
     live.body = UL.format("<li id=p1>1</li>") + other.format("a", "a")
     page = live.open(either)
+    assert page.js("answers") == 0
     page.js("history.replaceState(0, '', '/?q=1#part')")
     changed = UL.format("<li id=p1>2</li>") + other.format("b", "b")
     live.change(page, changed)
@@ -12608,8 +12609,11 @@ def test_live_refresh_after_an_event(either: Any, live: LivePageSite) -> None:
     page.close()
 
 
+@needs_chromium
 @pytest.mark.parametrize("source", ["header", "data-since", "neither"])
-def test_live_nothing_is_lost_before_subscribing(either: Any, live: LivePageSite, source: str) -> None:
+def test_live_nothing_is_lost_before_subscribing(
+    browser: Browser, live: LivePageSite, source: str
+) -> None:
     """An event after the page was rendered refreshes it, and without a known id it is refreshed once."""
     events = 0
 
@@ -12629,12 +12633,12 @@ def test_live_nothing_is_lost_before_subscribing(either: Any, live: LivePageSite
     live.server.publish()
     if source != "header":
         live.head = f"<script>performance.getEntriesByType = () => [];</script>{live.head}"
-    page = live.open(either)
+    page = live.open(browser)
     live.change(page)
     page.wait(f"answers === {2 if source == 'neither' else 1}")
     page.close()
     events = 3
-    page = live.open(either)
+    page = live.open(browser)
     page.wait("$('p1').textContent === '2' && answers === 1")
     page.close()
 
@@ -12687,11 +12691,12 @@ def test_live_nested_elements(browser: Browser, live: LivePageSite) -> None:
     page.close()
 
 
-def test_live_reconnecting(either: Any, live: LivePageSite) -> None:
+@needs_chromium
+def test_live_reconnecting(browser: Browser, live: LivePageSite) -> None:
     """After a reconnect the page is refreshed if events were missed or unknown, and not otherwise."""
     with Proxy(live.server.port) as proxy:
         live.url = f"http://localhost:{proxy.port}/"
-        page = live.open(either)
+        page = live.open(browser)
         page.js(
             "var seen = []; new MutationObserver(() => seen.push(document.documentElement.dataset.swiftcms))"
             ".observe(document.documentElement, {attributes: true}); 0"
@@ -12869,7 +12874,8 @@ def test_live_answer_to_a_post(browser: Browser, live: LivePageSite) -> None:
     page.close()
 
 
-def test_live_session_that_ends(either: Any) -> None:
+@needs_chromium
+def test_live_session_that_ends(browser: Browser) -> None:
     """After a redirect the connection is opened again once, and has the new user."""
     users = []
     with LivePageSite(UL.format("<li>1</li>")) as site, received_users(users):
@@ -12887,7 +12893,7 @@ def test_live_session_that_ends(either: Any) -> None:
             session["user"] = request.args.get("user")
             return "Sign in"
 
-        page = either.page(f"{site.url}login?user=ana")
+        page = browser.page(f"{site.url}login?user=ana")
         go(page, "/")
         page.wait("document.documentElement?.dataset.swiftcms === 'online'")
         page.js("fetch('/login').then(() => 1)")
@@ -13008,8 +13014,18 @@ def test_live_under_a_strict_policy(either: Any, live: LivePageSite) -> None:
     page.close()
 
 
-@pytest.mark.parametrize("place", ["head", "end", "defer"])
-def test_live_page_that_arrives_slowly(either: Any, live: LivePageSite, place: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("browser", "head"),
+        ("browser", "end"),
+        ("browser", "defer"),
+        pytest.param("firefox", "head", marks=pytest.mark.skipif(FIREFOX is None, reason="no Firefox")),
+    ],
+)
+def test_live_page_that_arrives_slowly(
+    request: pytest.FixtureRequest, live: LivePageSite, name: str, place: str
+) -> None:
     """The first version is what the parser made of the answer, however it is split."""
     script = "<script src='/ws/client.js'></script>"
     head = live.head.replace(script, {"head": script, "end": "", "defer": script.replace("src", "defer src")}[place])
@@ -13035,7 +13051,7 @@ def test_live_page_that_arrives_slowly(either: Any, live: LivePageSite, place: s
         return Response(parts(), mimetype="text/html")
 
     live.server.app.view_functions["live_page"] = slow_page
-    page = live.open(either)
+    page = live.open(request.getfixturevalue(name))
     live.server.app.view_functions["live_page"] = page_of
     live.change(page, live.body.replace("end", "END"))
     assert page.js("refreshed") == ["posts"]
@@ -13046,6 +13062,22 @@ def test_live_page_that_arrives_slowly(either: Any, live: LivePageSite, place: s
     assert page.js("document.querySelector('time').textContent") == "2027"
     assert page.js("isServers('posts')") is True
     assert page.complaints() == []
+    page.close()
+
+
+@needs_chromium
+def test_readme_refresh_example(browser: Browser, live: LivePageSite) -> None:
+    """Its style shows that the page is offline, and its script writes the times after a refresh."""
+    example = re.search(r"<!-- browser example: refresh -->\n```html\n(.*?)```", README, re.S)
+    assert example is not None
+    live.head += example[1]
+    item = "<li><time datetime={0}>{0}</time></li>"
+    page = live.open(browser, UL.format(item.format("2026-11-27T10:00Z")))
+    live.change(page, UL.format("".join(item.format(f"2026-11-2{day}T10:00Z") for day in (7, 8))))
+    assert page.js("[...document.querySelectorAll('time')].map(time => time.textContent.length > 18)")
+    assert page.js("document.body.innerText.includes('Z')") is False
+    page.be_offline(True)
+    page.wait("getComputedStyle(document.body, '::before').content.includes('Offline')")
     page.close()
 
 
