@@ -7347,10 +7347,12 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
         const parent = copyOf.get(target);
         if (target.nodeType === 3 && parent && isBehind(target)) parent.data = target.data;
         for (const node of addedNodes) {
-          if (!isBehind(node) || custom.has(target)) continue;
+          const isScript = node.localName === "script" && !node.async;
+          const isLive = parent || (node.nodeType === 1 && node.hasAttribute("data-live"));
+          if (!(isScript || isLive) || custom.has(target) || !isBehind(node)) continue;
+          if (isScript) script = node;
+          if (!isLive) continue;
           if (customElements.get(node.localName)?.prototype.connectedCallback) custom.add(node);
-          if (node.localName === "script" && !node.async) script = node;
-          if (!parent && !(node.nodeType === 1 && node.hasAttribute("data-live"))) continue;
           const copy = copyOf.get(node) ?? copies.importNode(node, node.localName === "template");
           const next = copyOf.get(nextSibling);
           pair(copy, node);

@@ -12268,6 +12268,7 @@ COUNT = """
   const $ = id => document.getElementById(id);
   const edit = field => field.dispatchEvent(new Event("input", {bubbles: true}));
 """
+ONLINE = "document.documentElement?.dataset.swiftcms === 'online'"
 
 
 class LivePageSite:
@@ -12307,7 +12308,7 @@ class LivePageSite:
         """Open the page, wait until it is online, and run a script as its visitor."""
         self.body = self.body if body is None else body
         page = browser.page(self.url)
-        page.wait("document.documentElement?.dataset.swiftcms === 'online'")
+        page.wait(ONLINE)
         page.js(script)
         return page
 
@@ -12875,40 +12876,50 @@ def test_live_answer_to_a_post(browser: Browser, live: LivePageSite) -> None:
 
 
 @needs_chromium
-def test_live_session_that_ends(browser: Browser) -> None:
-    """After a redirect the connection is opened again once, and has the new user."""
-    users = []
+def test_live_session_that_ends_or_changes(browser: Browser) -> None:
+    """The connection is opened again once, and the page becomes that of the user that it names."""
+    users: list[Any] = []
     with LivePageSite(UL.format("<li>1</li>")) as site, received_users(users):
         app = site.server.app
         page_of = app.view_functions["live_page"]
         site.server.hub.identify(lambda: session.get("user"))
-
-        def page_for_users() -> Any:
-            return page_of() if session.get("user") else redirect("/login")
-
-        app.view_functions["live_page"] = page_for_users
+        app.view_functions["live_page"] = lambda: page_of() if session.get("user") else redirect("/login")
 
         @app.get("/login")
         def login() -> str:
             session["user"] = request.args.get("user")
             return "Sign in"
 
-        page = browser.page(f"{site.url}login?user=ana")
-        go(page, "/")
-        page.wait("document.documentElement?.dataset.swiftcms === 'online'")
-        page.js("fetch('/login').then(() => 1)")
-        site.server.publish()
-        until(lambda: users == ["ana", None], "the connection without a user")
-        page.wait("answers === 2")
-        site.change(page)
-        assert users == ["ana", None]
-        # Somebody signs in again: the page becomes theirs.
-        page.js("fetch('/login?user=bob').then(() => 1)")
-        site.change(page)
-        page.js("fetch('/login').then(() => 1)")
-        site.change(page)
-        until(lambda: users == ["ana", None, None], "one more connection")
-        page.close()
+        def log_in(user: str = "") -> None:
+            page.js(f"fetch('/login{user and '?user=' + user}').then(() => 1)")
+
+        with Proxy(site.server.port) as proxy:
+            page = browser.page(f"http://localhost:{proxy.port}/login?user=ana")
+            go(page, "/")
+            page.wait(ONLINE)
+            log_in()
+            site.server.publish()
+            until(lambda: users == ["ana", None], "the connection without a user")
+            page.wait("answers === 2")
+            site.change(page)
+            assert users == ["ana", None]
+            # If the session ends again after it was renewed, that happens again.
+            log_in("bob")
+            site.change(page)
+            log_in()
+            site.change(page)
+            until(lambda: users == ["ana", None, None], "one more connection")
+            page.wait(f"answers === 6 && {ONLINE}")
+            # A reconnect names another user, so the page may have to show something else.
+            log_in("cleo")
+            proxy.cut()
+            page.wait("answers === 7")
+            assert users[3:] == ["cleo"]
+            log_in()
+            site.server.hub.disconnect("cleo")
+            page.wait("document.documentElement.dataset.swiftcms === 'refused'")
+            assert page.js("answers") == 7
+            page.close()
 
 
 @contextlib.contextmanager
