@@ -6017,30 +6017,39 @@ class LivePages:
         self._hub, self._app, self._wsgi_app = hub, app, app.wsgi_app
         # The app's session interface, with two methods replaced. Setting it is atomic.
         self._sessions: SessionInterface | None = None
+        # Until the first refresh, ordinary pages stand in for refreshes in the average time.
+        self._has_refreshed = False
         app.context_processor(lambda: {"swiftcms_last_id": swiftcms_last_id})
         app.wsgi_app = self  # type: ignore[method-assign]
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         newest = environ[NEWEST_KEY] = self._newest_id()
         is_live = environ["REQUEST_METHOD"] == "GET" and environ.get("HTTP_X_SWIFTCMS_LIVE") == "1"
+        is_page = False
 
         def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
+            nonlocal is_page
             if is_live:
                 headers = [field for field in headers if field[0].lower() != "set-cookie"]
-            content_type = Headers(headers).get("Content-Type", "")
+            is_html = "html" in Headers(headers).get("Content-Type", "")
+            is_page = is_html and status.startswith("200")
             # A 304 has no type. Browsers put its headers in place of those of the stored page.
-            if newest and ("html" in content_type or status.startswith("304")):
+            if newest and (is_html or status.startswith("304")):
                 headers = [*headers, ("Server-Timing", f'swiftcms;desc="{newest}"')]
             return start_response(status, headers, *exc_info)
 
-        if not is_live:
-            return self._wsgi_app(environ, start)
-        environ[LIVE_KEY] = {}
-        self._guard_sessions()
+        if is_live:
+            environ[LIVE_KEY] = {}
+            self._guard_sessions()
         began = time.perf_counter()
         body = self._wsgi_app(environ, start)
-        timed = self._timed(body, time.perf_counter() - began)
-        return ClosingIterator(timed, getattr(body, "close", None))
+        seconds = time.perf_counter() - began
+        if is_live:
+            self._has_refreshed = True
+            return ClosingIterator(self._timed(body, seconds), getattr(body, "close", None))
+        if is_page and not self._has_refreshed:
+            self._add_time(seconds)
+        return body
 
     def _newest_id(self) -> str:
         """Return the newest event's id, or "" if the shared log does not answer at once."""
@@ -6051,15 +6060,16 @@ class LivePages:
         return ""
 
     def _timed(self, body: Iterable[bytes], seconds: float) -> Iterator[bytes]:
-        """Yield the body of a refresh, and update the average time without the client's reading.
-
-        If two threads do so at once, one refresh may not be counted.
-        """
+        """Yield the body of a refresh. The time that the client takes to read it does not count."""
         began = time.perf_counter()
         for part in body:
             seconds += time.perf_counter() - began
             yield part
             began = time.perf_counter()
+        self._add_time(seconds)
+
+    def _add_time(self, seconds: float) -> None:
+        """Update the average. If two threads do so at once, one of them may not be counted."""
         for engine in self._app.extensions["swiftcms_ws"].values():
             if engine is not None:
                 engine.refresh_seconds += (seconds - engine.refresh_seconds) / 10
