@@ -4920,8 +4920,9 @@ class SharedLog:
     MAX_MESSAGE_BYTES = 16 * 1024 * 1024
     # The least time between two log records about failures of append(), in seconds.
     LOG_INTERVAL = 60.0
-    # Until the follower has begun, every page waits up to this many seconds for newest_id().
-    NEWEST_TIMEOUT = 0.1
+    # Until the follower has begun, every page waits for newest_id(), up to twice this many seconds:
+    # for a connection, and for the answer.
+    NEWEST_TIMEOUT = 0.05
 
     # What log records call it, and how it may have lost events.
     name: str
