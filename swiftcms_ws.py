@@ -94,6 +94,7 @@ import atexit
 import base64
 import bisect
 import codecs
+import copy
 import dataclasses
 import difflib
 import errno
@@ -154,18 +155,22 @@ try:
         Response,
         abort,
         current_app,
+        has_request_context,
         make_response,
         render_template_string,
         request,
         url_for,
     )
     from flask import session as flask_session
+    from flask.sessions import SessionInterface, SessionMixin
     from flask.typing import ResponseReturnValue
     from flask_sock import Sock
     from jwt.algorithms import get_default_algorithms
+    from werkzeug.datastructures import Headers
     from werkzeug.exceptions import HTTPException
     from werkzeug.http import http_date
     from werkzeug.serving import make_server
+    from werkzeug.wsgi import ClosingIterator
     from wsproto.frame_protocol import FrameProtocol, Opcode, ParseFailed
     from wsproto.utilities import ProtocolError
 except ImportError as error:
@@ -189,6 +194,7 @@ __all__ = [
     "client_disconnected",
     "event_published",
     "hub",
+    "is_live_refresh",
     "publish",
     "publish_many",
 ]
@@ -665,7 +671,7 @@ class Hub:
         Call it before reading the data of a page: with this id as `since`, the page then gets
         every event that its data may not contain.
         """
-        return format_event_id(self._engine().newest_id())
+        return format_event_id(self._engine().newest_id() or (0, 0))
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until the events that this process has published are written to clients' sockets.
@@ -754,6 +760,8 @@ class Hub:
             check_sqlite()
         if settings.redis_url is not None:
             import_redis()
+        if "swiftcms_ws" not in app.extensions:
+            LivePages(self, app)
         engines = app.extensions.setdefault("swiftcms_ws", {})
         if self not in engines:
             engines[self] = None
@@ -868,6 +876,8 @@ class Engine:
         self.has_served = False
         self.is_started = False
         self.is_closing = False
+        # The average time of a live page's refresh, in seconds. Reading and setting it is atomic.
+        self.refresh_seconds = 0.0
         # Reading or setting an item is atomic. At worst a message is logged twice.
         self._warned_at: dict[str, float] = {}
         # Recent sign-outs, with their times. A handshake that began earlier is signed out when its
@@ -988,15 +998,19 @@ class Engine:
                 count,
             )
 
-    def newest_id(self) -> EventId:
-        """Return the id of the newest event. Starts no thread."""
-        if self.follower is not None and self.follower.newest_id is not None:
-            return self.follower.newest_id
+    def newest_id(self) -> EventId | None:
+        """Return the id of the newest event; None if the shared log does not answer at once.
+
+        Starts no thread.
+        """
         if self.log is None:
             return self.loop.last_id
+        if self.follower is not None and self.follower.newest_id is not None:
+            # The follower may not have read this process's own events yet.
+            return max(self.follower.newest_id, self.log.last_appended)
         with suppress(LogUnavailable):
-            return self.log.newest_id() or (0, 0)
-        return (0, 0)
+            return self.log.newest_id()
+        return None
 
     # -- signing out -------------------------------------------------------------------------------
 
@@ -4277,9 +4291,11 @@ class Expiry:
 def place_fields(engine: Engine) -> dict[str, Any]:
     """Return the fields from which a client can resume, in system.connected and heartbeats.
 
-    `spread` is part of the protocol. It is always 0 in this version.
+    Live pages refresh within `spread` seconds after an event: if all of them do, that takes about
+    half of the time of this process.
     """
-    return {"lastId": format_event_id(engine.history.newest_id), "spread": 0}
+    spread = 2 * engine.refresh_seconds * engine.registry.slots
+    return {"lastId": format_event_id(engine.history.newest_id), "spread": round(spread, 3)}
 
 
 def ref_of(message: Mapping[str, Any]) -> str | float | None:
@@ -5177,9 +5193,9 @@ class SharedLog:
 
     It gives the ids, and one order, to the events of all processes. It also carries control
     messages between processes: lists of editors and changes, which are never replayed. Any thread
-    may call append(), send(), newest_id() and read_after(), which give up within two seconds. Only
-    the follower calls find_end(), read_on() and stop_reading(). If the log is away, append() and
-    send() raise PublishError, and the others LogUnavailable.
+    may call append(), send() and read_after(), which give up within two seconds, and newest_id().
+    Only the follower calls find_end(), read_on() and stop_reading(). If the log is away, append()
+    and send() raise PublishError, and the others LogUnavailable.
     """
 
     # The most entries that are read at once.
@@ -5191,6 +5207,9 @@ class SharedLog:
     MAX_MESSAGE_BYTES = 16 * 1024 * 1024
     # The least time between two log records about failures of append(), in seconds.
     LOG_INTERVAL = 60.0
+    # Until the follower has begun, every page waits for newest_id(), up to twice this many seconds:
+    # for a connection, and for the answer.
+    NEWEST_TIMEOUT = 0.05
 
     # What log records call it, and how it may have lost events.
     name: str
@@ -5247,7 +5266,7 @@ class SharedLog:
         raise NotImplementedError
 
     def newest_id(self) -> EventId | None:
-        """Return the id of the newest event, or None if there is none."""
+        """Return the id of the newest event, or None if there is none. Soon: see NEWEST_TIMEOUT."""
         raise NotImplementedError
 
     def read_after(self, since: EventId) -> list[Event] | None:
@@ -5688,6 +5707,8 @@ class SqliteLog(SharedLog):
         super().__init__(settings, is_trimming, report)
         self.name = f"the file {path}"
         self._file = LogFile(path, self.TIMEOUT)
+        # newest_id() must not wait for publish().
+        self._newest_file = LogFile(path, self.NEWEST_TIMEOUT)
         # The newest id, as a number, that this process has given or read. Ids stay above it, also
         # if the file is replaced and the clock is wrong. Setting it is atomic.
         self._newest_number = 0
@@ -5732,7 +5753,7 @@ class SqliteLog(SharedLog):
         self._wake(ports)
 
     def newest_id(self) -> EventId | None:
-        with self._file.use() as connection:
+        with self._newest_file.use() as connection:
             row = self._last_row(connection)
         return None if row is None else self._to_id(row[0])
 
@@ -5751,6 +5772,7 @@ class SqliteLog(SharedLog):
 
     def close(self) -> None:
         self._file.close()
+        self._newest_file.close()
         self._wake([self._port])
 
     @staticmethod
@@ -5963,19 +5985,8 @@ class RedisLog(SharedLog):
     def __init__(self, settings: Settings, is_trimming: bool, report: Callable[..., None]) -> None:
         super().__init__(settings, is_trimming, report)
         redis = import_redis()
-        from redis.backoff import NoBackoff  # noqa: PLC0415
-        from redis.retry import Retry  # noqa: PLC0415
-
-        self._redis: Any = redis.Redis.from_url(
-            cast(str, settings.redis_url),
-            decode_responses=True,
-            # Another program may write into the stream: one entry must not stop the follower.
-            encoding_errors="replace",
-            socket_timeout=self.TIMEOUT,
-            socket_connect_timeout=self.TIMEOUT,
-            # A page waits for publish(): it fails soon.
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._redis = self._create_client(settings, self.TIMEOUT)
+        self._impatient = self._create_client(settings, self.NEWEST_TIMEOUT)
         self._redis_errors: tuple[type[Exception], ...] = (redis.RedisError, OSError)
         self._read_only_error: type[Exception] = redis.ReadOnlyError
         self._events = f"{settings.redis_prefix}:events"
@@ -5983,6 +5994,23 @@ class RedisLog(SharedLog):
         self._guard = AppendGuard()
         # When publish() or send() last used Redis. Setting it is atomic.
         self._used_at = time.monotonic()
+
+    @staticmethod
+    def _create_client(settings: Settings, timeout: float) -> Any:
+        redis = import_redis()
+        from redis.backoff import NoBackoff  # noqa: PLC0415
+        from redis.retry import Retry  # noqa: PLC0415
+
+        return redis.Redis.from_url(
+            cast(str, settings.redis_url),
+            decode_responses=True,
+            # Another program may write into the stream: one entry must not stop the follower.
+            encoding_errors="replace",
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+            # A page waits for publish(): it fails soon.
+            retry=Retry(NoBackoff(), 0),
+        )
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
@@ -6037,8 +6065,11 @@ class RedisLog(SharedLog):
         self._write(lambda: self._redis.xadd(self._messages, {"message": text}, maxlen=most))
 
     def newest_id(self) -> EventId | None:
+        return self._newest(self._impatient)
+
+    def _newest(self, client: Any) -> EventId | None:
         with self._translated_errors():
-            newest = self._redis.xrevrange(self._events, count=1)
+            newest = client.xrevrange(self._events, count=1)
         return parse_event_id(newest[0][0]) if newest else None
 
     def read_after(self, since: EventId) -> list[Event] | None:
@@ -6058,11 +6089,12 @@ class RedisLog(SharedLog):
 
     def close(self) -> None:
         self._redis.close()
+        self._impatient.close()
 
     # -- the follower's thread ---------------------------------------------------------------------
 
     def find_end(self) -> Place:
-        newest = self.newest_id() or self.append([MARKER])[0]
+        newest = self._newest(self._redis) or self.append([MARKER])[0]
         with self._translated_errors():
             messages = self._redis.xrevrange(self._messages, count=1)
         return newest, messages[0][0] if messages else "0-0"
@@ -6245,6 +6277,128 @@ class Follower:
 
 
 # == 14. Live pages and track ====================================================================
+
+# Keys of environ: the newest event's id when the request began, and, only in a refresh, a copy of
+# the session.
+NEWEST_KEY = "swiftcms_ws.newest_id"
+LIVE_KEY = "swiftcms_ws.live"
+
+
+def is_live_refresh() -> bool:
+    """Return whether the current request is a page with `data-live` that fetches itself again.
+
+    It is not a visit, so do not note it in a column such as `last_seen`. An event of that change
+    would make all pages fetch themselves again, for ever.
+    """
+    return has_request_context() and LIVE_KEY in request.environ
+
+
+def swiftcms_last_id() -> str:
+    """For templates: the newest event's id when the request began, or "" if it is not known."""
+    return cast(str, request.environ.get(NEWEST_KEY, "")) if has_request_context() else ""
+
+
+class LivePages:
+    """WSGI middleware of an app, for pages with `data-live`. Runs in the web server's threads.
+
+    It takes the newest event's id before the site reads any data, so that a page can subscribe from
+    there. A refresh gets no cookie and its session is not stored. Otherwise it would use up flash
+    messages, extend logins for ever, and undo a logout that happens meanwhile.
+    """
+
+    def __init__(self, hub: Hub, app: Flask) -> None:
+        self._hub, self._app, self._wsgi_app = hub, app, app.wsgi_app
+        # The app's session interface, with two methods replaced. Setting it is atomic.
+        self._sessions: SessionInterface | None = None
+        # Until the first refresh, ordinary pages stand in for refreshes in the average time.
+        self._has_refreshed = False
+        app.context_processor(lambda: {"swiftcms_last_id": swiftcms_last_id})
+        app.wsgi_app = self  # type: ignore[method-assign]
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        newest = environ[NEWEST_KEY] = self._newest_id()
+        is_live = environ["REQUEST_METHOD"] == "GET" and environ.get("HTTP_X_SWIFTCMS_LIVE") == "1"
+        is_page = False
+
+        def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
+            nonlocal is_page
+            if is_live:
+                headers = [field for field in headers if field[0].lower() != "set-cookie"]
+            is_html = "html" in Headers(headers).get("Content-Type", "")
+            is_page = is_html and status.startswith("200")
+            # A 304 has no type. Browsers put its headers in place of those of the stored page.
+            if newest and (is_html or status.startswith("304")):
+                headers = [*headers, ("Server-Timing", f'swiftcms;desc="{newest}"')]
+            return start_response(status, headers, *exc_info)
+
+        if is_live:
+            environ[LIVE_KEY] = {}
+            self._guard_sessions()
+        began = time.perf_counter()
+        body = self._wsgi_app(environ, start)
+        seconds = time.perf_counter() - began
+        if is_live:
+            self._has_refreshed = True
+            return ClosingIterator(self._timed(body, seconds), getattr(body, "close", None))
+        if is_page and not self._has_refreshed:
+            self._add_time(seconds)
+        return body
+
+    def _newest_id(self) -> str:
+        """Return the newest event's id, or "" if the shared log does not answer at once."""
+        # publish() raises mistakes in the configuration. Pages are served all the same.
+        with suppress(Exception):
+            newest = self._hub.engine_of(self._app).newest_id()
+            return "" if newest is None else format_event_id(newest)
+        return ""
+
+    def _timed(self, body: Iterable[bytes], seconds: float) -> Iterator[bytes]:
+        """Yield the body of a refresh. The time that the client takes to read it does not count."""
+        began = time.perf_counter()
+        for part in body:
+            seconds += time.perf_counter() - began
+            yield part
+            began = time.perf_counter()
+        self._add_time(seconds)
+
+    def _add_time(self, seconds: float) -> None:
+        """Update the average. If two threads do so at once, one of them may not be counted."""
+        for engine in self._app.extensions["swiftcms_ws"].values():
+            if engine is not None:
+                engine.refresh_seconds += (seconds - engine.refresh_seconds) / 10
+
+    def _guard_sessions(self) -> None:
+        """Replace methods of the app's session interface. The site may set another at any time."""
+        if self._app.session_interface is not self._sessions:
+            self._sessions = sessions = copy.copy(self._app.session_interface)
+            vars(sessions).update(
+                open_session=functools.partial(self._open_session, sessions.open_session),
+                save_session=functools.partial(self._save_session, sessions.save_session),
+            )
+            self._app.session_interface = sessions
+
+    @staticmethod
+    def _open_session(open_session: Callable[..., Any], app: Flask, request_: Any) -> Any:
+        session = open_session(app, request_)
+        if LIVE_KEY in request_.environ:
+            request_.environ[LIVE_KEY] = copy.deepcopy(dict(session or {}))
+        return session
+
+    @staticmethod
+    def _save_session(
+        save_session: Callable[..., None], app: Flask, session: SessionMixin, response: Response
+    ) -> None:
+        if not is_live_refresh():
+            save_session(app, session, response)
+            return
+        before = request.environ[LIVE_KEY]
+        if session.keys() - before.keys():
+            # For example a CSRF token. The form in this page needs it in the stored session.
+            response.headers["X-SwiftCMS-Live"] = "reload"
+        session.clear()
+        session.update(before)
+        # As the replaced method would: a cache must not give the page to another visitor.
+        response.vary.add("Cookie")
 
 
 # == 15. Plain HTTP ==============================================================================
@@ -7618,6 +7772,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   const EDITING = ["user.editing", "user.stoppedEditing", "user.edited", "system.editing"];
 
   // An id is two numbers: milliseconds and a counter.
+  const EVENT_ID = /^\d{1,20}-\d{1,20}$/;
   const sortKey = id => id.replace(/\d+/g, number => number.padStart(20, "0"));
   const isLater = (id, other) => id && (!other || sortKey(id) > sortKey(other));
   const isMatch = (pattern, name) =>
@@ -7654,7 +7809,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     let attempts = 0;
     let timers = {};
     const ownIds = new Set();
-    const connection = { clientId: null, add, remove, subscribe, edit, wakeUp };
+    const connection = { clientId: null, spread: 0, add, remove, reopen, subscribe, edit, wakeUp };
     const base = page?.baseURI ?? location.href;
     const address = new URL(url ?? SCRIPT_URL ?? location.origin + WEBSOCKET_PATH, base);
     address.protocol = address.protocol.replace("http", "ws");
@@ -7694,6 +7849,13 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       socket.onmessage = ({ data }) => receive(data);
       // Messages restart it only when the client is ready, because a token may never come.
       later("silence", CONNECT_TIMEOUT, reconnect);
+    }
+
+    // For the user that the browser's cookies name now.
+    function reopen() {
+      if (!isReady) return;
+      ownUserId = undefined;
+      connect();
     }
 
     function disconnect(newStatus) {
@@ -7778,6 +7940,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     function receive(text) {
       const { type, contentType, payload, id, timestamp } = JSON.parse(text);
       if (isReady) later("silence", maxSilence, reconnect);
+      if (payload?.spread >= 0) connection.spread = payload.spread;
       for (const cms of clients.keys()) call(cms.onframe, "in", text);
       // That handler may have closed the connection.
       if (!socket) return;
@@ -7798,7 +7961,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 
     async function greet({ clientId, userId, heartbeat, lastId }) {
       const ownSocket = socket;
-      connection.clientId = clientId;
+      Object.assign(connection, { clientId, userId });
       ownIds.add(clientId);
       move(lastId);
       const isStranger = isSignedOut && (userId === null || userId !== ownUserId);
@@ -7845,10 +8008,10 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       startReplay({ recovered: false, replayed: 0 });
     }
 
-    function subscribe(cms, type, contentType, handler) {
+    function subscribe(cms, type, contentType, handler, known = clients.get(cms)) {
       if (!clients.has(cms)) throw new Error("this SwiftCMS is closed; make a new one");
       const key = `${type} ${contentType}`;
-      const since = clients.get(cms) ?? newestId;
+      const since = known ?? newestId;
       const stop = () => {
         if (subscriptions.delete(own) && !hasKey(subscriptions, key))
           send({ action: "unsubscribe", type, contentType });
@@ -7949,6 +8112,426 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     }
   };
 
+  // -- Live pages: <ul id="posts" data-live="content.* posts, schema.changed *"> ------------------
+  //
+  // After a matching event the page is fetched again, and the element is changed as the server has
+  // changed it. What the visitor or a script changed stays, unless the server changed it as well.
+
+  // For each node of such an element a copy of what the server sent last, and the reverse. The
+  // document of the copies shows nothing, loads nothing and runs nothing.
+  const copyOf = new WeakMap();
+  const nodeOf = new WeakMap();
+  const copies = page?.implementation.createHTMLDocument();
+  const isKept = node => node.nodeType === 1 && node.hasAttribute("data-live-keep");
+
+  function pair(copy, node) {
+    copyOf.set(node, copy);
+    nodeOf.set(copy, node);
+    for (let a = copy.firstChild, b = node.firstChild; a && b; a = a.nextSibling, b = b.nextSibling)
+      pair(a, b);
+    return copy;
+  }
+
+  // isEqualNode() ignores what is in a template, so it becomes the template's children. Unlike a
+  // page, an answer has elements in noscript, templates of shadow roots, and readable nonces.
+  function tidy(root) {
+    for (const each of root.querySelectorAll("[nonce]")) each.removeAttribute("nonce");
+    for (const each of root.querySelectorAll("noscript")) each.replaceChildren();
+    for (const each of root.querySelectorAll("template[shadowrootmode]")) each.remove();
+    for (const each of root.querySelectorAll("template")) {
+      each.append(each.content);
+      tidy(each);
+    }
+    return root;
+  }
+
+  // The server has changed `before` to `after`. Change the node on the page in the same way, and
+  // make its copy `before` equal to `after`. Returns whether the page has changed.
+  function morph(before, after, live) {
+    if (before.isEqualNode(after) || isKept(live)) return false;
+    if (after.nodeType === 1) {
+      const hasNewAttributes = morphAttributes(before, after, live);
+      return morphChildren(before, after, live) || hasNewAttributes;
+    }
+    const isNew = live.data !== after.data;
+    if (isNew) live.data = after.data;
+    before.data = after.data;
+    return isNew;
+  }
+
+  function morphAttributes(before, after, live) {
+    let isNew = false;
+    // Not element.attributes: in a form, this may be a field of that name.
+    for (const name of new Set([...before.getAttributeNames(), ...after.getAttributeNames()])) {
+      const [old, value, current] = [before, after, live].map(each => each.getAttribute(name));
+      if (old === value) continue;
+      const change = element => {
+        if (value === null) return element.removeAttribute(name);
+        // setAttribute() refuses names like @click.
+        const attribute = after.getAttributeNode(name);
+        element.setAttributeNode(element.ownerDocument.importNode(attribute));
+      };
+      try {
+        change(before);
+        if (current === value) continue;
+        if (name === "class" && current !== old) mergeClasses(live, old ?? "", value ?? "");
+        else change(live);
+        isNew = true;
+      } catch (error) {
+        console.error(`SwiftCMS: the page does not allow a change of ${name}:`, error);
+      }
+    }
+    return isNew;
+  }
+
+  function mergeClasses(live, ...texts) {
+    const [old, added] = texts.map(text => new Set(text.match(/\S+/g)));
+    for (const name of old) if (!added.delete(name)) live.classList.remove(name);
+    live.classList.add(...added);
+  }
+
+  function morphChildren(before, after, live) {
+    const [old, fresh] = [before, after].map(each => [...each.childNodes]);
+    const partners = findPartners(old, fresh);
+    const own = new Set(partners.map(index => nodeOf.get(old[index])));
+    const order = partners.filter(index => index >= 0);
+    const isReordered = order.some((index, place) => index < order[place - 1]);
+    let isNew = isReordered;
+
+    const kept = [];
+    for (const copy of old) {
+      const node = nodeOf.get(copy);
+      if (own.has(node)) continue;
+      // It is removed when it is not kept any more.
+      if (isKept(node)) kept.push(copy);
+      else {
+        isNew ||= node.isConnected;
+        node.parentNode?.removeChild(node);
+      }
+    }
+
+    // Where the next child belongs. Nodes that scripts have added are passed.
+    let next = live.firstChild;
+    const pass = () => {
+      while (next && !own.has(next)) next = next.nextSibling;
+    };
+    const current = fresh.map((child, place) => {
+      const copy = old[partners[place]];
+      const node = nodeOf.get(copy);
+      if (!copy) {
+        isNew = true;
+        if (!place) pass();
+        // A script may have added the same one already.
+        const double = page.getElementById(child.getAttribute?.("id") ?? "");
+        if (double?.parentNode === live && !copyOf.has(double) && !isKept(double)) {
+          if (double === next) next = next.nextSibling;
+          live.removeChild(double);
+        }
+        return addChild(live, child, next);
+      }
+      const hasChanged = morph(copy, child, node);
+      isNew ||= hasChanged;
+      if (node.parentNode === live) {
+        // If the server has not changed the order, the order that a script has made stays.
+        if (isReordered) pass();
+        if (isReordered && node !== next) moveChild(live, node, next);
+        next = node.nextSibling;
+      } else if (hasChanged && !node.isConnected) {
+        // The nodes with which a script has replaced it are out of date.
+        while (next && !own.has(next)) {
+          const other = next;
+          next = next.nextSibling;
+          if (!copyOf.has(other) && !isKept(other)) live.removeChild(other);
+        }
+        live.insertBefore(node, next);
+      }
+      return copy;
+    });
+    if (isReordered || order.length < current.length || order.length < old.length)
+      before.replaceChildren(...current, ...kept);
+    return isNew;
+  }
+
+  // For each new child the index of the old one that it continues, or -1: equal ones at both ends,
+  // others by id, and without ids in their order. A text belongs to the element before it.
+  function findPartners(old, fresh) {
+    const partners = fresh.map(() => -1);
+    let [start, oldEnd, end] = [0, old.length, fresh.length];
+    const isEqual = (a, b) => start < Math.min(oldEnd, end) && old[a].isEqualNode(fresh[b]);
+    while (isEqual(start, start)) partners[start] = start++;
+    while (isEqual(oldEnd - 1, end - 1)) partners[--end] = --oldEnd;
+    const keyOf = node => {
+      const element = node.nodeType === 1 ? node : node.previousSibling;
+      const [id, name] = ["id", "name"].map(each => element?.getAttribute?.(each) ?? "");
+      return `${node.nodeName} ${id ? `#${id}` : name}`;
+    };
+    const groups = new Map();
+    for (let index = start; index < oldEnd; index++) {
+      const key = keyOf(old[index]);
+      groups.set(key, groups.get(key) ?? []);
+      groups.get(key).push(index);
+    }
+    for (; start < end; start++) {
+      const child = fresh[start];
+      // Scripts and templates are replaced by new ones, unless they are equal.
+      const isWhole = /^(SCRIPT|TEMPLATE)$/i.test(child.nodeName);
+      const group = groups.get(keyOf(child)) ?? [];
+      const found = group.findIndex(index => !isWhole || old[index].isEqualNode(child));
+      if (found >= 0) [partners[start]] = group.splice(found, 1);
+    }
+    return partners;
+  }
+
+  // Add what the server has added, and return its copy.
+  function addChild(live, child, next) {
+    const holder = page.createDocumentFragment();
+    holder.append(page.importNode(child, true));
+    const copy = pair(copies.importNode(child, true), holder.firstChild);
+    for (const each of holder.querySelectorAll("template")) each.content.append(...each.childNodes);
+    // An element that is added with autofocus takes the focus, so it gets the attribute later.
+    const removed = [...holder.querySelectorAll("[autofocus]")].map(each => [
+      each,
+      each.removeAttributeNode(each.getAttributeNode("autofocus")),
+    ]);
+    live.insertBefore(holder, next);
+    for (const [each, attribute] of removed) each.setAttributeNode(attribute);
+    return copy;
+  }
+
+  function moveChild(live, node, next) {
+    const put = (live.isConnected && live.moveBefore) || live.insertBefore;
+    const hasFocus = [0, 20].includes(node.compareDocumentPosition(page.activeElement ?? page));
+    // What has the focus might lose it, or be scrolled to. The nodes before it are moved instead.
+    const end = node.nextSibling;
+    if (!hasFocus) put.call(live, node, next);
+    while (hasFocus && next !== node) {
+      const moved = next;
+      next = next.nextSibling;
+      put.call(live, moved, end);
+    }
+  }
+
+  // Find the elements with data-live, and fetch the page after events of their keys. `since` is the
+  // newest event that the page contains. A key is "TYPE CONTENT_TYPE".
+  function watchPage(since) {
+    const elements = new Map();
+    const stops = new Map();
+    const complaints = new Set();
+    const edited = new WeakSet();
+    const take = ({ type, contentType }) => due.add(`${type} ${contentType}`) && schedule();
+    const client = { onstatus, ongap: list => list.forEach(take) };
+    const addressNow = () => location.href.split("#")[0];
+    // Inner elements before outer ones.
+    const elementsOf = keys =>
+      [...elements.keys()].filter(each => elements.get(each).some(key => keys.has(key))).reverse();
+    // Keys of events that the page does not show yet.
+    let due = new Set();
+    let connection, userId, isOnline, isParsed, isReopened, lastScript, request, timer;
+    let [lastDuration, notBefore] = [0, 0];
+    const observer = new MutationObserver(records => {
+      if (!isParsed) copyParsed(records);
+      find(isParsed ? undefined : since);
+    });
+    const attributeFilter = ["data-live", "data-live-within"];
+    const observe = characterData =>
+      observer.observe(page, { subtree: true, childList: true, attributeFilter, characterData });
+    observe(true);
+    page.querySelectorAll("[data-live]").forEach(copyWhole);
+    lastScript = page.currentScript;
+    if (page.readyState !== "loading") finish();
+    else page.addEventListener("readystatechange", finish, { once: true });
+    page.addEventListener("visibilitychange", schedule);
+    page.addEventListener("input", ({ target }) => edited.add(target), true);
+
+    function finish() {
+      copyParsed(observer.takeRecords());
+      isParsed = true;
+      observe(false);
+      find(since);
+      schedule();
+    }
+
+    // The parser adds nodes behind the last script. It lets observers run before each script, and
+    // before a callback of a custom element. So it is known which nodes scripts have added.
+    function copyParsed(records) {
+      const isBehind = node => !lastScript || !(node.compareDocumentPosition(lastScript) & 4);
+      const custom = new Set();
+      let script = lastScript;
+      for (const { target, addedNodes, nextSibling } of records) {
+        const parent = copyOf.get(target);
+        if (target.nodeType === 3 && parent && isBehind(target)) parent.data = target.data;
+        for (const node of addedNodes) {
+          const isScript = node.localName === "script" && !node.async;
+          const isLive = parent || (node.nodeType === 1 && node.hasAttribute("data-live"));
+          if (!(isScript || isLive) || custom.has(target) || !isBehind(node)) continue;
+          if (isScript) script = node;
+          if (!isLive) continue;
+          if (customElements.get(node.localName)?.prototype.connectedCallback) custom.add(node);
+          const copy = copyOf.get(node) ?? copies.importNode(node, node.localName === "template");
+          const next = copyOf.get(nextSibling);
+          pair(copy, node);
+          parent?.insertBefore(copy, next?.parentNode === parent ? next : null);
+        }
+      }
+      lastScript = script;
+    }
+
+    function copyWhole(element) {
+      if (copyOf.has(element)) return;
+      const copy = pair(copies.importNode(element, true), element);
+      // If a script has added the attributes, it is not the server that removes them.
+      for (const name of attributeFilter) copy.removeAttribute(name);
+    }
+
+    // `version`: the newest event that elements contain which are found now, if it is known.
+    function find(version) {
+      const former = new Map(elements);
+      const wanted = new Set();
+      elements.clear();
+      for (const element of page.querySelectorAll("[data-live]")) {
+        copyWhole(element);
+        const pairs = element.getAttribute("data-live").split(",");
+        const keys = pairs.map(each => each.trim().split(/\s+/).join(" "));
+        const wrong = keys.find(each => !/^\S+ \S+$/.test(each));
+        if (wrong !== undefined)
+          complain(`data-live must be like "content.* posts, content.* pages", not "${wrong}"`);
+        else if (page.getElementById(element.getAttribute("id")) === element)
+          elements.set(element, keys);
+        else complain(`the element with data-live="${keys}" needs an id that no other has`);
+        for (const key of elements.get(element) ?? []) {
+          wanted.add(key);
+          if (version || (former.has(element) && stops.has(key))) continue;
+          // It may be out of date already.
+          due.add(key);
+          schedule();
+        }
+      }
+      for (const [key, stop] of stops) if (!wanted.has(key) && stops.delete(key)) stop();
+      for (const key of wanted) if (!stops.has(key)) stops.set(key, subscribe(key, version));
+    }
+
+    function subscribe(key, version) {
+      if (!connection) (connection = shared ??= createConnection()).add(client);
+      const [type, contentType] = key.split(" ");
+      const takeIt = () => take({ type, contentType });
+      return connection.subscribe(client, type, contentType, takeIt, version);
+    }
+
+    function onstatus(status) {
+      page.documentElement.dataset.swiftcms = status;
+      isOnline = status === "online";
+      if (!isOnline) return;
+      if (userId !== undefined && userId !== connection.userId) due = new Set(stops.keys());
+      userId = connection.userId;
+      schedule();
+    }
+
+    function schedule() {
+      if (!isOnline || !isParsed || page.hidden || request || timer) return;
+      const found = elementsOf(due);
+      if (!found.length) return;
+      const within = Math.min(...found.map(each => each.getAttribute("data-live-within") ?? 0.5));
+      const longest = Math.max(1_000 * within, lastDuration, 1_000 * connection.spread);
+      const wait = Math.max(Math.random() * longest, notBefore - performance.now());
+      timer = setTimeout(refresh, Math.min(wait, 2 ** 31 - 1));
+    }
+
+    function refresh() {
+      timer = undefined;
+      if (!isOnline || page.hidden) return;
+      const keys = due;
+      due = new Set();
+      const address = addressNow();
+      const startedAt = performance.now();
+      request = new XMLHttpRequest();
+      request.open("GET", address);
+      request.responseType = "document";
+      request.timeout = 20_000;
+      request.setRequestHeader("X-SwiftCMS-Live", "1");
+      // Otherwise browsers may answer from their cache.
+      request.setRequestHeader("Cache-Control", "no-cache");
+      request.onloadend = ({ target }) => {
+        request = undefined;
+        lastDuration = performance.now() - startedAt;
+        // A script may have changed the address.
+        const isLeft = addressNow() !== address;
+        const problem = isLeft || (problemOf(target, address) ?? apply(target, keys));
+        const isDue = due.size || isLeft;
+        if (problem) due = new Set([...due, ...keys]);
+        if (problem && !isLeft) complain(`the page is not refreshed, because ${problem}`, "warn");
+        if (isDue) schedule();
+      };
+      request.send();
+    }
+
+    // Returns why the answer is not the page, if it is not.
+    function problemOf(answer, address) {
+      const { status, responseURL } = answer;
+      if (!status) return "there was no answer within 20 seconds";
+      const wait = answer.getResponseHeader("Retry-After");
+      if (wait && (status === 429 || status === 503))
+        notBefore = performance.now() + (1_000 * wait || Date.parse(wait) - Date.now() || 0);
+      const isElsewhere = responseURL !== address;
+      const hasEnded = isElsewhere || status === 401 || status === 403;
+      // The connection is still that of the user whose session has ended.
+      if (hasEnded && !isReopened) connection.reopen();
+      isReopened = hasEnded;
+      if (isElsewhere) return `it was redirected to ${responseURL}`;
+      if (status !== 200) return `it has status ${status}`;
+      const type = answer.getResponseHeader("Content-Type");
+      if (!/^text\/html/i.test(type) || !answer.response) return `it is not HTML, but ${type}`;
+      const mustReload = answer.getResponseHeader("X-SwiftCMS-Live") === "reload";
+      const isEdited = each =>
+        each.options || each.value !== each.defaultValue || each.checked !== each.defaultChecked;
+      if (mustReload && editedFields().some(isEdited))
+        return "it must be loaded again, but a field was changed";
+      if (mustReload === Boolean(history.state?.swiftcms)) return;
+      // Loading it again may not help, if the browser stores no cookies. After replaceState(), the
+      // answer to a form is loaded again without the form.
+      history.replaceState({ ...history.state, swiftcms: mustReload }, "");
+      if (mustReload) location.reload();
+    }
+
+    function editedFields() {
+      return [...page.querySelectorAll("input, select, textarea")].filter(each => edited.has(each));
+    }
+
+    function apply(answer, keys) {
+      const fresh = tidy(answer.response);
+      // An attribute of another option or radio button must not undo the visitor's choice.
+      const boxes = editedFields().flatMap(each => [...(each.options ?? [each])]);
+      const states = boxes.map(({ selected, checked }) => selected ?? checked);
+      let problem;
+      const changed = elementsOf(keys).filter(element => {
+        const after = fresh.getElementById(element.getAttribute("id"));
+        if (after?.nodeName === element.nodeName)
+          return morph(tidy(copyOf.get(element)), after, element);
+        problem = `it has no element #${element.getAttribute("id")}`;
+      });
+      boxes.forEach((each, index) => {
+        each["selected" in each ? "selected" : "checked"] = states[index];
+      });
+      const timing = answer.getResponseHeader("Server-Timing");
+      find(timing?.match(/(?:^|[\s,])swiftcms;desc="?(\d+-\d+)/)?.[1]);
+      for (const each of changed)
+        each.dispatchEvent(new CustomEvent("swiftcms:refresh", { bubbles: true }));
+      return problem;
+    }
+
+    function complain(message, level = "error") {
+      if (!complaints.has(message)) console[level](`SwiftCMS: ${message}`);
+      complaints.add(message);
+    }
+  }
+
+  // Not if the script was loaded twice.
+  if (page && !globalThis.SwiftCMS) {
+    const [navigation] = performance.getEntriesByType("navigation");
+    const timing = navigation?.serverTiming?.find(each => each.name === "swiftcms");
+    const ids = [page.currentScript?.dataset.since, timing?.description];
+    watchPage(ids.find(each => EVENT_ID.test(each)));
+  }
+
   globalThis.SwiftCMS = class SwiftCMS {
     onstatus = null;
     ongap = null;
@@ -7961,7 +8544,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       const [unknown] = Object.keys(others);
       if (unknown !== undefined)
         throw new TypeError(`SwiftCMS has no option ${unknown}, only url, token and since`);
-      if (since !== undefined && !/^\d{1,20}-\d{1,20}$/.test(since))
+      if (since !== undefined && !EVENT_ID.test(since))
         throw new TypeError(`since must be the id of an event, not ${JSON.stringify(since)}`);
       if (url !== undefined || token !== undefined) this.#connection = createConnection(url, token);
       else this.#connection = shared ??= createConnection();

@@ -45,29 +45,38 @@ import urllib.request
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timezone
 from decimal import Decimal
 from enum import Enum
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 from uuid import UUID
 
 import jwt
 import pytest
 import simple_websocket
 from flask import (
+    Blueprint,
     Flask,
     Response,
     current_app,
+    flash,
     g,
+    get_flashed_messages,
+    make_response,
     redirect,
     render_template_string,
     request,
+    send_file,
     session,
 )
 from flask.json.provider import DefaultJSONProvider
+from flask.sessions import SecureCookieSessionInterface, SessionInterface, SessionMixin
 from flask_sock import Sock
+from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.serving import make_server
 from wsproto import ConnectionType, WSConnection
 from wsproto.connection import ConnectionState
@@ -3974,6 +3983,9 @@ def test_readme_python_blocks(
     found: dict[str, Any] = {"__name__": "readme"}
     for indent, block in blocks:
         code = "\n".join(line.removeprefix(indent) for line in block.splitlines())
+        if "watch_sensor" in code:
+            # This thread would not end: another test runs it.
+            code = code.partition("\n")[0]
         code = code.replace("/srv/site/instance", str(tmp_path))
         # The factory's site has names of its own.
         names = dict(found) if "create_app" in code else found
@@ -3987,10 +3999,10 @@ def test_readme_python_blocks(
         found["test_creating_a_post_is_published"]()
         found["test_a_visitor_receives_the_post"]()
         client = found["app"].test_client()
-        stale = {"title": "x", "version": 1}
-        assert client.put("/posts/42", json=stale).status_code == 409
-        assert client.put("/posts/42", json={**stale, "version": 3}).json["version"] == 4
-        assert client.get("/posts").json["lastId"]
+        assert 'name="version" value="1"' in client.get("/posts/1/edit").text
+        assert client.post("/posts/1/edit", data={"title": "A", "version": "1"}).status_code == 302
+        late = client.post("/posts/1/edit", data={"title": "B", "version": "1"})
+        assert (late.status_code, 'value="B"' in late.text, "“A”" in late.text) == (409, True, True)
         found["tell"]("content.created", "posts", {})
         assert found["hub"].stats()["published"] == 4
         assert len(stored_ids(tmp_path / "live.sqlite3")) == 5
@@ -4794,15 +4806,22 @@ def readme_block(language: str, words: str) -> str:
     return str(found)
 
 
-def readme_site(tmp_path: Path) -> None:
-    """Write README's first application to app.py."""
-    (tmp_path / "app.py").write_text(re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)[0])
+def readme_site(tmp_path: Path, count: int = 1) -> None:
+    """Write the first of README's blocks of Python to app.py."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
+    (tmp_path / "app.py").write_text("".join(blocks[:count]))
+
+
+def post_form(port: int, path: str = "/", **fields: str) -> None:
+    """Send a form as a browser does."""
+    data = urlencode(fields).encode()
+    urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data, PATIENCE).close()
 
 
 def test_every_readme_block_is_run() -> None:
     """A block that is added to README without a test that runs it is noticed here."""
     blocks = re.findall(r"^ *```(\w+)\n(.*?)^ *```", README, re.S | re.M)
-    own_tests = ["bin/swiftcms-ws\n", "bin/pytest", "curl -X", "pip install gunicorn", "[Service]", "proxy_pass"]
+    own_tests = ["bin/swiftcms-ws\n", "bin/pytest", "flask run", "pip install gunicorn", "[Service]", "proxy_pass"]
     own_tests += ["curl -N", "edit.stop()", "Y.Doc", "swiftcms-ws listen", "[[tool.mypy.overrides]]"]
     others = [block for language, block in blocks if language not in ("python", "html")]
     assert [[words in block for words in own_tests].count(True) for block in others] == [1] * len(own_tests)
@@ -4847,31 +4866,73 @@ def test_readme_from_the_source_distribution_to_the_demo(tmp_path: Path) -> None
     assert files == {"swiftcms_ws.py", f"swiftcms_ws-{swiftcms_ws.__version__}.dist-info"}
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl on this machine")
-def test_readme_maintainer_listens_and_creates_a_post(tmp_path: Path) -> None:
-    """README's app.py under `flask run`, with its `listen` and its curl line: the post comes as a line of JSON."""
-    readme_site(tmp_path)
+def readme_flask_run(tmp_path: Path) -> Process:
+    """Run README's app.py by its command, in this environment instead of a new one."""
+    command = readme_block("sh", "flask run").strip().rpartition(" && .venv/bin/")[2]
     port = free_port()
-    run = (sys.executable, "-m", "flask", "run", "--port", str(port))
-    with Process(*run, cwd=tmp_path, port=port) as process:
+    return Process(
+        *("bash", "-c", f"exec {command} --port {port}"), cwd=tmp_path, port=port, PATH=PATH
+    )
+
+
+# Stands in for a sensor, which fails once.
+SENSOR = """
+from pathlib import Path
+
+def read_sensor():
+    Path(f"reader-{os.getpid()}").touch()
+    if not Path("failed").exists():
+        Path("failed").touch()
+        raise OSError("no sensor")
+    return 20
+
+def watch_sensor"""
+
+
+def test_readme_maintainer_listens_and_creates_a_post(tmp_path: Path) -> None:
+    """README's site under its command, with its `listen`: events come as lines of JSON.
+
+    The thread of its sensor goes on after an error, and runs once under the reloader.
+    """
+    readme_site(tmp_path, 3)
+    code = (tmp_path / "app.py").read_text()
+    for old, new in (("10)", "0.1)"), ("21.5", "read_sensor()"), ("\ndef watch_sensor", SENSOR)):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    (tmp_path / "app.py").write_text(code)
+    with readme_flask_run(tmp_path) as process:
         assert "swiftcms-ws listen localhost:5000" in README
-        listener = subprocess.Popen(
-            [sys.executable, str(HERE / "swiftcms_ws.py"), "listen", f"localhost:{port}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert listener.stdout is not None and listener.stderr is not None
-            assert "listening" in listener.stderr.readline()
-            curl = readme_block("sh", "curl -X").replace("5000", str(port))
-            subprocess.run(["bash", "-c", curl], check=True, capture_output=True, timeout=PATIENCE)
-            event = json.loads(listener.stdout.readline())
-            assert (event["type"], event["payload"]) == ("content.created", {"id": 7, "title": "Hi"})
-        finally:
-            listener.kill()
-            listener.communicate(timeout=PATIENCE)
-        assert "Traceback" not in process.output()
+        with listening(f"localhost:{process.port}") as (listener, _):
+            # It has subscribed when the first reading comes.
+            assert next_payload(listener) == next_payload(listener) == {"celsius": 20}
+            post_form(process.port, title="Hi")
+            until(lambda: next_payload(listener) == {"id": 2, "title": "Hi"}, "the post")
+        for pid in children(process.popen.pid):
+            os.kill(pid, signal.SIGKILL)
+        assert process.output().count("a reading was not published") == 1
+        assert process.output().count("Traceback") == 1
+    assert len(list(tmp_path.glob("reader-*"))) == 1
+
+
+def test_readme_flask_login(tmp_path: Path) -> None:
+    """README's hook for Flask-Login names the user of a client's cookie."""
+    flask_login = pytest.importorskip("flask_login")
+    (expression,) = re.findall("# With Flask-Login: return (.*?)\\. None", README)
+
+    def configure(app: Flask, hub: Hub) -> None:
+        manager = flask_login.LoginManager(app)
+        manager.user_loader(lambda user_id: Person())
+        app.post("/login")(lambda: str(flask_login.login_user(Person())))
+        hub.identify(lambda: eval(expression, {"current_user": flask_login.current_user}))
+
+    class Person(flask_login.UserMixin):  # type: ignore[misc, name-defined]
+        id = 7
+
+    with Server(configure) as server:
+        _, headers, _ = http(f"http://127.0.0.1:{server.port}/login", "POST")
+        for cookie, user_id in ((headers["Set-Cookie"], "7"), ("", None)):
+            with server.client(headers={"Cookie": cookie}) as client:
+                assert client.hello["payload"]["userId"] == user_id
 
 
 @pytest.mark.parametrize("block", ["sh", "ini"])
@@ -4895,7 +4956,7 @@ def test_readme_gunicorn_commands(tmp_path: Path, block: str) -> None:
     environ |= {"PATH": PATH, "SECRET_KEY": KEY}
     with Process("bash", "-c", f"exec {line}", cwd=tmp_path, port=port, **environ) as process, process.client() as client:
         client.subscribe()
-        assert http(f"http://127.0.0.1:{port}/posts", "POST", {"title": "Hi"})[0] == 200
+        post_form(port, title="Hi")
         assert client.receive()["payload"]["title"] == "Hi"
         assert "WARNING" not in process.output()
 
@@ -9249,7 +9310,9 @@ def test_client_js_readme_gap_recipe_cannot_loop(browser: Browser) -> None:
         for number in range(10):
             server.publish(number)
         with server.app.app_context():
-            page_html = html(render_template_string(example, posts=[], last_id=old))
+            page_html = html(render_template_string(
+                example, posts=[], swiftcms_last_id=lambda: old
+            ))
         page_html = page_html.replace("</html>", "<input id='typed'></html>")
         page = browser.page(f"http://localhost:{server.port}/page")
         page.js("document.querySelector('#typed').value = 'half a sentence'")
@@ -10645,7 +10708,8 @@ def descriptors():
 
 before = descriptors()
 
-from app import app, hub
+from app import app
+from swiftcms_ws import hub
 
 {recipe}
 
@@ -11710,8 +11774,1429 @@ def test_file_deploy_with_client_js(browser: Browser, path: Path, tmp_path: Path
 
 # -- Live pages: the server ------------------------------------------------------------------------
 
+LIVE = {"X-SwiftCMS-Live": "1"}
+
+
+@pytest.fixture
+def bare_site() -> Iterator[tuple[Flask, Hub]]:
+    """A site without a server, whose functions the test adds."""
+    app, hub = Flask("site"), Hub()
+    app.secret_key, app.testing = KEY, True
+    hub.init_app(app)
+    yield app, hub
+    hub.close()
+
+
+def newest_of(response: Any) -> str | None:
+    """Return the id in a response's Server-Timing, or None."""
+    found = re.fullmatch(r'swiftcms;desc="(\d+-\d+)"', response.headers.get("Server-Timing", ""))
+    return found and found[1]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("path", "has_id"),
+    [
+        ("/page", True),
+        ("/page/as/xhtml", True),
+        ("/streamed", True),
+        ("/sent", True),
+        ("/not-modified", True),
+        ("/nothing", True),
+        ("/broken", True),
+        ("/redirect", True),
+        ("/inner/page", True),
+        ("/json", False),
+        ("/ws/client.js", False),
+    ],
+)
+def test_server_timing_of_responses(
+    bare_site: tuple[Flask, Hub], tmp_path: Path, path: str, has_id: bool
+) -> None:
+    """HTML pages have the newest id, whoever answers. A 304 has it, because browsers use it."""
+    app, hub = bare_site
+    app.testing = False
+    (tmp_path / "sent.html").write_text("<p>sent")
+    app.add_url_rule("/page", view_func=lambda: "<p>page")
+    app.add_url_rule("/page/as/xhtml", "x", lambda: Response("", mimetype="application/xhtml+xml"))
+    app.add_url_rule("/streamed", "s", lambda: Response(iter(["<p>", "streamed"])))
+    app.add_url_rule("/sent", "f", lambda: send_file(tmp_path / "sent.html"))
+    app.add_url_rule("/not-modified", "n", lambda: Response(status=304))
+    app.add_url_rule("/broken", "b", lambda: 1 / 0)
+    app.add_url_rule("/redirect", "r", lambda: redirect("/page"))
+    app.add_url_rule("/json", "j", lambda: {"a": 1})
+    inner = Blueprint("inner", __name__, url_prefix="/inner")
+    inner.add_url_rule("/page", "page", lambda: "<p>inner")
+    app.register_blueprint(inner)
+    app.register_error_handler(ZeroDivisionError, lambda error: ("<p>broken", 500))
+    # A proxy's middleware, which comes later, and a header of the site's own.
+    app.wsgi_app = ProxyFix(app.wsgi_app)  # type: ignore[method-assign]
+    client = app.test_client()
+    for method in (client.get, client.head):
+        response = method(path)
+        response.close()
+        assert newest_of(response) == (hub_last_id(app, hub) if has_id else None)
+
+
+def hub_last_id(app: Flask, hub: Hub) -> str:
+    with app.app_context():
+        return hub.last_id()
+
+
+@pytest.mark.core
+def test_newest_id_is_taken_before_the_site_reads_data(bare_site: tuple[Flask, Hub]) -> None:
+    """An event is after the id if anything of the site, of any kind, ran before it."""
+    app, hub = bare_site
+    ids = []
+
+    def publish(*args: Any) -> None:
+        ids.append(hub.publish("content.created", "posts", {}))
+
+    class Sessions(SecureCookieSessionInterface):
+        def open_session(self, *args: Any) -> Any:
+            publish()
+            return super().open_session(*args)
+
+    app.session_interface = Sessions()
+    app.url_value_preprocessor(publish)
+    app.before_request_funcs.setdefault(None, []).insert(0, publish)
+    app.get("/")(lambda: publish() or render_template_string("{{ swiftcms_last_id() }}"))
+    first = hub.publish("content.created", "posts", {})
+    response = app.test_client().get("/")
+    assert len(ids) == 4
+    assert newest_of(response) == response.text == first
+    response.headers.set("Server-Timing", "")
+    assert newest_of(app.test_client().get("/")) == ids[3]
+
+
+@pytest.mark.core
+def test_pages_start_no_thread_and_survive_a_wrong_setting(bare_site: tuple[Flask, Hub]) -> None:
+    app, _ = bare_site
+    app.get("/")(lambda: render_template_string("[{{ swiftcms_last_id() }}]"))
+    threads = threading.enumerate()
+    assert newest_of(app.test_client().get("/")) is not None
+    assert threading.enumerate() == threads
+    with app.app_context():
+        # A mail, say, is no page.
+        assert render_template_string("[{{ swiftcms_last_id() }}]") == "[]"
+    wrong = Flask("wrong")
+    Hub().init_app(wrong)
+    wrong.config["SWIFTCMS_WS_HEARTBEAT"] = "often"
+    wrong.get("/")(lambda: render_template_string("[{{ swiftcms_last_id() }}]"))
+    response = wrong.test_client().get("/")
+    assert (newest_of(response), response.text) == (None, "[]")
+
+
+class MemorySessions(SessionInterface):
+    """Sessions that stay in memory: open_session() returns the object that is stored."""
+
+    class Stored(dict[str, Any], SessionMixin):
+        pass
+
+    def __init__(self) -> None:
+        self.stored = self.Stored()
+
+    def open_session(self, app: Flask, request: Any) -> Any:
+        return self.stored
+
+    def save_session(self, app: Flask, session: Any, response: Response) -> None:
+        response.set_cookie("seen", "yes")
+
+
+def use_sessions(app: Flask, kind: str, directory: Path) -> None:
+    """Choose how the site stores its sessions."""
+    if kind == "permanent":
+        app.before_request(lambda: setattr(session, "permanent", True))
+    elif kind == "memory":
+        app.session_interface = MemorySessions()
+    elif kind == "cachelib":
+        flask_session = pytest.importorskip("flask_session")
+        cachelib = pytest.importorskip("cachelib")
+        app.config["SESSION_TYPE"] = "cachelib"
+        app.config["SESSION_CACHELIB"] = cachelib.FileSystemCache(str(directory))
+        flask_session.Session(app)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", ["cookie", "permanent", "cachelib", "memory"])
+def test_refresh_leaves_the_session_as_it_was(
+    bare_site: tuple[Flask, Hub], tmp_path: Path, kind: str
+) -> None:
+    """A refresh reads the session, uses up nothing, sets no cookie, and cannot undo a logout.
+
+    Flask-Session stores every session at the end of its request, changed or not.
+    """
+    app, _ = bare_site
+    use_sessions(app, kind, tmp_path)
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    @app.post("/login")
+    def login() -> str:
+        session.update(user="ana", cart={"books": 0}, visits=0)
+        flash("Welcome")
+        return "welcome"
+
+    @app.post("/logout")
+    def logout() -> str:
+        del session["user"]
+        flash("Goodbye")
+        return "goodbye"
+
+    @app.get("/")
+    def page() -> str:
+        # A careless view: it changes the session, and what is in it.
+        session["visits"] = session.get("visits", 0) + 1
+        session["cart"]["books"] += 1
+        session.modified = True
+        response = make_response(f"{session.get('user')} {get_flashed_messages()}")
+        response.set_cookie("last_page", "/")
+        return response
+
+    @app.get("/slow")
+    def slow() -> str:
+        has_begun.set()
+        assert may_end.wait(PATIENCE)
+        return page()
+
+    @app.get("/token")
+    def token() -> str:
+        session["csrf_token"] = "a token"
+        return "form"
+
+    @app.get("/session")
+    def show() -> dict[str, Any]:
+        return dict(session)
+
+    client = app.test_client()
+    client.post("/login")
+    before = client.get("/session").json
+    for _ in range(2):
+        refresh = client.get("/", headers=LIVE)
+        assert refresh.text == "ana ['Welcome']"
+        assert refresh.headers.getlist("Set-Cookie") == []
+        assert refresh.headers["Vary"] == "Cookie"
+        assert "X-SwiftCMS-Live" not in refresh.headers
+    assert client.get("/token", headers=LIVE).headers["X-SwiftCMS-Live"] == "reload"
+    assert client.get("/session").json == before
+    # Only a GET counts, and only the value 1.
+    for headers in ({}, {"X-SwiftCMS-Live": "0"}):
+        assert client.get("/token", headers=headers).headers.getlist("Set-Cookie") != []
+    assert client.post("/login", headers=LIVE).headers.getlist("Set-Cookie") != []
+    assert client.get("/").text.startswith("ana ['Welcome'")
+    # A refresh has begun when the visitor signs out.
+    cookie = client.get_cookie("session")
+    sent = {**LIVE, "Cookie": f"session={cookie.value}"} if cookie else LIVE
+    with ThreadPoolExecutor(1) as pool:
+        other = app.test_client(use_cookies=False)
+        late = pool.submit(other.get, "/slow", headers=sent)
+        assert has_begun.wait(PATIENCE)
+        client.post("/logout")
+        may_end.set()
+        assert late.result(PATIENCE).headers.getlist("Set-Cookie") == []
+    if kind != "memory":
+        assert client.get("/").text == "None ['Goodbye']"
+
+
+@needs_redis
+def test_newest_id_of_a_shared_log(redis: Redis) -> None:
+    """The log is asked until the follower runs. If it does not answer, pages are served soon."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.get("/")(lambda: render_template_string("[{{ swiftcms_last_id() }}]"))
+
+    with Server(configure, REDIS_URL=redis.url) as server:
+        browser = server.app.test_client()
+        assert newest_of(browser.get("/")) is None
+        with Hub(redis_url=redis.url) as script:
+            event_id = script.publish("content.created", "posts", {})
+        assert newest_of(browser.get("/")) == event_id
+        redis.popen.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        response = browser.get("/")
+        assert time.monotonic() - began < 0.1 * SLOWNESS + 0.1
+        assert (newest_of(response), response.text) == (None, "[]")
+        redis.popen.send_signal(signal.SIGCONT)
+        assert not engine_of(server).is_started
+        with server.client():
+            follower = engine_of(server).follower
+            assert follower is not None
+            until(lambda: follower.newest_id, "the follower's place")
+            redis.popen.send_signal(signal.SIGSTOP)
+            assert newest_of(browser.get("/")) == event_id
+            redis.popen.send_signal(signal.SIGCONT)
+            # The follower has not read the site's own event yet.
+            own = server.publish()
+            follower.newest_id = swiftcms_ws.parse_event_id(event_id)
+            assert newest_of(browser.get("/")) == own
+
+
+@pytest.mark.core
+def test_several_hubs_and_apps(bare_site: tuple[Flask, Hub]) -> None:
+    """The id is that of the app's first hub. An app without a hub, or a secret key, is as before."""
+    app, hub = bare_site
+    second = Hub()
+    second.init_app(app, name="second", url_prefix="/second")
+    other = Flask("other")
+    hub.init_app(other)
+    bare = Flask("bare")
+    bare.secret_key = KEY
+
+    def page() -> str:
+        session["seen"] = "yes"
+        return f"{swiftcms_ws.is_live_refresh()}"
+
+    for each in (app, bare):
+        each.get("/")(page)
+    other.get("/")(lambda: f"{swiftcms_ws.is_live_refresh()} {session.get('seen')}")
+    try:
+        assert app.test_client().get("/", headers=LIVE).headers["X-SwiftCMS-Live"] == "reload"
+        with app.app_context():
+            first_id = hub.publish("content.created", "posts", {})
+            second.publish("content.created", "posts", {})
+        with other.app_context():
+            other_id = hub.publish("content.created", "posts", {})
+        answers = [each.test_client().get("/", headers=LIVE) for each in (app, other, bare)]
+        assert [answer.text for answer in answers] == ["True", "True None", "False"]
+        assert [newest_of(answer) for answer in answers] == [first_id, other_id, None]
+        # The session interface is one object of all Flask apps.
+        assert answers[2].headers.getlist("Set-Cookie") != []
+        assert not swiftcms_ws.is_live_refresh()
+    finally:
+        second.close()
+
+
+@pytest.mark.core
+def test_spread_grows_with_the_time_of_a_refresh_and_the_connections() -> None:
+    """`spread` is twice the average time of a refresh, of a streamed page too, by connections."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        pause = threading.Event()
+
+        @app.get("/page")
+        def page() -> str:
+            pause.wait(0.03)
+            return "<p>page"
+
+        @app.get("/streamed")
+        def streamed() -> Response:
+            return Response(iter(lambda: "<p>" if pause.wait(0.01) or next(parts) else "", ""))
+
+        parts = itertools.cycle([1, 1, 0])
+
+    with Server(configure, HEARTBEAT=0.2) as server, server.client() as one:
+        assert one.receive(heartbeats=True)["payload"]["spread"] == 0
+        # Before the first refresh, a page that a visitor opens stands in for it.
+        assert server.get("/page")[0] == 200
+        assert engine_of(server).refresh_seconds > 0.1 * 0.03
+        for path in ("/page", "/streamed"):
+            engine_of(server).refresh_seconds = 0.0
+            for _ in range(3):
+                assert server.get(path, **LIVE)[0] == 200
+            # The average of ten, seven of which took no time.
+            average = engine_of(server).refresh_seconds
+            assert server.get("/page")[0] == 200
+            assert engine_of(server).refresh_seconds == average
+            assert 0.1 * 0.03 < average < 0.3 * 0.03 * SLOWNESS
+        with server.client() as two:
+            spread = two.hello["payload"]["spread"]
+            assert spread == pytest.approx(2 * average * 2, abs=0.001)
+            assert one.ask("heartbeat")["payload"]["spread"] == spread
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("is_permanent", [False, True])
+def test_refresh_with_flask_login(bare_site: tuple[Flask, Hub], is_permanent: bool) -> None:
+    """A refresh does not extend a login, and if only the remember cookie is left, the page reloads.
+
+    Otherwise the page would be that of a user whose session was never stored.
+    """
+    flask_login = pytest.importorskip("flask_login")
+    app, _ = bare_site
+    app.config["REMEMBER_COOKIE_REFRESH_EACH_REQUEST"] = True
+    manager = flask_login.LoginManager(app)
+
+    class Person(flask_login.UserMixin):  # type: ignore[misc, name-defined]
+        id = "ana"
+
+    manager.user_loader(lambda user_id: Person())
+
+    @app.post("/login")
+    def login() -> str:
+        session.permanent = is_permanent
+        flask_login.login_user(Person(), remember=True)
+        return "welcome"
+
+    app.get("/")(lambda: f"{flask_login.current_user.is_authenticated}")
+    client = app.test_client()
+    client.post("/login")
+    refresh = client.get("/", headers=LIVE)
+    assert (refresh.text, refresh.headers.getlist("Set-Cookie")) == ("True", [])
+    assert "X-SwiftCMS-Live" not in refresh.headers
+    client.delete_cookie("session")
+    refresh = client.get("/", headers=LIVE)
+    assert (refresh.text, refresh.headers.getlist("Set-Cookie")) == ("True", [])
+    assert refresh.headers["X-SwiftCMS-Live"] == "reload"
+    assert client.get("/").headers.getlist("Set-Cookie") != []
+    assert "X-SwiftCMS-Live" not in client.get("/", headers=LIVE).headers
+
+
+@pytest.mark.core
+def test_refresh_with_a_csrf_token(bare_site: tuple[Flask, Hub]) -> None:
+    """Flask-WTF puts a token into the session for the first form. A refresh asks for a reload."""
+    flask_wtf = pytest.importorskip("flask_wtf")
+    app, _ = bare_site
+    flask_wtf.CSRFProtect(app)
+    app.get("/")(lambda: render_template_string("{{ csrf_token() }}"))
+    app.add_url_rule("/", "save", lambda: "saved", methods=["POST"])
+    client = app.test_client()
+    lost = client.get("/", headers=LIVE)
+    assert lost.headers["X-SwiftCMS-Live"] == "reload"
+    assert client.post("/", data={"csrf_token": lost.text}).status_code == 400
+    client.get("/")
+    refresh = client.get("/", headers=LIVE)
+    assert "X-SwiftCMS-Live" not in refresh.headers
+    assert client.post("/", data={"csrf_token": refresh.text}).text == "saved"
+
+
+# A page that writes in its GET: visits, which it publishes, and refreshes, which it counts.
+BUSY_SITE = """
+import contextlib, pathlib, sqlite3, time
+from flask import Flask, flash, get_flashed_messages, redirect, render_template_string, request, session
+from swiftcms_ws import blueprint, is_live_refresh, publish
+
+app = Flask(__name__)
+app.config.update(SECRET_KEY="a key of the site", SWIFTCMS_WS_DATABASE="live.sqlite3")
+app.register_blueprint(blueprint)
+
+def run(statement, *values):
+    with contextlib.closing(sqlite3.connect("site.db", timeout=20)) as db, db:
+        return db.execute(statement, values).fetchall()
+
+@app.get("/")
+def page():
+    run("INSERT INTO visits VALUES (?)", is_live_refresh())
+    if not is_live_refresh():
+        publish("visit", "visits", {})
+    return render_template_string(
+        "{{ session.user }} {{ get_flashed_messages() }} {{ titles }}",
+        titles=run("SELECT title FROM posts"),
+    )
+
+@app.get("/slow")
+def slow():
+    pathlib.Path("begun").touch()
+    while not pathlib.Path("go").exists():
+        time.sleep(0.01)
+    return page()
+
+@app.post("/")
+def create():
+    run("INSERT INTO posts VALUES (?)", request.form["title"])
+    publish("content.created", "posts", {})
+    flash("Saved")
+    return redirect("/")
+
+@app.post("/login")
+def login():
+    session["user"] = "ana"
+    return "welcome"
+
+@app.post("/logout")
+def logout():
+    session.pop("user")
+    return "goodbye"
+"""
+
+
+class SimulatedPage:
+    """What client.js does for a page with `data-live`, without a browser.
+
+    It subscribes with the id of its page. An event that arrives makes it due to refresh, within
+    half a second, the time of its last fetch, or the server's `spread`.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._fetch_time = 0.0
+        response, _ = self._fetch()
+        self._newest = re.findall(r'"(.+)"', response.getheader("Server-Timing") or "")[0]
+
+    def connect(self) -> None:
+        self.client = Client(self._port)
+        pairs = [{"type": "content.*", "contentType": "posts"}, {"type": "visit"}]
+        answer = self.client.ask("subscribe", subscriptions=pairs, since=self._newest)
+        assert answer["payload"]["recovered"]
+
+    def _fetch(self, **headers: str) -> tuple[Any, str]:
+        began = time.monotonic()
+        with contextlib.closing(HTTPConnection("127.0.0.1", self._port, timeout=60)) as connection:
+            connection.request("GET", "/", headers=headers)
+            response = connection.getresponse()
+            body = response.read().decode()
+        self._fetch_time = time.monotonic() - began
+        assert response.status == 200
+        return response, body
+
+    def due(self) -> float:
+        """Wait for an event of posts; return when to refresh, in seconds from now."""
+        while self.client.receive()["type"] != "content.created":
+            pass
+        spread = self.client.hello["payload"]["spread"]
+        return random.uniform(0, max(0.5, self._fetch_time, spread))
+
+    def refresh(self) -> str:
+        return self._fetch(**LIVE)[1]
+
+
+def test_two_hundred_live_pages_on_four_sync_workers(tmp_path: Path) -> None:
+    """One event, and every page shows it after one refresh, though the page writes in its GET.
+
+    Meanwhile a visitor has an unread flash message, and another signs out during a refresh.
+    """
+    (tmp_path / "busy_site.py").write_text(BUSY_SITE)
+    with contextlib.closing(sqlite3.connect(tmp_path / "site.db")) as db:
+        db.executescript(
+            "PRAGMA journal_mode = WAL; CREATE TABLE posts (title); CREATE TABLE visits (is_live)"
+        )
+    port = free_port()
+    bind = ("--bind", f"127.0.0.1:{port}", "--workers", "4", "busy_site:app")
+    command = (sys.executable, "-m", "gunicorn", *bind)
+    url, form = f"http://127.0.0.1:{port}", {"Content-Type": "application/x-www-form-urlencoded"}
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+        process = stack.enter_context(Process(*command, cwd=tmp_path, port=port))
+        stack.callback(
+            lambda: [os.kill(pid, signal.SIGKILL) for pid in children(process.popen.pid)]
+        )
+
+        def post(path: str, cookie: str, body: bytes = b"") -> str:
+            """Send a form without following the redirect; return the cookie."""
+            with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+                connection.request("POST", path, body, {**form, "Cookie": cookie})
+                sent = connection.getresponse().getheader("Set-Cookie") or ""
+            return sent.split(";")[0]
+
+        cookie = post("/login", "")
+        # The first page starts the follower, so that the log knows an id.
+        with process.client():
+            pages = list(pool.map(SimulatedPage, [port] * 200))
+        list(pool.map(SimulatedPage.connect, pages))
+        for page in pages:
+            stack.callback(page.client.sock.close)
+        late = pool.submit(http, f"{url}/slow", Cookie=cookie, **LIVE)
+        until((tmp_path / "begun").exists, "the start of the slow refresh")
+        flashed = post("/", cookie, b"title=News")
+        assert http(url, Cookie=flashed, **LIVE)[2].startswith(b"ana [&#39;Saved&#39;]")
+        due = sorted((page.due(), number) for number, page in enumerate(pages))
+
+        def refresh(seconds: float, number: int) -> str:
+            time.sleep(max(0.0, began + seconds - time.monotonic()))
+            return pages[number].refresh()
+
+        began = time.monotonic()
+        shown = list(pool.map(refresh, *zip(*due, strict=True)))
+        assert [body for body in shown if "News" not in body] == []
+        signed_out = post("/logout", flashed)
+        (tmp_path / "go").touch()
+        status, headers, body = late.result(PATIENCE)
+        assert (status, headers.get("Set-Cookie")) == (200, None)
+        assert b"News" in body
+        assert http(url, Cookie=signed_out)[2].startswith(b" [&#39;Saved&#39;]")
+        with contextlib.closing(sqlite3.connect(tmp_path / "site.db")) as db:
+            refreshes = db.execute("SELECT count(*) FROM visits WHERE is_live").fetchone()
+        assert refreshes == (202,)
+        assert TROUBLE.search(process.output()) is None
+
+
+@needs_chromium
+def test_readme_live_site_in_two_windows(browser: Browser) -> None:
+    """README's first page: what one window adds, the other shows, and typed text stays."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
+    code = "".join([*blocks[:2], readme_block("python", "EDIT_PAGE")])
+    assert code.count("data-live=") == 3
+    names: dict[str, Any] = {"__name__": "readme_live_site"}
+    exec(compile(code, "README.md", "exec"), names)
+    app, hub = names["app"], names["hub"]
+    app.add_url_rule("/favicon.ico", "icon", lambda: Response(status=204))
+    refreshes: list[str] = []
+
+    @app.before_request
+    def note() -> None:
+        if swiftcms_ws.is_live_refresh():
+            refreshes.append(request.path)
+
+    http_server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=http_server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    url = f"http://localhost:{http_server.server_port}/"
+    rows = "[...document.querySelectorAll('li')].map(each => each.id).join()"
+    try:
+        one, two = browser.page(url), browser.page(url)
+        until(lambda: hub.stats()["subscriptions"] == 2, "the subscriptions")
+        two.js("document.querySelector('input').value = 'half a sent'")
+        one.js("document.querySelector('input').value = '<b>New</b>'; document.forms[0].submit()")
+        two.wait(f"{rows} === 'post-1,post-2'")
+        assert two.js("document.querySelector('#post-2').innerText") == "<b>New</b>"
+        assert two.js("document.querySelector('input').value") == "half a sent"
+        # The page after the redirect was past its own event.
+        one.wait(f"{rows} === 'post-1,post-2'")
+        assert refreshes == ["/"]
+        for page in (one, two):
+            page.js("document.querySelector('#post-2 a').click()")
+            page.wait("location.pathname === '/posts/2' && !!document.querySelector('#comments')")
+        until(lambda: hub.stats()["subscriptions"] == 4, "the pages of the post")
+        # A page that is hidden is not refreshed.
+        one.call("Page.bringToFront")
+        two.js("document.querySelector('input').value = 'Nice'; document.forms[0].submit()")
+        one.wait(f"{rows} === 'comment-1'")
+        assert refreshes == ["/", "/posts/2"]
+        post_form(http_server.server_port, "/posts/2/edit", title="Better", version="1")
+        one.wait("document.querySelector('#title').innerText === 'Better'")
+        assert one.complaints() == two.complaints() == []
+        one.close()
+        two.close()
+    finally:
+        hub.close()
+        http_server.shutdown()
+        http_server.server_close()
+        thread.join(PATIENCE)
+
 
 # -- Live pages: client.js -------------------------------------------------------------------------
+
+# Counts the answers to refreshes. Its listener runs after that of client.js.
+COUNT = """
+  var answers = 0, refreshed = [];
+  const send = XMLHttpRequest.prototype.send;
+  XMLHttpRequest.prototype.send = function () {
+    this.addEventListener("loadend", () => answers++);
+    send.call(this);
+  };
+  addEventListener("swiftcms:refresh", ({target}) => refreshed.push(target.id));
+  const $ = id => document.getElementById(id);
+  const edit = field => field.dispatchEvent(new Event("input", {bubbles: true}));
+"""
+ONLINE = "document.documentElement?.dataset.swiftcms === 'online'"
+
+
+class LivePageSite:
+    """A site with one live page, whose body a test changes."""
+
+    def __init__(self, body: str = "", **config: Any) -> None:
+        self.body = body
+        self.head = f"<script>{COUNT}</script><script src='/ws/client.js'></script>"
+        self.headers: dict[str, str] = {}
+        self.status = 200
+        self.live_requests: list[tuple[str, Any]] = []
+        # Refreshes wait until it is set.
+        self.pause = threading.Event()
+        self.pause.set()
+        self.tick = threading.Event()
+        self.server = Server(self._configure, **config)
+
+    def _configure(self, app: Flask, hub: Hub) -> None:
+        app.add_url_rule("/", "live_page", self._page, methods=["GET", "POST"])
+
+    def _page(self) -> Any:
+        if request.headers.get("X-SwiftCMS-Live"):
+            self.live_requests.append((request.full_path.rstrip("?"), request.headers))
+            self.pause.wait(PATIENCE)
+        page = f"<!doctype html><html><head><title>x</title><link rel=icon href=data:,>{self.head}</head><body>{self.body}"
+        return Response(page, self.status, self.headers)
+
+    def __enter__(self) -> LivePageSite:
+        self.server.__enter__()
+        self.url = f"http://localhost:{self.server.port}/"
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.server.__exit__(*exc)
+
+    def open(self, browser: Any, body: str | None = None, script: str = "0") -> Any:
+        """Open the page, wait until it is online, and run a script as its visitor."""
+        self.body = self.body if body is None else body
+        page = browser.page(self.url)
+        page.wait(ONLINE)
+        page.js(script)
+        return page
+
+    def change(self, page: Any, body: str | None = None, **event: Any) -> None:
+        """Change the page on the server, and wait until the browser has fetched it."""
+        self.body = self.body if body is None else body
+        before = page.js("answers")
+        self.server.publish(**event)
+        page.wait(f"answers > {before}")
+
+
+# name, what the server sent, what happens on the page, what the server sends now, what is right
+# then. `e` is the element, which has the inner HTML in these columns.
+MORPHS = [
+    ("open", "<details><summary>a</summary>b</details><dialog>c</dialog>",
+     "e.querySelector('details').open = true; e.lastChild.show()",
+     "<details><summary>a</summary>B</details><dialog>C</dialog>",
+     "e.firstChild.open && e.lastChild.open && e.textContent === 'aBC'"),
+    ("open by the server", "<details><summary>a</summary></details>", "",
+     "<details open><summary>a</summary></details>", "e.firstChild.open"),
+    ("classes", "<p class='a b'>1</p>", "e.firstChild.classList.add('mine'); e.firstChild.classList.remove('a')",
+     "<p class='a c'>2</p>", "e.innerHTML === '<p class=\"mine c\">2</p>'"),
+    ("class removed", "<p class='a'>1</p>", "e.firstChild.classList.add('mine')", "<p>1</p>",
+     "e.firstChild.className === 'mine'"),
+    ("style of a script", "<p>1</p>", "e.firstChild.style.color = 'red'", "<p>2</p>",
+     "e.innerHTML === '<p style=\"color: red;\">2</p>'"),
+    ("attribute of a script", "<p title=a lang=en>1</p>",
+     "e.firstChild.title = 'mine'; e.firstChild.removeAttribute('lang')", "<p title=a lang=en>2</p>",
+     "e.firstChild.title === 'mine' && !e.firstChild.lang"),
+    ("attribute that both changed", "<p title=a>1</p>", "e.firstChild.title = 'mine'",
+     "<p title=b>1</p>", "e.firstChild.title === 'b'"),
+    ("date of a script", "<time>2026-11-27</time> <b>1</b>",
+     "e.firstChild.textContent = 'today'", "<time>2026-11-27</time> <b>2</b>",
+     "e.textContent === 'today 2'"),
+    ("date that the server changed", "<time>2026-11-27</time>", "e.firstChild.innerHTML = '<i>to</i>day'",
+     "<time>2026-11-28</time>", "e.innerHTML === '<time>2026-11-28</time>'"),
+    ("date of an inline script", "<time>2026</time><script>document.currentScript.previousSibling"
+     ".textContent = 'this year'</script> <b>1</b>", "", "<time>2026</time><script>document.currentScript"
+     ".previousSibling.textContent = 'this year'</script> <b>2</b>", "e.textContent.startsWith('this year')"),
+    ("nodes of a script", "<p id=n1>1</p><p id=n2>2</p>",
+     "e.firstChild.after('mine'); e.prepend('first'); e.append('last')",
+     "<p id=n0>0</p><p id=n1>1</p><p id=n2>2</p><p id=n3>3</p>", "e.textContent === 'first01mine23last'"),
+    ("added by a script and by the server", "<p id=w1>1</p>", "e.insertAdjacentHTML('beforeend', '<p id=w2>mine</p>')",
+     "<p id=w1>1</p><p id=w2>2</p><p id=w3>3</p>", "e.textContent === '123'"),
+    ("removed by a script", "<p id=r1>1</p><p id=r2>2</p>", "e.firstChild.remove()",
+     "<p id=r1>1</p><p id=r2>new</p>", "e.textContent === 'new'"),
+    ("removed by a script and changed", "<p id=r3>1</p><p id=r4>2</p>", "e.firstChild.remove()",
+     "<p id=r3>new</p><p id=r4>2</p>", "e.textContent === 'new2'"),
+    ("moved elsewhere by a script", "<p><b>1</b></p><i>2</i>", "document.body.append(e.b = e.firstChild)",
+     "<p><b>new</b></p><i>2</i>", "e.textContent === '2' && e.b.textContent === 'new' && (e.b.remove(), 1)"),
+    ("sorted by a script", "<p id=s1>1</p><p id=s2>2</p><p id=s3>3</p>", "e.append(e.firstChild)",
+     "<p id=s1>1</p><p id=s2>new</p><p id=s3>3</p>", "e.textContent === 'new31'"),
+    ("wrapped by a script", "<img alt=a><b>1</b>", "const a = document.createElement('a');"
+     " e.firstChild.replaceWith(a); a.append(document.createElement('img'))", "<img alt=a><b>2</b>",
+     "e.firstChild.nodeName === 'A' && e.textContent === '2'"),
+    ("contenteditable", "<div contenteditable>a</div><b>1</b>", "e.firstChild.innerHTML = 'typed <b>text</b>'",
+     "<div contenteditable>a</div><b>2</b>", "e.textContent === 'typed text2'"),
+    ("changed fields", "<input value=a><input type=checkbox checked><textarea>a</textarea>",
+     "const [a, b, c] = e.children; a.value = 'mine'; b.checked = false; c.value = 'mine'",
+     "<input value=b><input type=checkbox checked title=x><textarea>b</textarea>",
+     "(([a, b, c]) => a.value === 'mine' && !b.checked && b.title && c.value === 'mine')(e.children)"),
+    ("untouched fields", "<input value=a><input type=checkbox><textarea>a</textarea>"
+     "<select><option value=1 selected><option value=2></select>", "",
+     "<input value=b><input type=checkbox checked><textarea>b</textarea>"
+     "<select><option value=1><option value=2 selected></select>",
+     "(([a, b, c, d]) => a.value + b.checked + c.value + d.value)(e.children) === 'btrueb2'"),
+    ("hidden field", "<input type=hidden value=a>", "", "<input type=hidden value=b>", "e.firstChild.value === 'b'"),
+    ("changed select", "<select><option>1<option selected>2<option>3</select>", "e.firstChild.value = '1'; edit(e.firstChild)",
+     "<select><option>1<option>2<option selected>3<option>4</select>",
+     "e.firstChild.value === '1' && e.firstChild.length === 4"),
+    ("chosen option removed", "<select><option id=o1>1<option id=o2>2</select>", "e.firstChild.value = '2'; edit(e.firstChild)",
+     "<select><option id=o1>1<option id=o3>3</select>", "e.firstChild.value === '1'"),
+    ("select without a default", "<select><option>1<option>2</select>", "",
+     "<select><option>1<option selected>2</select>", "e.firstChild.value === '2'"),
+    ("multiple select", "<select multiple><option selected>1<option>2</select>",
+     "[...e.firstChild.options].forEach(o => { o.selected = !o.selected }); edit(e.firstChild)",
+     "<select multiple><option>1<option>2<option selected>3</select>",
+     "[...e.firstChild.selectedOptions].map(o => o.text).join() === '2,3'"),
+    ("radio", "<input type=radio name=r value=1 checked><input type=radio name=r value=2><input type=radio name=r value=3>",
+     "e.children[1].checked = true; edit(e.children[1])",
+     "<input type=radio name=r value=1><input type=radio name=r value=2><input type=radio name=r value=3 checked>",
+     "e.children[1].checked && !e.children[2].checked"),
+    ("fields named like methods", "<form><input name=id><input name=attributes><input name=remove>"
+     "<input name=contains value=1></form>", "e.form = e.firstChild",
+     "<form title=new><input name=id><input name=attributes><input name=remove value=2></form>",
+     "e.firstChild === e.form && e.form.getAttribute('title') === 'new' && e.querySelectorAll('input').length === 3"),
+    ("same objects", "<p id=o-1>1</p> <p id=o-2>2</p> <p>3</p>", "e.nodes = [...e.childNodes]",
+     "<p id=o-0>0</p> <p id=o-1>1</p> <p id=o-2>new</p> <p>3</p>",
+     "e.nodes.every(node => node.parentNode === e) && e.textContent === '0 1 new 3'"),
+    ("without ids", "<li>1</li><li>2</li>", "e.nodes = [...e.childNodes]", "<li>0</li><li>1</li><li>2</li>",
+     "e.children[1] === e.nodes[0] && e.children[2] === e.nodes[1]"),
+    ("form beside an element that comes", "<form><input></form><p>1</p>", "e.form = e.firstChild",
+     "<div id=flash>saved</div><form><input></form><p>2</p>", "e.children[1] === e.form && e.children.length === 3"),
+    ("duplicate ids", "<p id=d>1</p><p id=d>2</p>", "", "<p id=d>2</p><p id=d>3</p><p id=d>4</p>",
+     "e.innerHTML === '<p id=\"d\">2</p><p id=\"d\">3</p><p id=\"d\">4</p>'"),
+    ("other kind with the same id", "<p id=k>1</p>", "", "<div id=k>1</div>", "e.innerHTML === '<div id=\"k\">1</div>'"),
+    ("keep", "<p data-live-keep>1</p><p>2</p>", "", "<p data-live-keep class=a>x</p><p>3</p>",
+     "e.textContent === '13' && !e.firstChild.className"),
+    ("keep what the server removed", "<p id=k1>1</p><p id=k2>2</p>", "e.firstChild.dataset.liveKeep = ''",
+     "<p id=k2>3</p>", "e.textContent === '13'"),
+    ("keep what a script added", "<time>1</time>", "e.firstChild.innerHTML = '<b data-live-keep>x</b>'",
+     "<time>2</time>", "e.textContent.includes('x') && e.textContent.includes('2')"),
+    ("scripts", "<script>window.runs = (window.runs ?? 0) + 1</script><script type=application/json>1</script>",
+     "e.first = e.firstChild", "<script>window.runs = (window.runs ?? 0) + 1</script><script>window.evil = 1</script>"
+     "<script type=module>window.evil = 2</script><script type=application/json>2</script>",
+     "window.runs === 1 && !window.evil && e.firstChild === e.first && e.lastChild.text === '2'"),
+    ("script that changed", "<script>window.one = 1</script>", "", "<script>window.one = 2</script>",
+     "window.one === 1 && e.firstChild.text.endsWith('2')"),
+    ("noscript", "<noscript><b>on</b></noscript><b>1</b>", "e.first = e.firstChild",
+     "<noscript><i>off</i></noscript><b>2</b><noscript><style>body { display: none }</style></noscript>",
+     "e.firstChild === e.first && e.firstChild.textContent === '<b>on</b>' && !e.lastChild.childNodes.length"),
+    ("template", "<template><b>1</b><template>x</template></template><p>1</p>", "e.first = e.firstChild",
+     "<template><b>2</b><template>y</template></template><p>1</p>",
+     "e.firstChild.content.firstChild.textContent === '2' && !e.firstChild.childNodes.length"
+     " && e.firstChild.content.lastChild.content.textContent === 'y'"),
+    ("template that stays", "<template><b>1</b></template><p>1</p>", "e.first = e.firstChild",
+     "<template><b>1</b></template><p>2</p>", "e.firstChild === e.first && e.first.content.textContent === '1'"),
+    ("shadow root", "<div><template shadowrootmode=open>s</template>1</div>", "e.first = e.firstChild",
+     "<div><template shadowrootmode=open>s</template>2</div>", "e.first.innerHTML === '2' && e.first.shadowRoot.innerHTML === 's'"),
+    ("table", "<table><tr id=t1><td>1</table>", "e.row = e.querySelector('tr')",
+     "<table><tr id=t0><td>0<tr id=t1><td>1</table>", "e.querySelectorAll('tr')[1] === e.row && e.querySelector('tbody')"),
+    ("svg", "<svg><use xlink:href='#a'/></svg>", "e.use = e.querySelector('use')",
+     "<svg viewBox='0 0 1 1'><use xlink:href='#b'/><circle r=1></circle></svg>",
+     "e.use.href.baseVal === '#b' && e.querySelector('circle').r.baseVal.value === 1 && e.firstChild.viewBox.baseVal.width"),
+    ("odd attributes", "<p @click=a :x=b>1</p>", "", "<p @click=c :x=b>1</p><p @click=d>2</p>",
+     "e.firstChild.getAttribute('@click') === 'c' && e.lastChild.getAttribute('@click') === 'd'"),
+    ("custom element", "<x-list>server</x-list><p>1</p>", "", "<x-list>server</x-list><p>2</p><x-list>new</x-list>",
+     "e.firstChild.textContent === 'madeserver' && e.lastChild.textContent === 'newmade'"),
+    ("custom element that the server changed", "<x-list>server</x-list>", "e.first = e.firstChild", "<x-list>changed</x-list>",
+     "e.firstChild === e.first && e.textContent === 'madechanged'"),
+    ("comments", "<!--a-->1", "", "<!--b--><!--c-->2", "e.innerHTML === '<!--b--><!--c-->2'"),
+    ("iframe and video", "<iframe srcdoc=x></iframe><video></video><p>1</p>", "e.nodes = [...e.children]",
+     "<p>0</p><iframe srcdoc=x></iframe><video></video><p>2</p>",
+     "e.children[1] === e.nodes[0] && e.children[2] === e.nodes[1]"),
+    ("emptied and filled", "1<b>2</b>", "", "", "!e.childNodes.length"),
+    ("filled", "", "", "1<b>2</b>", "e.innerHTML === '1<b>2</b>'"),
+    ("order", "".join(f"<p id=x{n}>{n}</p> " for n in range(9)), "e.nodes = new Set(e.children)",
+     "".join(f"<p id=x{n}>{n}</p> " for n in (8, 2, 7, 1, 0, 3, 6, 4)),
+     "e.textContent === '8 2 7 1 0 3 6 4 ' && [...e.children].every(each => e.nodes.has(each))"),
+]  # fmt: skip
+CUSTOM = """<script>customElements.define("x-list", class extends HTMLElement {
+  connectedCallback() { this.append(document.createElement("b")); this.lastChild.append("made"); }
+})</script>"""
+
+
+@pytest.fixture(scope="module", params=["chromium", "firefox"])
+def morphed(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """One page with an element for each row of MORPHS, after one refresh."""
+    name = {"chromium": "browser", "firefox": "firefox"}[request.param]
+    if {"chromium": CHROMIUM, "firefox": FIREFOX}[request.param] is None:
+        pytest.skip(f"there is no {request.param} on this machine")
+
+    def body(column: int) -> str:
+        attributes = "data-live='* posts' data-live-within=0"
+        return "\n".join(
+            f"<div id=case-{number} {attributes}>{row[column]}</div>" for number, row in enumerate(MORPHS)
+        )
+
+    with LivePageSite(body(1)) as site:
+        site.head += CUSTOM
+        scripts = (f"try {{ (e => {{ {row[2]} }})($('case-{n}')) }} catch (error) {{ console.error('{row[0]}', error) }}" for n, row in enumerate(MORPHS))
+        page = site.open(request.getfixturevalue(name), script=";".join([*scripts, "0"]))
+        site.change(page, body(3))
+        results = {}
+        for number, row in enumerate(MORPHS):
+            e = f"$('case-{number}')"
+            value = page.js(f"(() => {{ try {{ const e = {e}; return !!({row[4]}) }} catch (error) {{ return String(error) }} }})()")
+            results[row[0]] = value is True or f"{value}: {page.js(e + '.innerHTML')}"
+        results["complaints"] = page.complaints()
+        page.close()
+    return results
+
+
+@pytest.mark.parametrize("name", [*(row[0] for row in MORPHS), "complaints"])
+def test_live_morph(morphed: dict[str, Any], name: str) -> None:
+    """What the server changed is changed, and nothing else."""
+    assert morphed[name] == ([] if name == "complaints" else True)
+
+
+UL = "<ul id=posts data-live='content.* posts' data-live-within=0>{}</ul>"
+
+
+@pytest.fixture
+def live() -> Iterator[LivePageSite]:
+    with LivePageSite(UL.format("<li id=p1>1</li>"), HISTORY=5) as site:
+        yield site
+
+
+def random_tree(rng: random.Random, depth: int = 0) -> str:
+    """Random HTML in which ids are missing, recur, and move."""
+    parts = []
+    for _ in range(rng.randrange(7 - depth)):
+        id_ = rng.choice(["", "", f" id=i{rng.randrange(40)}"])
+        inner = random_tree(rng, depth + 1) if depth < 4 else ""
+        text = rng.choice(["", "a", "b &amp; c", "\n  ", "long text"])
+        parts += rng.choice(
+            [
+                [text],
+                [f"<!--{text}-->"],
+                [f"<input{id_} name=n{rng.randrange(3)} value='{text}'{rng.choice(['', ' checked type=checkbox'])}>"],
+                [f"<textarea{id_}>{text}</textarea>"],
+                [f"<select{id_}><option>1<option{rng.choice(['', ' selected'])}>{text}</select>"],
+                [f"<template{id_}><i>{text}</i></template>"],
+                [f"<noscript>{text}<b>{text}</b></noscript>"],
+                [f"<svg{id_}><g id=g{rng.randrange(3)}><path d='M{rng.randrange(3)} 1'/></g></svg>"],
+                [f"<script{id_}>window.runs = {rng.randrange(3)}</script>"],
+                [f"<table{id_}><tr><td>{inner}<td>{text}</table>"],
+                *[[f"<{tag}{id_} class='{text}' title={rng.randrange(3)}>{inner}</{tag}>"] for tag in ("div", "ul", "li", "x-list", "details")],
+                *[[f"<div{id_}>{inner}</div>\n"]] * 3,
+            ]
+        )  # fmt: skip
+    return "".join(parts)
+
+
+# Fetches the page as a visitor would, and compares the live element with it.
+COMPARE = """
+  function comparable(node) {
+    const copy = document.implementation.createHTMLDocument().importNode(node, true);
+    for (const each of copy.querySelectorAll("noscript")) each.replaceChildren();
+    for (const each of copy.querySelectorAll("template")) each.append(each.innerHTML);
+    return copy;
+  }
+  const isServers = id => new Promise(resolve => {
+    const request = new XMLHttpRequest();
+    request.open("GET", location.href);
+    request.responseType = "document";
+    request.onload = () => {
+      const [fresh, own] = [request.response, document].map(each => comparable(each.getElementById(id)));
+      resolve(own.isEqualNode(fresh) || `${own.outerHTML}\\n--\\n${fresh.outerHTML}`);
+    };
+    send.call(request);
+  });
+"""
+
+
+def test_live_random_pages(either: Any, live: LivePageSite) -> None:
+    """If only the server changes the page, it is equal to the server's, with and without moveBefore()."""
+    rng = random.Random(26)
+    pages = [random_tree(rng) for _ in range(12)]
+    live.head += f"<script>{COMPARE}</script>"
+    page = live.open(either, UL.format(pages[0]))
+    assert page.js("isServers('posts')") is True
+    for round_ in range(60):
+        if round_ == 30:
+            page.js("delete Element.prototype.moveBefore")
+        # Every second page is a former one with its parts in another order.
+        parts = re.split(r"(?=<div)", rng.choice(pages))
+        rng.shuffle(parts)
+        body = random_tree(rng) if round_ % 2 else "".join(parts)
+        live.change(page, UL.format(body))
+        assert page.js("isServers('posts')") is True, (round_, body)
+    assert page.complaints() == []
+    page.close()
+
+
+@needs_chromium
+def test_live_one_row_of_a_thousand(browser: Browser, live: LivePageSite) -> None:
+    """One changed row is one changed node, and all rows stay the same objects."""
+    rows = [f"<li id=p{n}><a href='/{n}'>title {n}</a> <time>now</time></li>" for n in range(1000)]
+    page = live.open(browser, UL.format("\n".join(rows)))
+    page.js(
+        "var records = [], rows = [...$('posts').children];"
+        "new MutationObserver(list => records.push(...list)).observe(document, {subtree: true,"
+        "  childList: true, attributes: true, characterData: true, attributeFilter: undefined}); 0"
+    )
+    rows[500] = rows[500].replace("title", "new")
+    live.change(page, UL.format("\n".join(rows)))
+    assert page.js("[records.length, records[0].type, records[0].target.data]") == [1, "characterData", "new 500"]
+    rows.insert(0, "<li id=p1001>first</li>")
+    rows.pop(700)
+    live.change(page, UL.format("\n".join(rows)))
+    assert page.js("records.length") <= 6
+    assert page.js("rows.filter(row => row.isConnected).length") == 999
+    assert page.js("refreshed") == ["posts", "posts"]
+    page.close()
+
+
+def test_live_refresh_after_an_event(either: Any, live: LivePageSite) -> None:
+    """Elements with a matching pair are changed, with one fetch of the page's own address."""
+    other = "<p id=other data-live='order.* *, content.deleted posts' data-live-within=0>{}</p><p id=dead>{}</p>"
+    live.body = UL.format("<li id=p1>1</li>") + other.format("a", "a")
+    page = live.open(either)
+    assert page.js("answers") == 0
+    page.js("history.replaceState(0, '', '/?q=1#part')")
+    changed = UL.format("<li id=p1>2</li>") + other.format("b", "b")
+    live.change(page, changed)
+    assert page.js("[$('p1').textContent, $('other').textContent, $('dead').textContent]") == ["2", "a", "a"]
+    live.change(page, changed, kind="content.deleted")
+    assert page.js("[$('other').textContent, $('dead').textContent]") == ["b", "a"]
+    live.change(page, changed)
+    assert page.js("refreshed") == ["posts", "other"]
+    assert len(live.live_requests) == 3
+    _, headers = live.live_requests[0]
+    assert (headers["X-SwiftCMS-Live"], headers["Cache-Control"]) == ("1", "no-cache")
+    live.server.publish(kind="user.login")
+    live.change(page, changed)
+    assert len(live.live_requests) == 4
+    assert page.complaints() == []
+    page.close()
+
+
+@needs_chromium
+@pytest.mark.parametrize("source", ["header", "data-since", "neither"])
+def test_live_nothing_is_lost_before_subscribing(
+    browser: Browser, live: LivePageSite, source: str
+) -> None:
+    """An event after the page was rendered refreshes it, and without a known id it is refreshed once."""
+    events = 0
+
+    def page_with_events() -> Any:
+        response = page_of()
+        if source == "data-since":
+            since = f"<script data-since={live.server.hub.last_id()} src"
+            response.set_data(response.get_data(as_text=True).replace("<script src", since))
+        if "X-SwiftCMS-Live" not in request.headers:
+            for _ in range(events):
+                live.body = live.body.replace(">1<", ">2<")
+                live.server.publish()
+        return response
+
+    page_of = live.server.app.view_functions["live_page"]
+    live.server.app.view_functions["live_page"] = page_with_events
+    live.server.publish()
+    if source != "header":
+        live.head = f"<script>performance.getEntriesByType = () => [];</script>{live.head}"
+    page = live.open(browser)
+    live.change(page)
+    page.wait(f"answers === {2 if source == 'neither' else 1}")
+    page.close()
+    events = 3
+    page = live.open(browser)
+    page.wait("$('p1').textContent === '2' && answers === 1")
+    page.close()
+
+
+@needs_chromium
+def test_live_elements_that_come_and_go(browser: Browser, live: LivePageSite) -> None:
+    """They are found and subscribed to, and those that are removed are unsubscribed."""
+    subscriptions = lambda: live.server.hub.stats()["subscriptions"]  # noqa: E731
+    page = live.open(browser, UL.format("<li id=p1>1</li>") + "<p id=late>1</p>")
+    page.js("var cms = new SwiftCMS(); cms.subscribe('order.*', '*', () => 0); 0")
+    until(lambda: subscriptions() == 2, "the subscription of the page's script")
+    assert live.server.hub.stats()["connections"] == 1
+    # It may be out of date, so it is refreshed once.
+    page.js("$('late').dataset.liveWithin = '0'; $('late').dataset.live = 'late posts'; 0")
+    page.wait("answers === 1")
+    assert subscriptions() == 3
+    live.change(page, UL.format("<li id=p1>1</li>") + "<p id=late>2</p>", kind="late")
+    assert page.js("[$('late').textContent, $('late').dataset.live, refreshed.join()]") == ["2", "late posts", "late"]
+    # One that comes with a refresh is up to date.
+    live.change(page, UL.format("<li id=p1 data-live='inner posts' data-live-within=0>1</li>"))
+    until(lambda: subscriptions() == 4, "the subscription of the new element")
+    assert page.js("answers") == 3
+    live.change(page, UL.format("<li id=p1>2</li>"), kind="inner")
+    assert page.js("$('p1').textContent") == "2"
+    page.js("$('late').remove()")
+    until(lambda: subscriptions() == 2, "the end of both subscriptions")
+    assert page.complaints() == []
+    page.close()
+
+
+@needs_chromium
+def test_live_nested_elements(browser: Browser, live: LivePageSite) -> None:
+    """The inner one is changed alone, or with the outer one, and later changes still fit."""
+    body = (
+        "<div id=outer data-live='outer *' data-live-within=0><b>{0}</b>"
+        "<i id=inner data-live='inner *' data-live-within=0><u id=u{0}>{0}</u></i></div>"
+    )
+    live.head += f"<script>{COMPARE}</script>"
+    page = live.open(browser, body.format(0))
+    live.change(page, body.format(1), kind="inner")
+    assert page.js("$('outer').textContent") == "01"
+    live.change(page, body.format(2), kind="outer")
+    assert page.js("$('outer').textContent") == "22"
+    live.body = body.format(3)
+    page.js("Math.random = () => 1; for (const each of [$('outer'), $('inner')]) each.dataset.liveWithin = 0.3; 0")
+    live.server.publish(kind="outer")
+    live.change(page, body.format(3), kind="inner")
+    assert page.js("isServers('outer')") is not False
+    assert page.js("[$('outer').textContent, refreshed.join()]") == ["33", "inner,outer,inner,outer"]
+    page.close()
+
+
+@needs_chromium
+def test_live_reconnecting(browser: Browser, live: LivePageSite) -> None:
+    """After a reconnect the page is refreshed if events were missed or unknown, and not otherwise."""
+    with Proxy(live.server.port) as proxy:
+        live.url = f"http://localhost:{proxy.port}/"
+        page = live.open(browser)
+        page.js(
+            "var seen = []; new MutationObserver(() => seen.push(document.documentElement.dataset.swiftcms))"
+            ".observe(document.documentElement, {attributes: true}); 0"
+        )
+        proxy.cut()
+        page.wait("seen.join() === 'connecting,online'")
+        proxy.cut()
+        live.body = UL.format("<li id=p1>2</li>")
+        live.server.publish()
+        page.wait("answers === 1 && seen.length === 4")
+        live.body = UL.format("<li id=p1>3</li>")
+        live.server.publish()
+        page.wait("answers === 2 && $('p1').textContent === '3'")
+        # It has missed more than the history has.
+        target, proxy._target = proxy._target, free_port()
+        proxy.cut()
+        for number in range(6):
+            live.server.publish(number, "user.login")
+        proxy._target = target
+        page.wait("answers === 3 && seen.at(-1) === 'online'")
+        page.close()
+
+
+@pytest.mark.parametrize("has_move_before", [True, False])
+def test_live_focus_and_scrolling(either: Any, live: LivePageSite, has_move_before: bool) -> None:
+    """A field that moves with its row keeps focus, caret and text; nothing else takes the focus."""
+    rows = [f"<li id=p{n}><input id=f{n} value=text{n}></li>\n" for n in range(40)]
+    style = "<style>#posts { height: 90px; overflow: auto; overflow-anchor: none }</style>"
+    page = live.open(either, style + UL.format("".join(rows)))
+    if not has_move_before:
+        page.js("delete Element.prototype.moveBefore")
+    page.js(
+        "var field = $('f7'); field.value = 'typed by me'; field.focus(); field.setSelectionRange(2, 5);"
+        "var scrolled = $('posts').scrollTop = 33; var blurs = 0; field.onblur = () => blurs++; 0"
+    )
+    state = "[document.activeElement.id, field.value, field.selectionStart, field.selectionEnd, blurs]"
+    right = ["f7", "typed by me", 2, 5, 0]
+    field = "<li id=new><input autofocus id=auto></li>"
+    for order in (rows[::-1], [field, *rows[7:], *rows[:7]], [*rows[8:], rows[7]], rows):
+        live.change(page, style + UL.format("".join(order)))
+        assert page.js(state) == right
+        assert page.js("$('posts').scrollTop") == 33
+        assert page.js("[...$('posts').children].map(row => row.id).join()") == ",".join(
+            re.search(r"id=(\w+)", row)[1] for row in order  # type: ignore[index]
+        )
+    page.js("field.blur()")
+    live.change(page, style + UL.format(field))
+    page.js("new Promise(requestAnimationFrame)")
+    assert page.js("[document.activeElement.nodeName, $('auto').autofocus]") == ["BODY", True]
+    page.close()
+
+
+@needs_chromium
+def test_live_hidden_tab(browser: Browser, live: LivePageSite) -> None:
+    """It fetches once when it becomes visible."""
+    hide = "Object.defineProperty(document, 'hidden', {{get: () => {}, configurable: true}})"
+    page = live.open(browser)
+    page.js(hide.format("true"))
+    page.js("var heard = 0; cms = new SwiftCMS(); cms.subscribe('*', '*', () => heard++); 0")
+    for number in range(3):
+        live.server.publish(number)
+    page.wait("heard === 3")
+    page.js("new Promise(resolve => setTimeout(resolve, 50))")
+    assert live.live_requests == []
+    page.js(hide.format("false") + "; document.dispatchEvent(new Event('visibilitychange')); 0")
+    page.wait("answers === 1")
+    page.js("document.dispatchEvent(new Event('visibilitychange'))")
+    page.js("new Promise(resolve => setTimeout(resolve, 50))")
+    assert len(live.live_requests) == 1
+    page.close()
+
+
+@needs_chromium
+def test_live_one_fetch_at_a_time(browser: Browser, live: LivePageSite) -> None:
+    """Events during a fetch cause one more. An answer for an address that was left is dropped."""
+    page = live.open(browser)
+    live.pause.clear()
+    live.server.publish()
+    until(lambda: len(live.live_requests) == 1, "the first fetch")
+    live.body = UL.format("<li id=p1>2</li>")
+    for number in range(3):
+        live.server.publish(number)
+    page.js("history.pushState(0, '', '?other')")
+    live.pause.set()
+    page.wait("answers === 2 && $('p1').textContent === '2'")
+    assert [path for path, _ in live.live_requests] == ["/", "/?other"]
+    assert page.js("refreshed.length") == 1
+    page.close()
+
+
+@needs_chromium
+def test_live_waits_as_long_as_the_server_asks(browser: Browser, live: LivePageSite) -> None:
+    """A random time up to the largest of data-live-within, the last fetch's time, and `spread`."""
+    live.head = (
+        "<script>var waits = []; const real = setTimeout; Math.random = () => 0.5;"
+        "window.setTimeout = (run, time) =>"
+        "  real(run, run.name === 'refresh' ? waits.push(time) && 0 : time)</script>" + live.head
+    )
+    page = live.open(browser, UL.format("<li>").replace("data-live-within=0", ""))
+    live.change(page)
+    page.js("$('posts').dataset.liveWithin = 3")
+    live.change(page)
+    engine_of(live.server).refresh_seconds = 2.5
+    # It asks for a heartbeat, which says how long one connection has to wait.
+    page.js(
+        "var spread; new SwiftCMS().onframe = (_, text) => { spread ??= JSON.parse(text).payload?.spread };"
+        "dispatchEvent(new Event('online'))"
+    )
+    page.wait("spread === 5")
+    live.change(page)
+    assert page.js("waits") == [250, 1500, 2500]
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("reason", "answer"),
+    [
+        ("status 500", {"status": 500}),
+        ("not HTML", {"headers": {"Content-Type": "image/svg+xml"}}),
+        ("no element #posts", {"body": "<p>something else</p>"}),
+        ("redirected to", {"status": 302, "headers": {"Location": "/elsewhere"}}),
+        ("20 seconds", {"pause": "hang"}),
+    ],
+)
+@needs_chromium
+def test_live_what_is_not_the_page(browser: Browser, live: LivePageSite, reason: str, answer: dict[str, Any]) -> None:
+    """It leaves the page as it is, is named once in the console, and the next event tries again."""
+    live.head = live.head.replace("send.call", "this.timeout /= 100; send.call")
+    other = "<p id=other data-live='order.* *' data-live-within=0>1</p>"
+    page = live.open(browser, UL.format("<li id=p1>1</li>") + other)
+    good = (live.status, live.headers, live.body.replace("1<", "2<"))
+    if "pause" in answer:
+        live.pause.clear()
+    live.status, live.headers = answer.get("status", 200), answer.get("headers", {})
+    for _ in range(2):
+        live.change(page, answer.get("body", good[2]))
+    live.pause.set()
+    assert page.js("[$('p1').textContent, $('other').textContent, refreshed.length]") == ["1", "1", 0]
+    warnings = [line for line in page.complaints() if line.startswith("warning: SwiftCMS")]
+    assert len(warnings) == 1
+    assert reason in warnings[0]
+    live.status, live.headers, live.body = good
+    # A script that changes the page does not cause more fetches.
+    count = len(live.live_requests)
+    page.js("document.body.append('x'); new Promise(resolve => setTimeout(resolve, 30))")
+    assert len(live.live_requests) == count == 2
+    # An event of another element tries it again too.
+    live.change(page, kind="order.paid")
+    page.wait("$('p1').textContent === '2' && $('other').textContent === '2'")
+    page.close()
+
+
+@needs_chromium
+def test_live_retry_after(browser: Browser, live: LivePageSite) -> None:
+    """It is not fetched before the time that the server has named."""
+    page = live.open(browser)
+    live.status, live.headers = 503, {"Retry-After": "1"}
+    live.change(page)
+    started = time.monotonic()
+    live.status = 200
+    live.change(page, UL.format("<li id=p1>2</li>"))
+    assert 0.9 < time.monotonic() - started < 5
+    assert page.js("$('p1').textContent") == "2"
+    page.close()
+
+
+@needs_chromium
+def test_live_answer_to_a_post(browser: Browser, live: LivePageSite) -> None:
+    """It is fetched by GET."""
+    page = live.open(browser, UL.format("<li id=p1>1</li>") + "<form method=post><button>x</button></form>")
+    page.js("setTimeout(() => document.forms[0].submit()); window.left = 1; 0")
+    page.wait("!window.left && document.documentElement?.dataset.swiftcms === 'online'")
+    live.change(page, UL.format("<li id=p1>2</li>"))
+    assert page.js("$('p1').textContent") == "2"
+    page.close()
+
+
+@needs_chromium
+def test_live_session_that_ends_or_changes(browser: Browser) -> None:
+    """The connection is opened again once, and the page becomes that of the user that it names."""
+    users: list[Any] = []
+    with LivePageSite(UL.format("<li>1</li>")) as site, received_users(users):
+        app = site.server.app
+        page_of = app.view_functions["live_page"]
+        site.server.hub.identify(lambda: session.get("user"))
+        app.view_functions["live_page"] = lambda: page_of() if session.get("user") else redirect("/login")
+
+        @app.get("/login")
+        def login() -> str:
+            session["user"] = request.args.get("user")
+            return "Sign in"
+
+        def log_in(user: str = "") -> None:
+            page.js(f"fetch('/login{user and '?user=' + user}').then(() => 1)")
+
+        with Proxy(site.server.port) as proxy:
+            page = browser.page(f"http://localhost:{proxy.port}/login?user=ana")
+            go(page, "/")
+            page.wait(ONLINE)
+            log_in()
+            site.server.publish()
+            until(lambda: users == ["ana", None], "the connection without a user")
+            page.wait("answers === 2")
+            site.change(page)
+            assert users == ["ana", None]
+            # If the session ends again after it was renewed, that happens again.
+            log_in("bob")
+            site.change(page)
+            log_in()
+            site.change(page)
+            until(lambda: users == ["ana", None, None], "one more connection")
+            page.wait(f"answers === 6 && {ONLINE}")
+            # A reconnect names another user, so the page may have to show something else.
+            log_in("cleo")
+            proxy.cut()
+            page.wait("answers === 7")
+            assert users[3:] == ["cleo"]
+            log_in()
+            site.server.hub.disconnect("cleo")
+            page.wait("document.documentElement.dataset.swiftcms === 'refused'")
+            assert page.js("answers") == 7
+            page.close()
+
+
+@contextlib.contextmanager
+def received_users(users: list[Any]) -> Iterator[None]:
+    def note(app: Flask, user: Any, **more: Any) -> None:
+        users.append(user and user.id)
+
+    with swiftcms_ws.client_connected.connected_to(note):
+        yield
+
+
+@needs_chromium
+def test_live_reload(browser: Browser, live: LivePageSite) -> None:
+    """A page whose session lacks a key is loaded again once, unless a field was changed."""
+    page_of = live.server.app.view_functions["live_page"]
+    keeps_cookies = True
+
+    def page_with_token() -> Any:
+        session["token"] = session.get("token", 0)
+        g.keeps_cookies = keeps_cookies
+        return page_of()
+
+    @live.server.app.after_request
+    def drop_cookies(response: Response) -> Response:
+        session.modified = keeps_cookies
+        return response
+
+    live.server.app.view_functions["live_page"] = page_with_token
+    page = live.open(browser, UL.format("<li id=p1>1</li>") + "<input id=field>")
+    live.change(page)
+    assert page.js("refreshed.length") == 0
+    page.js("window.isFirst = true; $('field').value = 'typed'; edit($('field')); 0")
+    page.call("Network.clearBrowserCookies")
+    live.change(page, live.body.replace("1<", "2<"))
+    assert page.js("[$('p1').textContent, $('field').value, isFirst]") == ["1", "typed", True]
+    assert "a field was changed" in str(page.complaints())
+    page.js("$('field').value = ''; 0")
+    live.server.publish()
+    page.wait("!window.isFirst && document.documentElement?.dataset.swiftcms === 'online'")
+    assert page.js("$('p1').textContent") == "2"
+    live.change(page, live.body.replace("2<", "3<"))
+    assert page.js("$('p1').textContent") == "3"
+    # Without cookies it is loaded again once, and then shows what comes.
+    keeps_cookies = False
+    page.call("Network.clearBrowserCookies")
+    page.js("window.isFirst = true; 0")
+    live.server.publish()
+    page.wait("!window.isFirst && document.documentElement?.dataset.swiftcms === 'online'")
+    page.js("window.isSecond = true; 0")
+    live.change(page, live.body.replace("3<", "4<"))
+    page.wait("$('p1').textContent === '4' && isSecond")
+    page.close()
+
+
+@needs_chromium
+def test_live_mistakes_are_named(browser: Browser) -> None:
+    """An element without an id of its own, a malformed pair, a subscription that is refused."""
+
+    def authorize(user: Any, event_type: str, content_type: str) -> bool:
+        return content_type != "secret"
+
+    body = (
+        "<p data-live='a posts'>1</p><p id=twice></p><p id=twice data-live='b posts'>1</p>"
+        "<p id=one data-live='posts'>1</p><p id=none data-live>1</p><p id=comma data-live='a b, c'>1</p>"
+        "<p id=secret data-live='content.* secret, con* posts'>1</p>" + UL.format("<li id=p1>1</li>")
+    )
+    with LivePageSite(body) as site:
+        site.server.hub.authorize(authorize)
+        page = site.open(browser)
+        site.change(page, body.replace("1<", "2<"))
+        assert page.js("$('p1').textContent") == "2"
+        found = "\n".join(page.complaints())
+        for hint in (
+            'data-live="a posts" needs an id',
+            'data-live="b posts" needs an id',
+            'content.* pages", not "posts"',
+            'content.* pages", not ""',
+            'content.* pages", not "c"',
+            "no content.* of secret",
+            "no con* of posts",
+        ):
+            assert found.count(hint) == 1, (hint, found)
+        assert len(page.complaints()) == 7
+        page.close()
+
+
+def test_live_under_a_strict_policy(either: Any, live: LivePageSite) -> None:
+    """A Content-Security-Policy with trusted types and without inline code is no obstacle."""
+    policy = "default-src 'none'; script-src 'self'; connect-src 'self'; img-src data:;"
+    live.headers["Content-Security-Policy"] = policy + " require-trusted-types-for 'script'; trusted-types 'none'"
+    live.head = "<script src='/ws/client.js'></script>"
+    page = live.open(either, UL.format("<li id=p1>1</li>"))
+    body = "<li id=p1 class=a>2<svg></svg></li><template>x</template><script>window.evil = 1</script>"
+    live.body = UL.format(body + "<li id=p3>3</li>")
+    live.server.publish()
+    page.wait("!!document.getElementById('p3')")
+    assert page.complaints() == []
+    # Attributes that contain code are the exception. The page's other changes are made.
+    live.body = UL.format(body.replace("class=a", "onclick=a") + "<li id=p3>4</li>")
+    live.server.publish()
+    page.wait("document.getElementById('p3').textContent === '4'")
+    until(lambda: "a change of onclick" in str(page.complaints()), "the reason in the console")
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("browser", "head"),
+        ("browser", "end"),
+        ("browser", "defer"),
+        pytest.param("firefox", "head", marks=pytest.mark.skipif(FIREFOX is None, reason="no Firefox")),
+    ],
+)
+def test_live_page_that_arrives_slowly(
+    request: pytest.FixtureRequest, live: LivePageSite, name: str, place: str
+) -> None:
+    """The first version is what the parser made of the answer, however it is split."""
+    script = "<script src='/ws/client.js'></script>"
+    head = live.head.replace(script, {"head": script, "end": "", "defer": script.replace("src", "defer src")}[place])
+    live.head = f"{head}<script>{COMPARE}</script>"
+    run = "<script>document.querySelectorAll('time').forEach(each => { each.textContent = 'today' })</script>"
+    chunks = [
+        "<main id=posts data-live='* *' data-live-within=0><p>Hel", "lo <b>wor", "ld</b></p><time>2026</time>" + run,
+        "<table><tr><td>1", "2</td></tr>\n", "<tr><td><template>te", "xt</template>", "<noscript>no",
+        "script</noscript></table><p>end", "</main>" + run + "<p>other</p>" + (script if place == "end" else ""),
+    ]  # fmt: skip
+    live.body = "".join(chunks)
+    page_of = live.server.app.view_functions["live_page"]
+
+    def slow_page() -> Response:
+        start = page_of().get_data(as_text=True).split("<body>")[0]
+
+        def parts() -> Iterator[str]:
+            yield start
+            for chunk in chunks:
+                live.tick.wait(0.03)
+                yield chunk
+
+        return Response(parts(), mimetype="text/html")
+
+    live.server.app.view_functions["live_page"] = slow_page
+    page = live.open(request.getfixturevalue(name))
+    live.server.app.view_functions["live_page"] = page_of
+    live.change(page, live.body.replace("end", "END"))
+    assert page.js("refreshed") == ["posts"]
+    # Elsewhere than in <head>, client.js cannot know what a script changed before it.
+    shown = page.js("document.querySelector('time').textContent")
+    assert shown == ("today" if place == "head" else "2026")
+    live.change(page, live.body.replace("2026", "2027"))
+    assert page.js("document.querySelector('time').textContent") == "2027"
+    assert page.js("isServers('posts')") is True
+    assert page.complaints() == []
+    page.close()
+
+
+@needs_chromium
+def test_readme_refresh_example(browser: Browser, live: LivePageSite) -> None:
+    """Its style shows that the page is offline, and its script writes the times after a refresh."""
+    example = re.search(r"<!-- browser example: refresh -->\n```html\n(.*?)```", README, re.S)
+    assert example is not None
+    live.head += example[1]
+    item = "<li><time datetime={0}>{0}</time></li>"
+    page = live.open(browser, UL.format(item.format("2026-11-27T10:00Z")))
+    live.change(page, UL.format("".join(item.format(f"2026-11-2{day}T10:00Z") for day in (7, 8))))
+    assert page.js("[...document.querySelectorAll('time')].map(time => time.textContent.length > 18)")
+    assert page.js("document.body.innerText.includes('Z')") is False
+    page.be_offline(True)
+    page.wait("getComputedStyle(document.body, '::before').content.includes('Offline')")
+    page.close()
 
 
 # -- track -----------------------------------------------------------------------------------------
