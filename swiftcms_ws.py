@@ -8318,7 +8318,10 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     const stops = new Map();
     const complaints = new Set();
     const edited = new WeakSet();
-    const take = ({ type, contentType }) => due.add(`${type} ${contentType}`) && schedule();
+    const take = ({ type, contentType }) => {
+      due.add(`${type} ${contentType}`);
+      schedule();
+    };
     const client = { onstatus, ongap: list => list.forEach(take) };
     const addressNow = () => location.href.split("#")[0];
     // Inner elements before outer ones.
@@ -8467,7 +8470,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     // Returns why the answer is not the page, if it is not.
     function problemOf(answer, address) {
       const { status, responseURL } = answer;
-      if (!status) return "there was no answer within 20 seconds";
+      if (!status) return "there was no answer";
       const wait = answer.getResponseHeader("Retry-After");
       if (wait && (status === 429 || status === 503))
         notBefore = performance.now() + (1_000 * wait || Date.parse(wait) - Date.now() || 0);
@@ -8485,9 +8488,9 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
         each.options || each.value !== each.defaultValue || each.checked !== each.defaultChecked;
       if (mustReload && editedFields().some(isEdited))
         return "it must be loaded again, but a field was changed";
+      // If the browser stores no cookies, loading the page again once has not helped.
       if (mustReload === Boolean(history.state?.swiftcms)) return;
-      // Loading it again may not help, if the browser stores no cookies. After replaceState(), the
-      // answer to a form is loaded again without the form.
+      // After replaceState(), the answer to a form is loaded again without the form.
       history.replaceState({ ...history.state, swiftcms: mustReload }, "");
       if (mustReload) location.reload();
     }
