@@ -13495,7 +13495,7 @@ EVENTS_ERRORS: list[tuple[str, dict[str, str], dict[str, Any], int, str, str]] =
     ("", {"Authorization": "Bearer bad"}, {}, 401, "invalid_token", "JWT"),
     ("", {}, {"AUTH": "required"}, 401, "auth_required", "token"),
     ("", {"Origin": "https://evil.example"}, {}, 403, "forbidden", "origin"),
-    ("", {"Origin": "null"}, {}, 403, "forbidden", "origin"),
+    ("", {"Origin": "null"}, {}, 403, "forbidden", "opened as a file"),
     ("sub=" + "a" * 40_000, {}, {}, 431, "bad_handshake", "headers"),
 ]
 
