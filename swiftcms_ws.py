@@ -6359,7 +6359,7 @@ class LivePages:
             seconds += time.perf_counter() - began
             yield part
             began = time.perf_counter()
-        self._add_time(seconds)
+        self._add_time(seconds + time.perf_counter() - began)
 
     def _add_time(self, seconds: float) -> None:
         """Update the average. If two threads do so at once, one of them may not be counted."""

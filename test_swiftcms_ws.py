@@ -12049,7 +12049,10 @@ def test_several_hubs_and_apps(bare_site: tuple[Flask, Hub]) -> None:
         each.get("/")(page)
     other.get("/")(lambda: f"{swiftcms_ws.is_live_refresh()} {session.get('seen')}")
     try:
-        assert app.test_client().get("/", headers=LIVE).headers["X-SwiftCMS-Live"] == "reload"
+        # Flask-Session, for example, sets the session interface, at any time.
+        for _ in range(2):
+            assert app.test_client().get("/", headers=LIVE).headers["X-SwiftCMS-Live"] == "reload"
+            app.session_interface = SecureCookieSessionInterface()
         with app.app_context():
             first_id = hub.publish("content.created", "posts", {})
             second.publish("content.created", "posts", {})
@@ -12083,20 +12086,21 @@ def test_spread_grows_with_the_time_of_a_refresh_and_the_connections() -> None:
 
         parts = itertools.cycle([1, 1, 0])
 
-    with Server(configure, HEARTBEAT=0.2) as server, server.client() as one:
-        assert one.receive(heartbeats=True)["payload"]["spread"] == 0
+    with Server(configure) as server, server.client() as one:
+        engine, visitor = engine_of(server), server.app.test_client()
+        assert one.ask("heartbeat")["payload"]["spread"] == 0
         # Before the first refresh, a page that a visitor opens stands in for it.
-        assert server.get("/page")[0] == 200
-        assert engine_of(server).refresh_seconds > 0.1 * 0.03
+        visitor.get("/page")
+        assert engine.refresh_seconds > 0.1 * 0.03
         for path in ("/page", "/streamed"):
-            engine_of(server).refresh_seconds = 0.0
+            engine.refresh_seconds = 0.0
             for _ in range(3):
-                assert server.get(path, **LIVE)[0] == 200
+                assert visitor.get(path, headers=LIVE).data
             # The average of ten, seven of which took no time.
-            average = engine_of(server).refresh_seconds
-            assert server.get("/page")[0] == 200
-            assert engine_of(server).refresh_seconds == average
-            assert 0.1 * 0.03 < average < 0.3 * 0.03 * SLOWNESS
+            average = engine.refresh_seconds
+            assert 0.2 * 0.03 < average < 0.1
+            visitor.get("/page")
+            assert engine.refresh_seconds == average
         with server.client() as two:
             spread = two.hello["payload"]["spread"]
             assert spread == pytest.approx(2 * average * 2, abs=0.001)
