@@ -5830,7 +5830,8 @@ class SqliteLog(SharedLog):
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
             for port in ports:
-                sock.sendto(b"\0", ("127.0.0.1", port))
+                with suppress(OSError, OverflowError):
+                    sock.sendto(b"\0", ("127.0.0.1", port))
 
     # -- the follower's thread ---------------------------------------------------------------------
 
