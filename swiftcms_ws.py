@@ -6352,7 +6352,8 @@ class Tracker:
             except Exception as error:
                 # The data is saved: a view that failed now would be called again.
                 count = len(changes.events)
-                log(logging.ERROR, "%s events were not published: %s", count, error, exc_info=error)
+                message = "publishing %s events after a commit failed: %s"
+                log(logging.ERROR, message, count, error, exc_info=error)
 
 
 # == 15. Plain HTTP ==============================================================================
