@@ -6262,10 +6262,11 @@ class Tracker:
         changes.deletes = {}
         changes.saves = [(None, obj) for obj in session.new if self._rule(obj)]
         orphans: list[Any] = []
-        for state in map(self._inspect, (*session.dirty, *session.deleted)):
+        for state in map(self._inspect, session.dirty):
             for relationship in state.mapper.relationships:
                 if relationship.cascade.delete_orphan:
-                    orphans += state.attrs[relationship.key].history.deleted
+                    lost = state.attrs[relationship.key].history.deleted
+                    orphans += [obj for obj in lost if obj is not None and obj in session]
         for obj in (*session.deleted, *orphans):
             self.persistent_to_deleted(session, obj)
         self.after_flush(session)
@@ -6321,11 +6322,10 @@ class Tracker:
         for key, (existed, obj, deleted) in changes.rows.items():
             if deleted is None:
                 # Loads the row again if the object was taken out of the session.
-                with session.no_autoflush:
-                    current = session.get(type(obj), key[1], identity_token=key[2])
-                    if current is not None:
-                        action = "updated" if existed else "created"
-                        changes.events.append(self._prepare(action, current, key))
+                current = session.get(type(obj), key[1], identity_token=key[2])
+                if current is not None:
+                    action = "updated" if existed else "created"
+                    changes.events.append(self._prepare(action, current, key))
             elif existed and isinstance(deleted, Exception):
                 raise deleted
             elif existed:
