@@ -6281,11 +6281,12 @@ class Tracker:
 
     def after_flush(self, session: Any, *_: object) -> None:
         """Note updates. A flush sets foreign keys, and forgets values that were expressions."""
+        saves = self._changes(session).saves
         for obj in filter(self._rule, session.dirty):
             state = self._inspect(obj)
             columns = {column.key for column in state.mapper.column_attrs} - state.unmodified
             if any(state.attrs[name].history.has_changes() for name in columns):
-                self._changes(session).saves.append((state.identity_key, obj))
+                saves.append((state.identity_key, obj))
 
     def after_flush_postexec(self, session: Any, flush_context: object) -> None:
         """Add what was flushed. Deletes come first, because other rows may have their keys now."""
@@ -6351,9 +6352,8 @@ class Tracker:
                 self._hub.publish_drafts(self._hub._engine(), events, [*drafts])
             except Exception as error:
                 # The data is saved: a view that failed now would be called again.
-                count = len(changes.events)
-                message = "publishing %s events after a commit failed: %s"
-                log(logging.ERROR, message, count, error, exc_info=error)
+                message = "publishing %s events after a commit failed"
+                log(logging.ERROR, message, len(changes.events), exc_info=error)
 
 
 # == 15. Plain HTTP ==============================================================================

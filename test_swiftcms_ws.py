@@ -13437,7 +13437,8 @@ def test_track_publishes_once_after_commit(tracked: Tracked, caplog: pytest.LogC
         patch.setattr(Engine, "publish", fail)
         with tracked.sessions.begin() as session:
             session.add_all([Post(id=4), Post(id=5)])
-    assert "publishing 2 events after a commit failed: the log is away" in caplog.text
+    assert "publishing 2 events after a commit failed" in caplog.text
+    assert "the log is away" in caplog.text
     with tracked.sessions() as session:
         assert len(session.scalars(sqlalchemy.select(Post)).all()) == 5
 
