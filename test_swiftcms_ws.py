@@ -13311,6 +13311,7 @@ def test_track_publishes_the_net_effect(tracked: Tracked, name: str) -> None:
     assert "; ".join(tracked.taken()) == expected
 
 
+@pytest.mark.core
 def test_track_functions_see_the_final_state(tracked: Tracked) -> None:
     """payload= and to= see defaults of the database and other listeners' changes; a delete its row.
 
