@@ -6162,7 +6162,7 @@ class Changes:
         # By identity key, in the order of the first flushes.
         self.rows: dict[Any, Change] = {}
         # In a flush: what it may delete, and what it saves, with the keys before the flush.
-        self.deletes: dict[Any, Change] | None = None
+        self.deletes: dict[Any, Change | None] | None = None
         self.saves: list[tuple[Any, Any]] = []
         # How many calls of commit() have begun, without those of inner savepoints.
         self.commits = 0
@@ -6265,10 +6265,13 @@ class Tracker:
         for state in map(self._inspect, session.dirty):
             for relationship in state.mapper.relationships:
                 if relationship.cascade.delete_orphan:
-                    lost = state.attrs[relationship.key].history.deleted
-                    orphans += [obj for obj in lost if obj is not None and obj in session]
-        for obj in (*session.deleted, *orphans):
-            self.persistent_to_deleted(session, obj)
+                    orphans += filter(self._rule, state.attrs[relationship.key].history.deleted)
+        for obj in (*filter(self._rule, session.deleted), *orphans):
+            if self._inspect(obj).persistent:
+                self.persistent_to_deleted(session, obj)
+            else:
+                # An earlier transaction deleted it, but a relationship still contained it.
+                changes.deletes[self._inspect(obj).identity_key] = None
         self.after_flush(session)
 
     def persistent_to_deleted(self, session: Any, obj: Any) -> None:
@@ -6293,7 +6296,7 @@ class Tracker:
         changes = self._changes(session)
         deletes, changes.deletes = changes.deletes or {}, None
         for key, change in deletes.items():
-            if self._inspect(change.obj).deleted:
+            if change is not None and self._inspect(change.obj).deleted:
                 changes.add(key, change)
         for key, obj in changes.saves:
             if key not in (None, self._inspect(obj).identity_key):
@@ -6352,8 +6355,7 @@ class Tracker:
                 self._hub.publish_drafts(self._hub._engine(), events, [*drafts])
             except Exception as error:
                 # The data is saved: a view that failed now would be called again.
-                message = "publishing %s events after a commit failed"
-                log(logging.ERROR, message, len(changes.events), exc_info=error)
+                log(logging.ERROR, "cannot publish %s events", len(changes.events), exc_info=error)
 
 
 # == 15. Plain HTTP ==============================================================================
