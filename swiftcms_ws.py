@@ -6191,9 +6191,10 @@ def find_session_class(session: Any) -> type:
 
 
 class Tracker:
-    """Publishes what the sessions of one class commit, in the threads that use them.
+    """Publishes what the sessions of one class commit. Created by Hub.track().
 
-    Its listeners have the names of SQLAlchemy's session events.
+    SQLAlchemy calls its listeners, which have the names of session events, in the threads that use
+    the sessions. A session is used by one thread at a time, and so is each item of `_open`.
     """
 
     LISTENERS = """after_transaction_create persistent_to_deleted after_flush after_flush_postexec
@@ -6283,7 +6284,7 @@ class Tracker:
                 deletes[key] = self._delete(obj, key)
 
     def after_flush(self, session: Any, *_: object) -> None:
-        """Note updates. A flush sets foreign keys, and forgets values that were expressions."""
+        """Note updates, before and after a flush: it sets keys, and forgets SQL expressions."""
         saves = self._changes(session).saves
         for obj in filter(self._rule, session.dirty):
             state = self._inspect(obj)
