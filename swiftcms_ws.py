@@ -6151,17 +6151,17 @@ class Change(NamedTuple):
     existed: bool
     # The latest object of the row. The reference keeps it in the session.
     obj: Any
-    # If the row is deleted: its event and draft from before the DELETE, or what they raised.
+    # If the row is deleted: its event and draft from before the DELETE, or their exception.
     deleted: Any = None
 
 
 class Changes:
-    """What one transaction or savepoint of a session has changed. Used in the session's thread."""
+    """The changes of one transaction or savepoint of a session. Used in the session's thread."""
 
     def __init__(self) -> None:
         # By identity key, in the order of the first flushes.
         self.rows: dict[Any, Change] = {}
-        # In a flush: what it may delete, and what it saves, with the keys before the flush.
+        # In a flush: rows that it may delete, and objects that it saves with their earlier keys.
         self.deletes: dict[Any, Change | None] | None = None
         self.saves: list[tuple[Any, Any]] = []
         # How many calls of commit() have begun, without those of inner savepoints.
@@ -6175,7 +6175,7 @@ class Changes:
 
 
 def find_session_class(session: Any) -> type:
-    """Return the class whose sessions track() observes, or raise."""
+    """Return the class of the sessions that track() observes, or raise."""
     try:
         orm = importlib.import_module("sqlalchemy.orm")
     except ImportError as error:
@@ -6191,7 +6191,7 @@ def find_session_class(session: Any) -> type:
 
 
 class Tracker:
-    """Publishes what the sessions of one class commit. Created by Hub.track().
+    """Publishes the changes of the sessions of one class. Created by Hub.track().
 
     SQLAlchemy calls its listeners, which have the names of session events, in the threads that use
     the sessions. A session is used by one thread at a time, and so is each item of `_open`.
@@ -6293,7 +6293,7 @@ class Tracker:
                 saves.append((state.identity_key, obj))
 
     def after_flush_postexec(self, session: Any, flush_context: object) -> None:
-        """Add what was flushed. Deletes come first, because other rows may have their keys now."""
+        """Add the flushed rows. Deletes come first: other rows may have their keys now."""
         changes = self._changes(session)
         deletes, changes.deletes = changes.deletes or {}, None
         for key, change in deletes.items():
