@@ -713,7 +713,8 @@ class Hub:
         """Return the id of the newest event.
 
         Call it before reading the data of a page: with this id as `since`, the page then gets
-        every event that its data may not contain.
+        every event that its data may not contain. If a shared log has no event yet, or does not
+        answer within 0.1 s, the id is 0-0, and a client that resumes from it is told to reload.
         """
         return format_event_id(self._engine().newest_id() or (0, 0))
 
