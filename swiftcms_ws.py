@@ -102,6 +102,7 @@ import functools
 import hashlib
 import heapq
 import http.client
+import importlib
 import inspect
 import io
 import itertools
@@ -503,6 +504,8 @@ class Hub:
         self.identify_hook: Callable[[], Any] | None = None
         self.authorize_hook: Callable[[User | None, str, str], Any] | None = None
         self._logs = {"database": database, "redis_url": redis_url}
+        # By session class, so that the same track() counts once.
+        self._trackers: weakref.WeakKeyDictionary[type, Tracker] = weakref.WeakKeyDictionary()
         # Weak, so that an app which a job or a test created can be freed.
         self._app_refs: list[weakref.ref[Flask]] = []
         # The engine of a hub without an app.
@@ -561,7 +564,12 @@ class Hub:
         """
         engine = self._engine()
         events = [(*event[:3], *map(_keep_iterator, event[3:])) for event in events]
-        drafts = [engine.draft(*event) for event in events]
+        return self.publish_drafts(engine, events, [engine.draft(*event) for event in events])
+
+    def publish_drafts(
+        self, engine: Engine, events: Sequence[tuple[Any, ...]], drafts: list[Draft]
+    ) -> list[str]:
+        """Send events that are checked and serialised already; return their ids."""
         event_ids = [format_event_id(event_id) for event_id in engine.publish(drafts)]
         if event_published.receivers:
             for event_id, event in zip(event_ids, events, strict=True):
@@ -576,6 +584,42 @@ class Hub:
                     to=to,
                 )
         return event_ids
+
+    def track(
+        self,
+        session: Any,
+        models: Mapping[type, Any],
+        *,
+        payload: Callable[[Any], Any] | None = None,
+        to: Any = EVERYONE,
+    ) -> None:
+        """Publish what SQLAlchemy sessions insert, update and delete, after each commit.
+
+            hub.track(db.session, {Post: "posts"})
+
+        session: a scoped_session, a sessionmaker or a Session class
+        models:  the content type of each class, or a function of the object that returns it
+        payload: a function of the object; without it, the payload is {"id": primary key}
+        to:      a function of the object that returns publish()'s `to`
+
+        The events are content.created, content.updated and content.deleted. The functions see the
+        object's last state before COMMIT, or before its DELETE. If they raise, or return what
+        publish() refuses, so does commit(), and nothing is saved. If publishing fails after COMMIT,
+        that is logged. Statements such as update() and delete() are not seen.
+
+        Raises TypeError or ValueError if an argument is wrong, RuntimeError if this hub tracks a
+        class already in another way, and ImportError if SQLAlchemy is missing.
+        """
+        session_class = find_session_class(session)
+        for other in {*self._trackers} - {session_class}:
+            if issubclass(other, session_class) or issubclass(session_class, other):
+                raise RuntimeError(f"this hub tracks sessions of {other!r} already: use that class")
+        new = Tracker(self)
+        # Atomic, because two threads may create the app at once.
+        tracker = self._trackers.setdefault(session_class, new)
+        if tracker is new:
+            tracker.listen(session_class)
+        tracker.add(models, payload, to)
 
     def identify(self, hook: Hook) -> Hook:
         """Register `hook()`, which returns the user of a handshake.
@@ -669,7 +713,8 @@ class Hub:
         """Return the id of the newest event.
 
         Call it before reading the data of a page: with this id as `since`, the page then gets
-        every event that its data may not contain.
+        every event that its data may not contain. If a shared log has no event yet, or does not
+        answer within 0.1 s, the id is 0-0, and a client that resumes from it is told to reload.
         """
         return format_event_id(self._engine().newest_id() or (0, 0))
 
@@ -6400,6 +6445,223 @@ class LivePages:
         session.update(before)
         # As the replaced method would: a cache must not give the page to another visitor.
         response.vary.add("Cookie")
+
+
+# -- track -----------------------------------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """The net effect of a transaction on one row."""
+
+    existed: bool
+    # The latest object of the row. The reference keeps it in the session.
+    obj: Any
+    # If the row is deleted: its event and draft from before the DELETE, or their exception.
+    deleted: Any = None
+
+
+class Changes:
+    """The changes of one transaction or savepoint of a session. Used in the session's thread."""
+
+    def __init__(self) -> None:
+        # By identity key, in the order of the first flushes.
+        self.rows: dict[Any, Change] = {}
+        # In a flush: rows that it may delete, and objects that it saves with their earlier keys.
+        self.deletes: dict[Any, Change | None] | None = None
+        self.saves: list[tuple[Any, Any]] = []
+        # How many calls of commit() have begun, without those of inner savepoints.
+        self.commits = 0
+        self.is_committed = False
+        # Complete before COMMIT: events with their drafts.
+        self.events: list[tuple[Any, Draft]] = []
+
+    def add(self, key: Any, change: Change) -> None:
+        self.rows[key] = change._replace(existed=self.rows.get(key, change).existed)
+
+
+def find_session_class(session: Any) -> type:
+    """Return the class of the sessions that track() observes, or raise."""
+    try:
+        orm = importlib.import_module("sqlalchemy.orm")
+    except ImportError as error:
+        raise ImportError("hub.track() needs SQLAlchemy: pip install sqlalchemy") from error
+    found = getattr(session, "session_factory", session)
+    found = getattr(found, "class_", found)
+    if not isinstance(found, type) or not issubclass(found, orm.Session):
+        raise TypeError(
+            "session must be a scoped_session, a sessionmaker or a Session class, not"
+            f" {session!r}; of async sessions, track the class given as sync_session_class"
+        )
+    return found
+
+
+class Tracker:
+    """Publishes the changes of the sessions of one class. Created by Hub.track().
+
+    SQLAlchemy calls its listeners, which have the names of session events, in the threads that use
+    the sessions. A session is used by one thread at a time, and so is each item of `_open`.
+    """
+
+    LISTENERS = """after_transaction_create persistent_to_deleted after_flush after_flush_postexec
+        before_commit after_commit after_transaction_end"""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._inspect = importlib.import_module("sqlalchemy").inspect
+        # By class: the content type, payload() and to().
+        self._rules: dict[type, tuple[Any, Any, Any]] = {}
+        # By transaction. Weak, because a session may be freed without being closed.
+        self._open: weakref.WeakKeyDictionary[Any, Changes] = weakref.WeakKeyDictionary()
+
+    def listen(self, session_class: type) -> None:
+        event = importlib.import_module("sqlalchemy.event")
+        for name in self.LISTENERS.split():
+            # First, because another listener may raise after COMMIT.
+            event.listen(session_class, name, getattr(self, name), insert=True)
+
+    def add(self, models: Mapping[type, Any], payload: Any, to: Any) -> None:
+        """Check the arguments of track() and add them."""
+        rules = {model: (name, payload, to) for model, name in dict(models).items()}
+        for model, rule in rules.items():
+            if not isinstance(model, type) or not {"__mapper__", "metadata"} & {*dir(model)}:
+                raise TypeError(f"models must map mapped classes to content types, not {model!r}")
+            if not callable(rule[0]):
+                check_name(rule[0], "content_type")
+            for value, default in zip(rule, (rule[0], None, EVERYONE), strict=True):
+                if inspect.iscoroutinefunction(value) or not (callable(value) or value is default):
+                    raise TypeError(f"{value!r} must be a plain function of the object")
+            if [*map(_full_name, self._rules.get(model, rule))] != [*map(_full_name, rule)]:
+                raise RuntimeError(f"this hub tracks {model.__name__} already, in another way")
+        self._rules.update(rules)
+
+    def _rule(self, obj: Any) -> Any:
+        """Return the rule of the nearest tracked class, or None."""
+        return next((self._rules[base] for base in type(obj).__mro__ if base in self._rules), None)
+
+    def _changes(self, session: Any) -> Changes:
+        """Return the changes of the innermost savepoint, or else of the transaction."""
+        transaction = session.get_nested_transaction() or session.get_transaction()
+        return self._open.setdefault(transaction, Changes())
+
+    def _prepare(self, action: str, obj: Any, key: Any) -> tuple[Any, Draft]:
+        """Return publish()'s arguments and the draft made of them."""
+        rule = self._rule(obj)
+        content_type, payload, to = (value(obj) if callable(value) else value for value in rule)
+        # If the primary key was changed, payload() does not know the old one.
+        if rule[1] is None or self._inspect(obj).identity_key != key:
+            payload = {"id": key[1][0] if len(key[1]) == 1 else list(key[1])}
+        event = (f"content.{action}", content_type, payload, _keep_iterator(to))
+        return event, self._hub._engine().draft(*event)
+
+    def _delete(self, obj: Any, key: Any) -> Change:
+        try:
+            return Change(True, obj, self._prepare("deleted", obj, key))
+        except Exception as error:
+            # commit() raises it, unless the row exists in the end.
+            return Change(True, obj, error)
+
+    def after_transaction_create(self, session: Any, transaction: Any) -> None:
+        """Look at the session before a flush, which creates an inner transaction first."""
+        if transaction.parent is None or transaction.nested:
+            return
+        changes = self._changes(session)
+        changes.deletes = {}
+        changes.saves = [(None, obj) for obj in session.new if self._rule(obj)]
+        orphans: list[Any] = []
+        for state in map(self._inspect, session.dirty):
+            for relationship in state.mapper.relationships:
+                if relationship.cascade.delete_orphan:
+                    orphans += filter(self._rule, state.attrs[relationship.key].history.deleted)
+        for obj in (*filter(self._rule, session.deleted), *orphans):
+            if self._inspect(obj).persistent:
+                self.persistent_to_deleted(session, obj)
+            else:
+                # An earlier transaction deleted it, but a relationship still contained it.
+                changes.deletes[self._inspect(obj).identity_key] = None
+        self.after_flush(session)
+
+    def persistent_to_deleted(self, session: Any, obj: Any) -> None:
+        """Note a delete. If no flush is in progress, a DELETE statement has found the object."""
+        deletes = self._changes(session).deletes
+        if deletes is not None and self._rule(obj):
+            key = self._inspect(obj).identity_key
+            if key is not None and key not in deletes:
+                deletes[key] = self._delete(obj, key)
+
+    def after_flush(self, session: Any, *_: object) -> None:
+        """Note updates, before and after a flush: it sets keys, and forgets SQL expressions."""
+        saves = self._changes(session).saves
+        for obj in filter(self._rule, session.dirty):
+            state = self._inspect(obj)
+            columns = {column.key for column in state.mapper.column_attrs} - state.unmodified
+            if any(state.attrs[name].history.has_changes() for name in columns):
+                saves.append((state.identity_key, obj))
+
+    def after_flush_postexec(self, session: Any, flush_context: object) -> None:
+        """Add the flushed rows. Deletes come first: other rows may have their keys now."""
+        changes = self._changes(session)
+        deletes, changes.deletes = changes.deletes or {}, None
+        for key, change in deletes.items():
+            if change is not None and self._inspect(change.obj).deleted:
+                changes.add(key, change)
+        for key, obj in changes.saves:
+            if key not in (None, self._inspect(obj).identity_key):
+                changes.add(key, self._delete(obj, key))
+        for key, obj in changes.saves:
+            state = self._inspect(obj)
+            if state.persistent:
+                changes.add(state.identity_key, Change(state.identity_key == key, obj))
+        self._encode(session)
+
+    def before_commit(self, session: Any) -> None:
+        # If savepoints are open, commit() commits them before it flushes.
+        if not session.in_nested_transaction():
+            session.flush()
+        self._changes(session).commits += 1
+        self._encode(session)
+
+    def _encode(self, session: Any) -> None:
+        """Check and serialise the events if the outermost transaction is being committed.
+
+        Again after each flush then: another listener of before_commit may have changed objects.
+        """
+        changes = self._changes(session)
+        if session.in_nested_transaction() or not changes.commits or is_live_refresh():
+            return
+        changes.events = []
+        for key, (existed, obj, deleted) in changes.rows.items():
+            if deleted is None:
+                # Loads the row again if the object was taken out of the session.
+                current = session.get(type(obj), key[1], identity_token=key[2])
+                if current is not None:
+                    action = "updated" if existed else "created"
+                    changes.events.append(self._prepare(action, current, key))
+            elif existed and isinstance(deleted, Exception):
+                raise deleted
+            elif existed:
+                changes.events.append(deleted)
+
+    def after_commit(self, session: Any) -> None:
+        self._changes(session).is_committed = True
+
+    def after_transaction_end(self, session: Any, transaction: Any) -> None:
+        """Publish after COMMIT. Add the changes of a savepoint to the outer transaction's."""
+        changes = self._open.pop(transaction, None)
+        if changes is None or not changes.is_committed:
+            return
+        if transaction.parent is not None:
+            outer = self._changes(session)
+            for key, change in changes.rows.items():
+                outer.add(key, change)
+            outer.commits += changes.commits - 1
+            self._encode(session)
+        elif changes.events:
+            try:
+                events, drafts = zip(*changes.events, strict=True)
+                self._hub.publish_drafts(self._hub._engine(), events, [*drafts])
+            except Exception as error:
+                # The data is saved: a view that failed now would be called again.
+                log(logging.ERROR, "cannot publish %s events", len(changes.events), exc_info=error)
 
 
 # == 15. Plain HTTP ==============================================================================

@@ -58,6 +58,7 @@ from uuid import UUID
 import jwt
 import pytest
 import simple_websocket
+import sqlalchemy
 from flask import (
     Blueprint,
     Flask,
@@ -76,6 +77,8 @@ from flask import (
 from flask.json.provider import DefaultJSONProvider
 from flask.sessions import SecureCookieSessionInterface, SessionInterface, SessionMixin
 from flask_sock import Sock
+from sqlalchemy import orm
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.serving import make_server
 from wsproto import ConnectionType, WSConnection
@@ -3987,6 +3990,9 @@ def test_readme_python_blocks(
             # This thread would not end: another test runs it.
             code = code.partition("\n")[0]
         code = code.replace("/srv/site/instance", str(tmp_path))
+        if "hub.track" in code:
+            # It needs a database: test_readme_models runs it.
+            continue
         # The factory's site has names of its own.
         names = dict(found) if "create_app" in code else found
         exec(compile(code, "README.md", "exec"), names)
@@ -13232,6 +13238,742 @@ def test_readme_refresh_example(browser: Browser, live: LivePageSite) -> None:
 
 
 # -- track -----------------------------------------------------------------------------------------
+
+
+class Base(orm.DeclarativeBase):
+    pass
+
+
+class Post(Base):
+    __tablename__ = "post"
+    id = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
+    kind = orm.mapped_column(sqlalchemy.String, default="post")
+    title = orm.mapped_column(sqlalchemy.String, default="")
+    views = orm.mapped_column(sqlalchemy.Integer, server_default="7")
+    comments = orm.relationship(
+        "Comment", cascade="all, delete-orphan", back_populates="post", order_by="Comment.id"
+    )
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "post"}  # noqa: RUF012
+
+
+class Article(Post):
+    """A subclass with a table of its own: one row of each."""
+
+    __tablename__ = "article"
+    id = orm.mapped_column(sqlalchemy.ForeignKey("post.id"), primary_key=True)
+    body = orm.mapped_column(sqlalchemy.String, default="")
+    __mapper_args__ = {"polymorphic_identity": "article"}  # noqa: RUF012
+
+
+class Comment(Base):
+    __tablename__ = "comment"
+    id = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
+    text = orm.mapped_column(sqlalchemy.String, default="")
+    post_id = orm.mapped_column(sqlalchemy.ForeignKey("post.id"))
+    post = orm.relationship("Post", back_populates="comments")
+
+
+    replies = orm.relationship("Reply", cascade="all")
+
+
+class Reply(Base):
+    __tablename__ = "reply"
+    id = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
+    comment_id = orm.mapped_column(sqlalchemy.ForeignKey("comment.id"))
+
+
+class Seat(Base):
+    """A composite key, and a foreign key that the database checks at COMMIT."""
+
+    __tablename__ = "seat"
+    row = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
+    number = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
+    guest = orm.mapped_column(sqlalchemy.String)
+    post_id = orm.mapped_column(
+        sqlalchemy.ForeignKey("post.id", deferrable=True, initially="DEFERRED")
+    )
+    post = orm.relationship("Post", cascade="all, delete-orphan", single_parent=True)
+
+
+class Note(Base):
+    """It is not tracked."""
+
+    __tablename__ = "note"
+    id = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
+    text = orm.mapped_column(sqlalchemy.String)
+
+
+CONTENT_TYPES: dict[type, Any] = {
+    Post: "posts", Article: "articles", Comment: "comments", Reply: "replies", Seat: "seats"
+}  # fmt: skip
+
+
+def memory_database() -> Any:
+    """Return an engine for a database in memory, with savepoints and foreign keys that work."""
+    engine = sqlalchemy.create_engine(
+        "sqlite://", poolclass=sqlalchemy.StaticPool, connect_args={"check_same_thread": False}
+    )
+
+    @sqlalchemy.event.listens_for(engine, "connect")
+    def connect(connection: Any, _: object) -> None:
+        # The driver would send BEGIN too late for a savepoint.
+        connection.isolation_level = None
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @sqlalchemy.event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    Base.metadata.create_all(engine)
+    return engine
+
+
+class Tracked:
+    """A hub with an app and a database. What it publishes is kept."""
+
+    def __init__(self) -> None:
+        self.hub = Hub()
+        self.app = Flask("tracked")
+        self.hub.init_app(self.app)
+        # Some tests publish without a client.
+        self.app.testing = True
+        self.engine = memory_database()
+        self.sessions = orm.sessionmaker(self.engine)
+        # By thread.
+        self._events: dict[int, list[tuple[Any, ...]]] = {}
+        swiftcms_ws.event_published.connect(self._receive, self.app)
+
+    def _receive(self, app: Flask, **event: Any) -> None:
+        published = (event["type"], event["content_type"], event["payload"], event["to"])
+        self._events.setdefault(threading.get_ident(), []).append(published)
+
+    def events(self) -> list[tuple[Any, ...]]:
+        """Return what this thread has published since the last call."""
+        return self._events.pop(threading.get_ident(), [])
+
+    def taken(self) -> list[str]:
+        """Return the same, such as "created posts 1"."""
+        return [
+            f"{event_type.removeprefix('content.')} {content_type} {payload['id']}"
+            for event_type, content_type, payload, _ in self.events()
+        ]
+
+    def close(self) -> None:
+        self.hub.close()
+        self.engine.dispose()
+
+
+@pytest.fixture
+def tracked() -> Iterator[Tracked]:
+    site = Tracked()
+    yield site
+    site.close()
+
+
+def in_savepoint(session: Any, work: Callable[[], object], keep: bool) -> None:
+    savepoint = session.begin_nested()
+    work()
+    session.flush()
+    if keep:
+        savepoint.commit()
+    else:
+        savepoint.rollback()
+
+
+def pop_comment(post: Any) -> None:
+    post.comments.pop()
+
+
+def version(session: Any) -> None:
+    """Save a change as a new row, as in SQLAlchemy's documentation of versioned objects."""
+    post = session.get(Post, 1)
+    post.title = "changed"
+    session.flush()
+    session.expunge(post)
+    orm.make_transient(post)
+    post.id = 4
+    session.add(post)
+
+
+def update(session: Any, **values: Any) -> None:
+    for name, value in values.items():
+        setattr(session.get(Post, 1), name, value)
+
+
+def delete_and_create(session: Any) -> None:
+    session.delete(session.get(Seat, (1, 2)))
+    session.flush()
+    session.add(Seat(row=1, number=2, guest="new"))
+
+
+def create_and_delete(session: Any) -> None:
+    post = Post(id=4)
+    session.add(post)
+    session.flush()
+    session.delete(post)
+
+
+# What is done with the posts 1 and 2 (an article), two comments of post 1 and the seat (1, 2), and
+# what is published.
+CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "insert": (lambda s: s.add_all([Post(id=4), Article(id=3), Seat(row=4, number=1)]),
+               "created posts 4; created articles 3; created seats [4, 1]"),
+    "update": (lambda s: update(s, title="new"), "updated posts 1"),
+    "two updates": (lambda s: (update(s, title="new"), s.flush(), update(s, views=2)), "updated posts 1"),
+    "update of a subclass": (lambda s: setattr(s.get(Post, 2), "body", "new"), "updated articles 2"),
+    "expression": (lambda s: update(s, views=Post.views + 1), "updated posts 1"),
+    "set back": (lambda s: (s.get(Post, 1).title, update(s, title="new"), update(s, title="one")), ""),
+    "equal value": (lambda s: (s.get(Post, 1).title, update(s, title="one")), ""),
+    "relationship alone": (lambda s: s.get(Post, 1).comments.reverse(), ""),
+    "foreign key": (lambda s: setattr(s.get(Comment, 1), "post", s.get(Post, 2)), "updated comments 1"),
+    "moved to a new parent": (
+        lambda s: s.add(Post(id=4, comments=[s.get(Comment, 1)])), "created posts 4; updated comments 1"),
+    "delete with children": (lambda s: s.delete(s.get(Post, 1)),
+                             "deleted posts 1; deleted comments 1; deleted comments 2; deleted replies 1"),
+    "orphan with a child": (
+        lambda s: pop_comment(s.get(Post, 1)), "deleted comments 2; deleted replies 1"),
+    "changed orphan": (
+        lambda s: (setattr(s.get(Comment, 2), "text", "x"), pop_comment(s.get(Post, 1))),
+        "deleted comments 2; deleted replies 1"),
+    "orphan that is given to another owner": (
+        lambda s: (s.add(Seat(row=4, number=1, post=s.get(Seat, (1, 2)).post)), setattr(s.get(Seat, (1, 2)), "post", None)),
+        "created seats [4, 1]; updated seats [1, 2]"),
+    "created and updated": (lambda s: (s.add(post := Post(id=4)), s.flush(), setattr(post, "title", "x")),
+                            "created posts 4"),
+    "created and deleted": (create_and_delete, ""),
+    "created, deleted, created": (
+        lambda s: (create_and_delete(s), s.flush(), s.add(Post(id=4))), "created posts 4"),
+    "updated and deleted": (lambda s: (setattr(s.get(Seat, (1, 2)), "guest", "x"), s.flush(),
+                                       s.delete(s.get(Seat, (1, 2)))), "deleted seats [1, 2]; deleted posts 6"),
+    "deleted and created": (delete_and_create, "updated seats [1, 2]; deleted posts 6"),
+    "deleted and created in one flush": (lambda s: (s.delete(s.get(Comment, 1)), s.add(Comment(id=1, post_id=2))), "updated comments 1"),
+    "deleted, created, deleted": (lambda s: (delete_and_create(s), s.flush(),
+                                             s.delete(s.get(Seat, (1, 2)))), "deleted seats [1, 2]; deleted posts 6"),
+    "primary key": (lambda s: setattr(s.get(Seat, (1, 2)), "number", 9), "deleted seats [1, 2]; created seats [1, 9]"),
+    "row of a version": (version, "updated posts 1; created posts 4"),
+    "merge": (lambda s: s.merge(Post(id=1, title="new")), "updated posts 1"),
+    "merge of equal values": (lambda s: s.merge(Post(id=1, title="one")), ""),
+    "merge of a new row": (lambda s: s.merge(Post(id=4)), "created posts 4"),
+    "savepoint": (lambda s: in_savepoint(s, lambda: update(s, title="new"), True), "updated posts 1"),
+    "savepoint, rolled back": (lambda s: in_savepoint(s, lambda: update(s, title="new"), False), ""),
+    "created, then deleted in a lost savepoint": (
+        lambda s: (s.add(post := Post(id=4)), s.flush(), in_savepoint(s, lambda: s.delete(post), False)),
+        "created posts 4"),
+    "savepoint in a lost savepoint": (
+        lambda s: in_savepoint(s, lambda: in_savepoint(s, lambda: update(s, title="new"), True), False), ""),
+    "lost savepoint in a savepoint": (
+        lambda s: in_savepoint(s, lambda: in_savepoint(s, lambda: update(s, title="new"), False), True), ""),
+    "open savepoint": (lambda s: (s.begin_nested(), update(s, title="new")), "updated posts 1"),
+    "open savepoints": (lambda s: (s.begin_nested(), s.begin_nested(), update(s, title="new")), "updated posts 1"),
+    "order of first flushes": (
+        lambda s: (s.add(Post(id=9)), s.flush(), s.add(Post(id=4)), s.flush(), setattr(s.get(Post, 9), "title", "x"),
+                   s.flush(), s.add(Post(id=3))), "created posts 9; created posts 4; created posts 3"),
+    "expunged": (lambda s: (s.add(Post(id=4)), s.flush(), s.expunge_all()), "created posts 4"),
+    "expired": (lambda s: (update(s, title="new"), s.flush(), s.expire_all()), "updated posts 1"),
+    "deleted by a statement afterwards": (
+        lambda s: (s.add(Post(id=4)), s.flush(), s.execute(sqlalchemy.delete(Post).where(Post.id == 4))), ""),
+    "not tracked": (lambda s: s.add(Note(text="x")), ""),
+    "nothing": (lambda s: s.get(Post, 1), ""),
+}  # fmt: skip
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", CHANGES)
+def test_track_publishes_the_net_effect(tracked: Tracked, name: str) -> None:
+    """One commit publishes what it has changed; the same work publishes nothing if it is lost."""
+    work, expected = CHANGES[name]
+    comments = [Comment(id=1), Comment(id=2, replies=[Reply(id=1)])]
+    with tracked.sessions.begin() as session:
+        session.add_all([Post(id=1, title="one", comments=comments), Article(id=2), Seat(row=1, number=2, post=Post(id=6))])
+    for _ in range(2):
+        tracked.hub.track(tracked.sessions, CONTENT_TYPES)
+    with tracked.sessions() as session:
+        work(session)
+        session.rollback()
+        work(session)
+        session.flush()
+    assert tracked.taken() == []
+    with tracked.sessions.begin() as session:
+        work(session)
+    assert "; ".join(tracked.taken()) == expected
+
+
+@pytest.mark.core
+def test_track_functions_see_the_final_state(tracked: Tracked) -> None:
+    """payload= and to= see defaults of the database and other listeners' changes; a delete its row.
+
+    They are asked while no statement of theirs can start a flush, and what they return is kept as
+    it was then.
+    """
+
+    def payload(post: Any) -> Any:
+        query = sqlalchemy.select(Comment.text).where(Comment.post_id == post.id)
+        comments = orm.object_session(post).scalars(query).all()
+        return {"id": post.id, "title": post.title, "views": post.views, "comments": comments}
+
+    tracked.hub.track(
+        tracked.sessions,
+        {Post: lambda post: f"posts.{post.kind}s"},
+        payload=payload,
+        to=lambda post: (name for name in [post.title]),
+    )
+
+    @sqlalchemy.event.listens_for(tracked.sessions, "before_flush")
+    def before_flush(session: Any, *_: object) -> None:
+        for post in filter(lambda obj: isinstance(obj, Post), session.dirty):
+            post.title += "!"
+            post.views = Post.views + 1
+
+    @sqlalchemy.event.listens_for(tracked.sessions, "after_flush")
+    def after_flush(session: Any, *_: object) -> None:
+        for post in [obj for obj in session.new if isinstance(obj, Post)]:
+            session.add(Comment(text="by a listener", post_id=post.id))
+
+    @sqlalchemy.event.listens_for(tracked.sessions, "before_commit")
+    def before_commit(session: Any) -> None:
+        for post in session.scalars(sqlalchemy.select(Post)):
+            if post.title == "late!":
+                post.title = "later"
+
+    def commit(work: Callable[[Any], object]) -> list[tuple[Any, ...]]:
+        with tracked.sessions.begin() as session:
+            work(session)
+        return [(*event[:3], *event[3]) for event in tracked.events()]
+
+    def delete(session: Any) -> None:
+        post = session.get(Post, 1)
+        session.delete(post)
+        # They are loaded again, before the DELETE.
+        session.expire_all()
+
+    assert commit(lambda session: session.add(Post(id=1, title="a"))) == [
+        ("content.created", "posts.posts", {"id": 1, "title": "a", "views": 7, "comments": ["by a listener"]}, "a")
+    ]
+    assert commit(lambda session: (update(session, title="b"), session.delete(session.get(Comment, 1)))) == [
+        ("content.updated", "posts.posts", {"id": 1, "title": "b!", "views": 8, "comments": []}, "b!")
+    ]
+    assert commit(lambda session: update(session, title="late"))[0][2]["title"] == "later!"
+    last = {"id": 1, "title": "later!", "views": 10, "comments": []}
+    assert commit(delete) == [("content.deleted", "posts.posts", last, last["title"])]
+    assert commit(lambda session: session.add(Article(id=2, title="c")))[0][1] == "posts.articles"
+    # payload() would return the new key.
+    tracked.hub.track(tracked.sessions, {Seat: "seats"}, payload=lambda seat: {"new": seat.number})
+    with tracked.sessions.begin() as session:
+        session.add(Seat(row=1, number=2))
+    tracked.events()
+    with tracked.sessions.begin() as session:
+        session.get(Seat, (1, 2)).number = 3
+    assert [event[2] for event in tracked.events()] == [{"id": [1, 2]}, {"new": 3}]
+
+
+# What is wrong, and the error that commit() raises.
+MISTAKES_OF_FUNCTIONS: dict[str, tuple[dict[str, Any], type[Exception]]] = {
+    "payload raises": ({"payload": lambda post: post.missing}, AttributeError),
+    "payload is not JSON": ({"payload": lambda post: object()}, TypeError),
+    "to is None": ({"to": lambda post: None}, TypeError),
+    "to raises": ({"to": lambda post: 1 / 0}, ZeroDivisionError),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES_OF_FUNCTIONS)
+def test_track_mistake_of_a_function(tracked: Tracked, name: str) -> None:
+    """It comes out of commit(), for a delete too, with nothing saved and nothing published."""
+    arguments, expected = MISTAKES_OF_FUNCTIONS[name]
+    with tracked.sessions.begin() as session:
+        session.add(Post(id=1))
+    tracked.hub.track(tracked.sessions, {Seat: "seats"})
+    tracked.hub.track(tracked.sessions, {Post: "posts"}, **arguments)
+    for work in (lambda s: s.add(Post(id=2)), lambda s: s.delete(s.get(Post, 1))):
+        with tracked.sessions() as session:
+            session.add(Seat(row=1, number=1))
+            # The end of a savepoint is too early.
+            with session.begin_nested():
+                work(session)
+            with pytest.raises(expected):
+                session.commit()
+            session.rollback()
+            assert session.get(Post, 1) is not None
+            assert session.get(Post, 2) is session.get(Seat, (1, 1)) is None
+        # A row that nobody has seen needs no event.
+        with tracked.sessions.begin() as session:
+            create_and_delete(session)
+    assert tracked.taken() == []
+
+
+def test_track_publishes_once_after_commit(tracked: Tracked, caplog: pytest.LogCaptureFixture) -> None:
+    """When an event is published, others can read the data; what fails then does not fail commit()."""
+    tracked.hub.track(tracked.sessions, CONTENT_TYPES)
+    drafts: list[int] = []
+    publish = Engine.publish
+
+    def observe(engine: Engine, found: list[Any]) -> Any:
+        assert not session.in_transaction()
+        drafts.append(len(found))
+        return publish(engine, found)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "publish", observe)
+        with tracked.sessions.begin() as session:
+            session.add_all([Post(id=1), Post(id=2)])
+            session.flush()
+            session.add(Post(id=3))
+        assert drafts == [3]
+
+        def fail(*_: object) -> Any:
+            raise swiftcms_ws.PublishError("the log is away")
+
+        patch.setattr(Engine, "publish", fail)
+        with tracked.sessions.begin() as session:
+            session.add_all([Post(id=4), Post(id=5)])
+    assert "cannot publish 2 events" in caplog.text
+    assert "the log is away" in caplog.text
+    with tracked.sessions() as session:
+        assert len(session.scalars(sqlalchemy.select(Post)).all()) == 5
+
+
+def test_track_listeners_that_raise(tracked: Tracked) -> None:
+    """After COMMIT the data is published although another listener raises; before it, it is not."""
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    names = ["before_flush", "after_flush", "after_flush_postexec", "before_commit", "after_commit"]
+    for number, name in enumerate(names, 1):
+        sessions = orm.sessionmaker(tracked.engine)
+        sqlalchemy.event.listen(sessions, name, fail)
+        tracked.hub.track(sessions, CONTENT_TYPES)
+        with sessions() as session:
+            session.add(Post(id=number))
+            with pytest.raises(ZeroDivisionError):
+                session.commit()
+        assert tracked.taken() == ([f"created posts {number}"] if name == "after_commit" else [])
+
+
+@pytest.mark.core
+def test_track_arguments(tracked: Tracked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong arguments raise at once; each kind of session is tracked once."""
+    hub, sessions = tracked.hub, tracked.sessions
+    scoped = orm.scoped_session(sessions)
+
+    async def coroutine(post: Any) -> None: ...
+
+    for target, models, options, error, message in [
+        (sessions(), {Post: "posts"}, {}, TypeError, "not <sqlalchemy"),
+        (tracked.engine, {Post: "posts"}, {}, TypeError, "must be a scoped_session"),
+        (async_sessionmaker(), {Post: "posts"}, {}, TypeError, "sync_session_class"),
+        (AsyncSession, {Post: "posts"}, {}, TypeError, "sync_session_class"),
+        (async_scoped_session(async_sessionmaker(), int), {Post: "posts"}, {}, TypeError, "sync_session_class"),
+        (scoped, {dict: "posts"}, {}, TypeError, "mapped classes"),
+        (scoped, {Post.__table__: "posts"}, {}, TypeError, "mapped classes"),
+        (scoped, {Post: "no name"}, {}, ValueError, "content_type"),
+        (scoped, {Post: None}, {}, TypeError, "content_type"),
+        (scoped, {Post: coroutine}, {}, TypeError, "plain function"),
+        (scoped, {Post: "posts"}, {"payload": {}}, TypeError, "plain function"),
+        (scoped, {Post: "posts"}, {"payload": coroutine}, TypeError, "plain function"),
+        (scoped, {Post: "posts"}, {"to": "ana"}, TypeError, "plain function"),
+        (scoped, {Post: "posts"}, {"to": None}, TypeError, "plain function"),
+        (scoped, Post, {}, TypeError, "not iterable"),
+    ]:
+        with pytest.raises(error, match=message):
+            hub.track(target, models, **options)
+    for target in (sessions, scoped, sessions.class_):
+        hub.track(target, {Post: "posts"})
+    with pytest.raises(RuntimeError, match="Post already"):
+        hub.track(scoped, {Post: "articles"})
+    with pytest.raises(RuntimeError, match="sessions of"):
+        hub.track(orm.Session, {Post: "posts"})
+    scoped.add(Article(id=1))
+    scoped.commit()
+    scoped.remove()
+    assert tracked.taken() == ["created posts 1"]
+    monkeypatch.setitem(sys.modules, "sqlalchemy.orm", None)
+    with pytest.raises(ImportError, match="pip install sqlalchemy"):
+        hub.track(scoped, {Post: "posts"})
+
+
+def test_track_app_and_refresh(tracked: Tracked) -> None:
+    """The app's context selects the engine; a live page that fetches itself publishes nothing."""
+    app, sessions = tracked.app, tracked.sessions
+    tracked.hub.track(sessions, {Post: "posts"})
+    other = Flask("other")
+    tracked.hub.init_app(other)
+    numbers = itertools.count(1)
+
+    @app.route("/", methods=["GET", "POST"])
+    def view() -> str:
+        with sessions.begin() as session:
+            session.add(Post(id=next(numbers)))
+        return ""
+
+    client = app.test_client()
+    client.get("/", headers={"X-SwiftCMS-Live": "1"})
+    assert tracked.taken() == []
+    client.get("/")
+    client.post("/", headers={"X-SwiftCMS-Live": "1"})
+    assert tracked.taken() == ["created posts 2", "created posts 3"]
+    with pytest.raises(RuntimeError, match="app_context"), sessions.begin() as session:
+        session.add(Post(id=9))
+    with other.app_context(), sessions.begin() as session:
+        session.add(Post(id=9))
+    assert tracked.taken() == []
+    # A session that changes nothing of the tracked classes needs no app.
+    with sessions.begin() as session:
+        session.add(Note(text="x"))
+
+
+def test_track_stale_list(tracked: Tracked) -> None:
+    """Without expire_on_commit, a list keeps a deleted comment, which SQLAlchemy deletes again."""
+    tracked.hub.track(tracked.sessions, CONTENT_TYPES)
+    with tracked.sessions(expire_on_commit=False) as session:
+        post = Post(id=1, comments=[Comment(id=1), Comment(id=2)])
+        session.add(post)
+        session.commit()
+        session.delete(post.comments[0])
+        session.commit()
+        tracked.taken()
+        assert len(post.comments) == 2
+        session.delete(post)
+        with pytest.warns(sqlalchemy.exc.SAWarning, match="expected to delete"):
+            session.commit()
+    assert tracked.taken() == ["deleted posts 1", "deleted comments 2"]
+
+
+def test_track_keeps_nothing(tracked: Tracked) -> None:
+    """Sessions that are not closed, and hubs that are not used any more, are freed."""
+    hub, sessions = Hub(), orm.sessionmaker(tracked.engine)
+    hub.track(sessions, {Post: "posts"})
+    session = sessions()
+    session.add(Post(id=1))
+    session.flush()
+    references = [weakref.ref(session), weakref.ref(session.get_transaction()), weakref.ref(sessions.class_), weakref.ref(hub)]
+    del hub, sessions, session
+    # The class is freed first, and then the hub of its listeners.
+    gc.collect()
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 4
+
+
+class RandomSession:
+    """Random work in a session with a database of its own.
+
+    Values are new, so that no column is set back, and no row is deleted and inserted again with the
+    same values. Only a comment may be moved back; `moved` has their keys.
+    """
+
+    ACTIONS = re.findall(
+        r"\w+",
+        "create create update update update increment delete delete recreate renumber move orphan merge flush flush"
+        " expire expunge read nest nest release release undo undo commit commit commit commit_root fail rollback close",
+    )
+
+    def __init__(self, tracked: Tracked, chance: random.Random) -> None:
+        self.tracked = tracked
+        self.chance = chance
+        self.engine = memory_database()
+        self.values = itertools.count(1)
+        self.session = tracked.sessions(
+            bind=self.engine, autoflush=chance.random() < 0.5, expire_on_commit=chance.random() < 0.5
+        )
+        self.committed = self.contents()
+        self.moved: set[str] = set()
+        self.steps: list[str] = []
+
+    def contents(self) -> dict[str, tuple[Any, ...]]:
+        """Return all rows, by content type and key. No transaction is open."""
+        posts = "SELECT id, kind, title, views, body FROM post LEFT JOIN article USING (id)"
+        with self.engine.connect() as connection:
+            return {
+                **{f"{row.kind}s {row.id}": tuple(row) for row in connection.exec_driver_sql(posts)},
+                **{f"comments {row.id}": tuple(row) for row in connection.exec_driver_sql("SELECT * FROM comment")},
+                **{
+                    f"seats [{row.row}, {row.number}]": tuple(row)
+                    for row in connection.exec_driver_sql("SELECT * FROM seat")
+                },
+            }
+
+    def check(self) -> None:
+        """Compare what was published with the difference of the database."""
+        before, after = self.committed, self.contents()
+        expected = [f"deleted {key}" for key in before.keys() - after.keys()]
+        expected += [f"created {key}" for key in after.keys() - before.keys()]
+        expected += [f"updated {key}" for key in after.keys() & before.keys() if after[key] != before[key]]
+        moved_back = {f"updated {key}" for key in self.moved} - set(expected)
+        published = self.tracked.taken()
+        assert sorted(expected) == sorted(set(published) - moved_back), self.steps
+        assert len(published) == len(set(published)), self.steps
+        self.committed, self.moved, self.steps = after, set(), []
+
+    def step(self) -> None:
+        action = self.chance.choice(self.ACTIONS)
+        self.steps.append(action)
+        try:
+            getattr(self, action)()
+        except (sqlalchemy.exc.SQLAlchemyError, orm.exc.StaleDataError) as error:
+            self.steps.append(type(error).__name__)
+            self.rollback()
+        if self.session.in_transaction():
+            assert self.tracked.taken() == [], self.steps
+        else:
+            self.check()
+
+    def pick(self, *models: Any) -> Any:
+        """Return an object that is not deleted; the first time, create one."""
+        model = self.chance.choice(models)
+        objs = [obj for obj in self.session.scalars(sqlalchemy.select(model)) if obj not in self.session.deleted]
+        return self.chance.choice(objs) if objs else self.create(model)
+
+    def create(self, model: Any = None) -> Any:
+        model, value = model or self.chance.choice([Post, Article, Comment, Seat]), next(self.values)
+        values: dict[str, Any] = {"id": value}
+        if model is Seat:
+            values = {"row": value, "number": 1, "guest": f"{value}"}
+        elif model is Comment:
+            values.update(text=f"{value}", post=self.pick(Post))
+        obj = model(**values)
+        self.session.add(obj)
+        return obj
+
+    def update(self) -> None:
+        obj, value = self.pick(Post, Article, Comment, Seat), f"{next(self.values)}"
+        names = {Post: ["title"], Article: ["title", "body"], Comment: ["text"], Seat: ["guest"]}
+        setattr(obj, self.chance.choice(names[type(obj)]), value)
+
+    def increment(self) -> None:
+        self.pick(Post, Article).views = Post.views + 1
+
+    def delete(self) -> None:
+        self.session.delete(self.pick(Post, Article, Comment, Seat))
+
+    def recreate(self) -> None:
+        seat = self.pick(Seat)
+        self.session.delete(seat)
+        if self.chance.random() < 0.5:
+            self.session.flush()
+        self.session.add(Seat(row=seat.row, number=seat.number, guest=f"{next(self.values)}"))
+
+    def renumber(self) -> None:
+        self.pick(Seat).number = next(self.values)
+
+    def move(self) -> None:
+        comment = self.pick(Comment)
+        self.moved.add(f"comments {comment.id}")
+        comment.post = self.pick(Post)
+
+    def orphan(self) -> None:
+        post = self.pick(Post)
+        if post.comments:
+            post.comments.pop()
+
+    def merge(self) -> None:
+        post = self.pick(Post)
+        self.session.merge(type(post)(id=post.id, title=f"{next(self.values)}"))
+
+    def flush(self) -> None:
+        self.session.flush()
+
+    def expire(self) -> None:
+        self.session.flush()
+        self.session.expire_all()
+
+    def expunge(self) -> None:
+        self.session.flush()
+        self.session.expunge(self.pick(Post, Comment, Seat))
+
+    def read(self) -> None:
+        post = self.pick(Post)
+        assert [post.views, *post.comments]
+
+    def nest(self) -> None:
+        self.session.begin_nested()
+
+    def release(self) -> None:
+        (self.session.get_nested_transaction() or self.session).commit()
+
+    def undo(self) -> None:
+        if self.session.in_nested_transaction():
+            self.session.get_nested_transaction().rollback()
+
+    def commit(self) -> None:
+        self.session.commit()
+
+    def commit_root(self) -> None:
+        if self.session.in_transaction():
+            self.session.get_transaction().commit()
+
+    def fail(self) -> None:
+        """Break a foreign key that the database checks at COMMIT."""
+        self.session.add(Seat(row=next(self.values), number=1, post_id=-1))
+        with pytest.raises(sqlalchemy.exc.IntegrityError):
+            self.session.commit()
+        self.session.rollback()
+
+    def rollback(self) -> None:
+        self.session.rollback()
+
+    def close(self) -> None:
+        self.session.close()
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
+def test_track_random(tracked: Tracked) -> None:
+    """Two sessions in each of two threads: what is published is what each commit has changed."""
+    seed = int(os.environ.get("TRACK_SEED", "0")) or random.randrange(1, 2**32)
+    print(f"TRACK_SEED={seed}")
+    tracked.hub.track(tracked.sessions, CONTENT_TYPES)
+    deadline = time.monotonic() + float(os.environ.get("TRACK_SECONDS", "3"))
+    chances = random.Random(seed)
+
+    def work(chance: random.Random) -> None:
+        sessions = [RandomSession(tracked, chance) for _ in range(2)]
+        for _ in range(400):
+            if time.monotonic() > deadline:
+                break
+            chance.choice(sessions).step()
+        for one in sessions:
+            one.session.close()
+            one.engine.dispose()
+
+    run_all([functools.partial(work, random.Random(chances.random())) for _ in range(2)])
+
+
+@needs_chromium
+def test_readme_models(browser: Browser, tmp_path: Path) -> None:
+    """README's first page with a database: what one window saves, the other shows."""
+    pages = re.findall(r'^\w+_PAGE = """.*?"""$', "".join(README.split("```python\n")[1:3]), re.S | re.M)
+    assert len(pages) == 2
+    lines = [*pages, readme_block("python", "hub.track"), "app.get('/stats')(hub.stats)"]
+    lines.append("app.get('/favicon.ico')(lambda: ('', 204))")
+    (tmp_path / "app.py").write_text("\n".join(lines))
+    port = free_port()
+    command = (sys.executable, "-m", "flask", "run", "--port", str(port))
+    with Process(*command, cwd=tmp_path, port=port) as process:
+        url = f"http://localhost:{port}/"
+        post_form(port, title="Hello")
+
+        def is_live(count: int) -> bool:
+            return bool(json.loads(http(f"{url}stats")[2])["subscriptions"] == count)
+
+        def rows(page: Page, *texts: str) -> None:
+            found = "[...document.querySelectorAll('li')].map(row => row.innerText)"
+            page.wait(f"JSON.stringify({found}) === {json.dumps(json.dumps(texts, separators=(',', ':')))}")
+
+        one, two = browser.page(url), browser.page(url)
+        rows(two, "Hello")
+        until(lambda: is_live(2), "both subscriptions")
+        one.js("document.querySelector('input').value = '<b>New</b>'; document.forms[0].submit()")
+        rows(two, "Hello", "<b>New</b>")
+        rows(one, "Hello", "<b>New</b>")
+        for page in (one, two):
+            page.js("document.querySelector('#post-2 a').click()")
+            page.wait("location.pathname === '/posts/2' && !!document.querySelector('#comments')")
+        until(lambda: is_live(4), "the subscriptions of both pages of the post")
+        one.call("Page.bringToFront")
+        two.js("document.querySelector('input').value = 'Nice'; document.forms[0].submit()")
+        rows(one, "Nice")
+        assert one.complaints() == two.complaints() == []
+        one.close()
+        two.close()
+        assert "Traceback" not in process.output()
 
 
 # -- Plain HTTP: the server ------------------------------------------------------------------------
