@@ -8456,10 +8456,13 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   function morphChildren(before, after, live) {
     const [old, fresh] = [before, after].map(each => [...each.childNodes]);
     const partners = findPartners(old, fresh);
-    const own = new Set(partners.map(index => nodeOf.get(old[index])));
     const order = partners.filter(index => index >= 0);
     const isReordered = order.some((index, place) => index < order[place - 1]);
-    let isNew = isReordered;
+    // For each child its node, and whether that has changed; undefined for new children.
+    const nodes = partners.map(index => nodeOf.get(old[index]));
+    const changes = nodes.map((node, i) => node && morph(old[partners[i]], fresh[i], node));
+    const own = new Set(nodes);
+    let isNew = isReordered || changes.some(each => each !== false);
 
     const kept = [];
     for (const copy of old) {
@@ -8475,15 +8478,27 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 
     // Where the next child belongs. Nodes that scripts have added are passed.
     let next = live.firstChild;
-    const pass = () => {
-      while (next && !own.has(next)) next = next.nextSibling;
+    const pass = removes => {
+      while (next && !own.has(next)) {
+        const other = next;
+        next = next.nextSibling;
+        if (removes && !copyOf.has(other) && !isKept(other)) live.removeChild(other);
+      }
     };
+    // Children that are new, or that a script has removed or replaced by nodes of its own. If the
+    // server has changed one in a row of them, these nodes are out of date.
+    const isOut = nodes.map(node => !node || !(node.parentNode === live || node.isConnected));
+    let isRestored;
     const current = fresh.map((child, place) => {
-      const copy = old[partners[place]];
-      const node = nodeOf.get(copy);
-      if (!copy) {
-        isNew = true;
-        if (!place) pass();
+      const node = nodes[place];
+      if (isOut[place] && !isOut[place - 1]) {
+        const end = isOut.indexOf(false, place);
+        const hasChanged = changes.slice(place, end < 0 ? fresh.length : end).includes(true);
+        isRestored = hasChanged && next && !own.has(next);
+        if (isRestored) pass(true);
+        else if (!place) pass();
+      }
+      if (!node) {
         // A script may have added the same one already.
         const double = page.getElementById(child.getAttribute?.("id") ?? "");
         if (double?.parentNode === live && !copyOf.has(double) && !isKept(double)) {
@@ -8492,23 +8507,15 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
         }
         return addChild(live, child, next);
       }
-      const hasChanged = morph(copy, child, node);
-      isNew ||= hasChanged;
-      if (node.parentNode === live) {
+      if (isOut[place]) {
+        if (isRestored || changes[place]) live.insertBefore(node, next);
+      } else if (node.parentNode === live) {
         // If the server has not changed the order, the order that a script has made stays.
         if (isReordered) pass();
         if (isReordered && node !== next) moveChild(live, node, next);
         next = node.nextSibling;
-      } else if (hasChanged && !node.isConnected) {
-        // The nodes with which a script has replaced it are out of date.
-        while (next && !own.has(next)) {
-          const other = next;
-          next = next.nextSibling;
-          if (!copyOf.has(other) && !isKept(other)) live.removeChild(other);
-        }
-        live.insertBefore(node, next);
       }
-      return copy;
+      return old[partners[place]];
     });
     if (isReordered || order.length < current.length || order.length < old.length)
       before.replaceChildren(...current, ...kept);
