@@ -12506,6 +12506,9 @@ MORPHS = [
      "[...e.firstChild.options].forEach(o => { o.selected = !o.selected }); edit(e.firstChild)",
      "<select multiple><option>1<option>2<option selected>3</select>",
      "[...e.firstChild.selectedOptions].map(o => o.text).join() === '2,3'"),
+    ("select of a form that was reset", "<form><select><option>1<option>2</select></form>",
+     "const s = e.querySelector('select'); s.value = '2'; edit(s); e.firstChild.reset()",
+     "<form><select><option>1<option selected>2</select></form>", "e.querySelector('select').value === '2'"),
     ("radio", "<input type=radio name=r value=1 checked><input type=radio name=r value=2><input type=radio name=r value=3>",
      "e.children[1].checked = true; edit(e.children[1])",
      "<input type=radio name=r value=1><input type=radio name=r value=2><input type=radio name=r value=3 checked>",
@@ -12859,6 +12862,12 @@ def test_live_reconnecting(browser: Browser, live: LivePageSite) -> None:
             live.server.publish(number, "user.login")
         proxy._target = target
         page.wait("answers === 3 && seen.at(-1) === 'online'")
+        # A fetch that failed, as while the server restarts, is made again.
+        live.status = 502
+        live.change(page, UL.format("<li id=p1>4</li>"))
+        live.status = 200
+        proxy.cut()
+        page.wait("answers === 5 && $('p1').textContent === '4'")
         page.close()
 
 
@@ -13005,14 +13014,20 @@ def test_live_retry_after(browser: Browser, live: LivePageSite) -> None:
     page.close()
 
 
-@needs_chromium
-def test_live_answer_to_a_post(browser: Browser, live: LivePageSite) -> None:
-    """It is fetched by GET."""
-    page = live.open(browser, UL.format("<li id=p1>1</li>") + "<form method=post><button>x</button></form>")
+def test_live_answer_to_a_post(either: Any, live: LivePageSite) -> None:
+    """It is fetched, and if need be loaded again, by GET."""
+    methods: list[str] = []
+    live.server.app.before_request(lambda: methods.append(request.method))
+    page = live.open(either, UL.format("<li id=p1>1</li>") + "<form method=post><button>x</button></form>")
     page.js("setTimeout(() => document.forms[0].submit()); window.left = 1; 0")
-    page.wait("!window.left && document.documentElement?.dataset.swiftcms === 'online'")
+    page.wait(f"!window.left && {ONLINE}")
     live.change(page, UL.format("<li id=p1>2</li>"))
     assert page.js("$('p1').textContent") == "2"
+    live.headers["X-SwiftCMS-Live"] = "reload"
+    page.js("window.left = 1; 0")
+    live.server.publish()
+    page.wait(f"!window.left && {ONLINE}")
+    assert methods.count("POST") == 1
     page.close()
 
 
