@@ -8615,7 +8615,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     else page.addEventListener("readystatechange", finish, { once: true });
     page.addEventListener("visibilitychange", schedule);
     page.addEventListener("input", ({ target }) => edited.add(target), true);
-    const forget = ({ target }) => [...(target.elements ?? [])].forEach(each => edited.delete(each));
+    const forget = ({ target }) => Array.from(target.elements ?? [], each => edited.delete(each));
     page.addEventListener("reset", forget, true);
 
     function finish() {
