@@ -12673,8 +12673,8 @@ def test_live_random_pages(either: Any, live: LivePageSite) -> None:
     live.head += f"<script>{COMPARE}</script>"
     page = live.open(either, UL.format(pages[0]))
     assert page.js("isServers('posts')") is True
-    for round_ in range(60):
-        if round_ == 30:
+    for round_ in range(40):
+        if round_ == 20:
             page.js("delete Element.prototype.moveBefore")
         # Every second page is a former one with its parts in another order.
         parts = re.split(r"(?=<div)", rng.choice(pages))
@@ -13220,8 +13220,10 @@ def test_live_page_that_arrives_slowly(
     live.server.app.view_functions["live_page"] = slow_page
     page = live.open(request.getfixturevalue(name))
     live.server.app.view_functions["live_page"] = page_of
+    page.js("var template = document.querySelector('template'); 0")
     live.change(page, live.body.replace("end", "END"))
     assert page.js("refreshed") == ["posts"]
+    assert page.js("template.isConnected && template.innerHTML") == "text"
     # Elsewhere than in <head>, client.js cannot know what a script changed before it.
     shown = page.js("document.querySelector('time').textContent")
     assert shown == ("today" if place == "head" else "2026")
