@@ -8615,10 +8615,15 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     else page.addEventListener("readystatechange", finish, { once: true });
     page.addEventListener("visibilitychange", schedule);
     page.addEventListener("input", ({ target }) => edited.add(target), true);
+    const forget = ({ target }) => Array.from(target.elements ?? [], each => edited.delete(each));
+    page.addEventListener("reset", forget, true);
 
     function finish() {
       copyParsed(observer.takeRecords());
       isParsed = true;
+      // Observers do not see what is in a template.
+      for (const each of page.querySelectorAll("[data-live] template"))
+        copyOf.get(each)?.content.replaceChildren(copies.importNode(each.content, true));
       observe(false);
       find(since);
       schedule();
@@ -8640,7 +8645,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
           if (isScript) script = node;
           if (!isLive) continue;
           if (customElements.get(node.localName)?.prototype.connectedCallback) custom.add(node);
-          const copy = copyOf.get(node) ?? copies.importNode(node, node.localName === "template");
+          const copy = copyOf.get(node) ?? copies.importNode(node);
           const next = copyOf.get(nextSibling);
           pair(copy, node);
           parent?.insertBefore(copy, next?.parentNode === parent ? next : null);

@@ -12510,6 +12510,9 @@ MORPHS = [
      "[...e.firstChild.options].forEach(o => { o.selected = !o.selected }); edit(e.firstChild)",
      "<select multiple><option>1<option>2<option selected>3</select>",
      "[...e.firstChild.selectedOptions].map(o => o.text).join() === '2,3'"),
+    ("select of a form that was reset", "<form><select><option>1<option>2</select></form>",
+     "const s = e.querySelector('select'); s.value = '2'; edit(s); e.firstChild.reset()",
+     "<form><select><option>1<option selected>2</select></form>", "e.querySelector('select').value === '2'"),
     ("radio", "<input type=radio name=r value=1 checked><input type=radio name=r value=2><input type=radio name=r value=3>",
      "e.children[1].checked = true; edit(e.children[1])",
      "<input type=radio name=r value=1><input type=radio name=r value=2><input type=radio name=r value=3 checked>",
@@ -12674,8 +12677,8 @@ def test_live_random_pages(either: Any, live: LivePageSite) -> None:
     live.head += f"<script>{COMPARE}</script>"
     page = live.open(either, UL.format(pages[0]))
     assert page.js("isServers('posts')") is True
-    for round_ in range(60):
-        if round_ == 30:
+    for round_ in range(40):
+        if round_ == 20:
             page.js("delete Element.prototype.moveBefore")
         # Every second page is a former one with its parts in another order.
         parts = re.split(r"(?=<div)", rng.choice(pages))
@@ -12843,6 +12846,8 @@ def test_live_reconnecting(browser: Browser, live: LivePageSite) -> None:
     with Proxy(live.server.port) as proxy:
         live.url = f"http://localhost:{proxy.port}/"
         page = live.open(browser)
+        # It reconnects at once.
+        page.js("Math.random = () => 0")
         page.js(
             "var seen = []; new MutationObserver(() => seen.push(document.documentElement.dataset.swiftcms))"
             ".observe(document.documentElement, {attributes: true}); 0"
@@ -12863,6 +12868,12 @@ def test_live_reconnecting(browser: Browser, live: LivePageSite) -> None:
             live.server.publish(number, "user.login")
         proxy._target = target
         page.wait("answers === 3 && seen.at(-1) === 'online'")
+        # A fetch that failed, as while the server restarts, is made again.
+        live.status = 502
+        live.change(page, UL.format("<li id=p1>4</li>"))
+        live.status = 200
+        proxy.cut()
+        page.wait("answers === 5 && $('p1').textContent === '4'")
         page.close()
 
 
@@ -13009,14 +13020,20 @@ def test_live_retry_after(browser: Browser, live: LivePageSite) -> None:
     page.close()
 
 
-@needs_chromium
-def test_live_answer_to_a_post(browser: Browser, live: LivePageSite) -> None:
-    """It is fetched by GET."""
-    page = live.open(browser, UL.format("<li id=p1>1</li>") + "<form method=post><button>x</button></form>")
+def test_live_answer_to_a_post(either: Any, live: LivePageSite) -> None:
+    """It is fetched, and if need be loaded again, by GET."""
+    methods: list[str] = []
+    live.server.app.before_request(lambda: methods.append(request.method))
+    page = live.open(either, UL.format("<li id=p1>1</li>") + "<form method=post><button>x</button></form>")
     page.js("setTimeout(() => document.forms[0].submit()); window.left = 1; 0")
-    page.wait("!window.left && document.documentElement?.dataset.swiftcms === 'online'")
+    page.wait(f"!window.left && {ONLINE}")
     live.change(page, UL.format("<li id=p1>2</li>"))
     assert page.js("$('p1').textContent") == "2"
+    live.headers["X-SwiftCMS-Live"] = "reload"
+    page.js("window.left = 1; 0")
+    live.server.publish()
+    page.wait(f"!window.left && {ONLINE}")
+    assert methods.count("POST") == 1
     page.close()
 
 
@@ -13209,8 +13226,10 @@ def test_live_page_that_arrives_slowly(
     live.server.app.view_functions["live_page"] = slow_page
     page = live.open(request.getfixturevalue(name))
     live.server.app.view_functions["live_page"] = page_of
+    page.js("var template = document.querySelector('template'); 0")
     live.change(page, live.body.replace("end", "END"))
     assert page.js("refreshed") == ["posts"]
+    assert page.js("template.isConnected && template.innerHTML") == "text"
     # Elsewhere than in <head>, client.js cannot know what a script changed before it.
     shown = page.js("document.querySelector('time').textContent")
     assert shown == ("today" if place == "head" else "2026")
