@@ -4339,7 +4339,8 @@ def place_fields(engine: Engine) -> dict[str, Any]:
     Live pages refresh within `spread` seconds after an event: if all of them do, that takes about
     half of the time of this process.
     """
-    spread = 2 * engine.refresh_seconds * engine.registry.slots
+    clients = engine.registry.slots + engine.pollers.count()
+    spread = 2 * engine.refresh_seconds * clients
     return {"lastId": format_event_id(engine.history.newest_id), "spread": round(spread, 3)}
 
 
