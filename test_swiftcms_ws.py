@@ -15370,6 +15370,20 @@ def test_client_js_places_over_plain_http(browser: Browser) -> None:
 
 
 @needs_chromium
+def test_client_js_live_page_over_plain_http(browser: Browser, live: LivePageSite) -> None:
+    """data-live shows what an event has changed, also what has changed during a cut."""
+    with BlockingProxy(live.server.port) as proxy:
+        live.url = f"http://localhost:{proxy.port}/"
+        page = live.open(browser)
+        live.change(page, UL.format("<li id=p1>2</li>"))
+        proxy.cut()
+        live.change(page, UL.format("<li id=p1>3</li>"))
+        assert page.js("$('p1').textContent") == "3"
+        assert proxy.count("/ws/events") >= 2
+        page.close()
+
+
+@needs_chromium
 def test_client_js_renews_its_token_over_plain_http(browser: Browser) -> None:
     """Streams and polls are opened again with a fresh token. A user who is signed out stays out."""
     script = """
