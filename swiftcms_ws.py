@@ -8015,6 +8015,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 //   const stop = cms.subscribe("content.*", "posts", event => show(event.payload))
 //   cms.onstatus = status => …              // "connecting", "online", "offline" or "refused"
 //   cms.ongap = subscriptions => …          // events are lost: load the page's data again
+//   cms.transport                           // "websocket", "events" (plain HTTP), null (offline)
 //   const edit = cms.edit("posts", "42")    // the entry's other editors, and their changes
 //   cms.close()
 (() => {
@@ -8030,21 +8031,47 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   // Firefox closes connections when a link or a download is clicked. That is soon repaired.
   const OFFLINE_DELAY = 2_000;
   const UNSENT = "SwiftCMS: messages wait for two seconds; the server slows fast senders down";
-  const MAX_WAIT = 30_000;
-  const CLOSE = { SHUTTING_DOWN: 1001, MESSAGE_TOO_BIG: 1009, UNAUTHORIZED: 4401 };
+  const MAX_WAIT = 10_000;
+  const CLOSE = { SHUTTING_DOWN: 1001, LOST: 1006, MESSAGE_TOO_BIG: 1009, UNAUTHORIZED: 4401 };
   // Of these, only the first two need a subscription.
   const EDITING = ["user.editing", "user.stoppedEditing", "user.edited", "system.editing"];
+
+  // Plain HTTP is tried if a page's first WebSocket is still pending after this time.
+  const FIRST_WAIT = 2_000;
+  // If a stream has opened and its first message does not come in this time, a proxy buffers it.
+  const BUFFER_TIMEOUT = 3_000;
+  // A server that cannot stream ends its response so soon after a heartbeat.
+  const POLL_END = 100;
+  // A hidden page waits so long, or up to twice as long, between two polls.
+  const HIDDEN_PAUSE = 15_000;
+  const NO_EDITING = "SwiftCMS: edit() needs a WebSocket, and this page gets events by plain HTTP";
+  // The errors that end events over plain HTTP, and the close code of a WebSocket in their place.
+  const ENDS = { token_expired: 4401, signed_out: 4401, going_away: 1001, too_slow: 1013 };
 
   // An id is two numbers: milliseconds and a counter.
   const EVENT_ID = /^\d{1,20}-\d{1,20}$/;
   const sortKey = id => id.replace(/\d+/g, number => number.padStart(20, "0"));
   const isLater = (id, other) => id && (!other || sortKey(id) > sortKey(other));
+  const earlier = (id, other) => (isLater(id, other) ? other : id);
   const isMatch = (pattern, name) =>
     pattern.endsWith("*") ? name.startsWith(pattern.slice(0, -1)) : name === pattern;
+  // Over plain HTTP the server refuses the whole request if one pattern is malformed.
+  const isPattern = text =>
+    /^(?!.{129})(\*|[\p{L}\p{M}\p{N}_-]+(\.[\p{L}\p{M}\p{N}_-]+)*(\.\*)?)$/u.test(text);
   const patternOf = ({ type, contentType }) => ({ type, contentType });
   const hasKey = (set, key) => [...set].some(each => each.key === key);
   // A handler that throws must not affect others: its error becomes an unhandled rejection.
   const call = async (handler, ...values) => handler?.(...values);
+
+  // A browser opens six connections to a host, so only one of its pages streams: the one that has
+  // the lock. Promises the function that releases it, or null if this page cannot have it.
+  const takeLock = () =>
+    new Promise(resolve => {
+      if (!navigator.locks) return resolve(null);
+      const hold = lock => (lock ? new Promise(release => resolve(release)) : resolve(null));
+      const locked = navigator.locks.request("swiftcms-stream", { ifAvailable: true }, hold);
+      locked.catch(() => resolve(null));
+    });
 
   // All open connections, and the one of the SwiftCMS objects that have neither url nor token.
   const connections = new Set();
@@ -8052,7 +8079,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   for (const type of ["online", "offline", "pagehide", "pageshow", "visibilitychange"])
     addEventListener(type, event => connections.forEach(each => each.wakeUp(event)));
 
-  // One WebSocket after the other, for one or more SwiftCMS objects.
+  // One WebSocket after the other, or plain HTTP, for one or more SwiftCMS objects.
   const createConnection = (url, givenToken) => {
     // For each SwiftCMS object its option `since`, until the client has connected.
     const clients = new Map();
@@ -8068,12 +8095,21 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     let newestId, heardId;
     // After the server has closed the connection with 4401, only the same user is accepted.
     let isSignedOut, ownUserId;
-    // isReady: the server has greeted this client, and there is a token if one is needed.
-    let socket, status, isReady, maxSilence, attemptedAt, offlineTimer;
+    let socket, status, maxSilence, attemptedAt, offlineTimer;
     let attempts = 0;
     let timers = {};
+    // Plain HTTP, if it is tried or used: {source, opened, token, isStream, isAnswered, beatAt}.
+    // `opened` are the subscriptions of the request. All events up to their `since` were received.
+    let events, lock;
+    // isPlain: the page stays with plain HTTP. isProbe: the next attempt shows whether it works.
+    // mustPoll: streams do not work. hadSocket: a WebSocket was online. failures: attempts in a
+    // row with a WebSocket that was not.
+    let isPlain, isProbe, mustPoll, hadSocket;
+    let failures = 0;
     const ownIds = new Set();
-    const connection = { clientId: null, spread: 0, add, remove, reopen, subscribe, edit, wakeUp };
+    // transport: null until the server has greeted this client, and there is a token if needed.
+    const methods = { add, remove, reopen, subscribe, edit, wakeUp };
+    const connection = { clientId: null, transport: null, spread: 0, ...methods };
     const base = page?.baseURI ?? location.href;
     const address = new URL(url ?? SCRIPT_URL ?? location.origin + WEBSOCKET_PATH, base);
     address.protocol = address.protocol.replace("http", "ws");
@@ -8086,7 +8122,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       // Not now, because the page has not set its handlers yet.
       setTimeout(() => {
         if (!clients.has(cms)) return;
-        if (isReady) clients.set(cms, undefined);
+        if (connection.transport) clients.set(cms, undefined);
         if (!status || status === "refused") connect();
         else if (oldStatus) call(cms.onstatus, status);
       });
@@ -8104,20 +8140,23 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     function connect() {
       disconnect("connecting");
       attemptedAt = performance.now();
+      if (isPlain || isProbe) return openEvents();
       try {
         socket = new WebSocket(address);
       } catch ({ message }) {
         return refuse(`cannot connect to ${address}, which must be like wss://HOST/ws: ${message}`);
       }
-      socket.onclose = reconnect;
       socket.onmessage = ({ data }) => receive(data);
+      socket.onclose = end => (events ? (socket = undefined) : reconnect(end));
       // Messages restart it only when the client is ready, because a token may never come.
       later("silence", CONNECT_TIMEOUT, reconnect);
+      // If the WebSocket is only slow, it replaces plain HTTP later.
+      if (!hadSocket) later("events", FIRST_WAIT, openEvents);
     }
 
     // For the user that the browser's cookies name now.
     function reopen() {
-      if (!isReady) return;
+      if (!connection.transport) return;
       ownUserId = undefined;
       connect();
     }
@@ -8127,8 +8166,9 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       timers = {};
       if (socket) socket.onclose = socket.onmessage = null;
       socket?.close();
+      closeEvents();
       socket = heardId = undefined;
-      isReady = false;
+      connection.transport = null;
       requests = [];
       for (const each of subscriptions)
         if (!each.early) Object.assign(each, { since: newestId, early: new Set() });
@@ -8136,21 +8176,27 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     }
 
     function reconnect({ code, reason } = {}) {
-      if (!code && heardId && !isReady)
+      if (!code && heardId && !connection.transport)
         console.error("SwiftCMS: no token came in 15 seconds, will ask for it again");
       if (code === CLOSE.MESSAGE_TOO_BIG)
         console.error("SwiftCMS: the message that was too big is dropped; reconnecting without it");
       if (code === CLOSE.UNAUTHORIZED) isSignedOut = true;
+      isProbe = false;
+      if (socket && !events) {
+        const isBlocked = code === CLOSE.LOST ? status !== "online" : !code && !heardId;
+        failures = isBlocked ? failures + 1 : 0;
+        isProbe = failures >= (hadSocket || heardId ? 3 : 1);
+      }
       // A random time, so that not all clients of a server reconnect at once.
       let wait = Math.random() * Math.min(MAX_WAIT, 1_000 * 2 ** attempts);
       // Firefox itself delays an attempt after failed ones: that time has passed already.
       if (!heardId) wait -= performance.now() - attemptedAt;
       // Without a reason it was not the server that closed the connection, but the browser.
-      if (code !== CLOSE.SHUTTING_DOWN || reason) attempts++;
+      if (!isProbe && (code !== CLOSE.SHUTTING_DOWN || reason)) attempts++;
       if (code === CLOSE.SHUTTING_DOWN && reason) wait += 1_000;
       disconnect("connecting");
       offlineTimer ??= setTimeout(() => setStatus("offline"), OFFLINE_DELAY);
-      later("connect", wait, connect);
+      later("connect", isProbe ? 0 : wait, connect);
     }
 
     function refuse(message) {
@@ -8163,11 +8209,12 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       if (type === "pagehide") disconnect("connecting");
       else if (type === "pageshow") persisted && connect();
       else if (type === "offline") {
-        if (!socket && !timers.connect) return;
+        if (!socket && !events && !timers.connect) return;
         reconnect();
         setStatus("offline");
       } else if (timers.connect && !page?.hidden) connect();
-      else if (isReady && !page?.hidden) {
+      else if (events) openEvents();
+      else if (connection.transport && !page?.hidden) {
         // The network or the tab is back: check within five seconds that the connection works.
         send({ action: "heartbeat" });
         later("silence", 5_000, reconnect);
@@ -8192,7 +8239,9 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 
     // Until the client is ready, messages are dropped: greet() then sends the current state.
     function send(message) {
-      if (!isReady) return;
+      if (!connection.transport) return;
+      if (events && message.action === "unsubscribe") later("events", 0, openEvents);
+      if (events) return message.action === "editStart" && console.warn(NO_EDITING);
       const text = JSON.stringify(message);
       // Started by the first message that has to wait: the others find the buffer filled.
       if (!socket.bufferedAmount)
@@ -8201,21 +8250,24 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       for (const cms of clients.keys()) call(cms.onframe, "out", text);
     }
 
-    function receive(text) {
+    // Over plain HTTP, all events up to the id `place` have been received.
+    function receive(text, place) {
       const { type, contentType, payload, id, timestamp } = JSON.parse(text);
-      if (isReady) later("silence", maxSilence, reconnect);
+      if (connection.transport) later("silence", maxSilence, reconnect);
       if (payload?.spread >= 0) connection.spread = payload.spread;
       for (const cms of clients.keys()) call(cms.onframe, "in", text);
       // That handler may have closed the connection.
-      if (!socket) return;
+      if (!socket && !events) return;
       if (type === "system.connected") greet(payload);
       else if (type === "system.authenticated") accept(payload, timestamp);
       else if (type === "system.heartbeat") {
         // A connection that lives for a heartbeat is a good one.
         attempts = 0;
-        move(payload.lastId);
+        if (events) events.beatAt = performance.now();
+        move(place ?? payload.lastId);
         send({ action: "pong" });
       } else if (type === "system.error") handleError(payload);
+      else if (type === "system.subscribed" && events) resume(payload, place, timestamp);
       else if (type === "system.subscribed") startReplay(payload);
       else if (EDITING.includes(type))
         for (const { key, update } of [...edits])
@@ -8223,46 +8275,188 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       if (!type.startsWith("system.")) dispatch(text, type, contentType, id);
     }
 
-    async function greet({ clientId, userId, heartbeat, lastId }) {
-      const ownSocket = socket;
-      Object.assign(connection, { clientId, userId });
-      ownIds.add(clientId);
-      move(lastId);
-      const isStranger = isSignedOut && (userId === null || userId !== ownUserId);
-      let token;
+    // Resolves to null if there is no token, and to undefined if it did not come.
+    async function fetchToken() {
       try {
-        token = typeof givenToken === "function" ? await givenToken() : !isSignedOut && givenToken;
+        if (typeof givenToken === "function") return (await givenToken()) ?? null;
+        return isSignedOut ? null : (givenToken ?? null);
       } catch (error) {
         console.error("SwiftCMS: no token came, will ask for it again:", error);
-        return ownSocket.close();
       }
+    }
+
+    async function greet({ clientId, userId, heartbeat, lastId }) {
+      const ownSocket = socket;
+      // A WebSocket that was slow to open replaces plain HTTP.
+      closeEvents();
+      connection.transport = isPlain = null;
+      ownIds.add(clientId);
+      move(lastId);
+      const token = await fetchToken();
+      if (token === undefined) return ownSocket.close();
       // The connection may have been lost in the meantime.
-      if (ownSocket !== socket) return;
+      if (ownSocket !== socket || !welcome(clientId, userId, token, heartbeat)) return;
+      if (token) send({ action: "authenticate", token });
+      for (const each of subscriptions) each.since ??= lastId;
+      request([...subscriptions]);
+      for (const each of edits) each.send("editStart");
+    }
+
+    // The connection is ready, unless the user is not the one who was signed out.
+    function welcome(clientId, userId, token, heartbeat) {
+      const isStranger = isSignedOut && (userId === null || userId !== ownUserId);
       if (isStranger && !token) return refuse("the user is signed out");
+      Object.assign(connection, { clientId, userId });
       ownUserId = userId ?? ownUserId;
       isSignedOut = isStranger;
-      isReady = true;
+      connection.transport = events ? "events" : "websocket";
       // Two heartbeats, and half of one for delays.
       maxSilence = 2_500 * heartbeat;
       later("silence", maxSilence, reconnect);
-      if (token) send({ action: "authenticate", token });
-      for (const each of subscriptions) each.since ??= lastId;
       for (const cms of clients.keys()) clients.set(cms, undefined);
-      request([...subscriptions]);
-      for (const each of edits) each.send("editStart");
+      return true;
     }
 
     function accept({ userId, expiresAt }, timestamp) {
       ownUserId = userId;
       isSignedOut = false;
+      // If it fails, the server closes the connection, and the next one asks for a token again.
+      renew(expiresAt, timestamp, async () =>
+        send({ action: "authenticate", token: await givenToken() }),
+      );
+    }
+
+    function renew(expiresAt, timestamp, action) {
       if (typeof givenToken !== "function") return;
       const left = Date.parse(expiresAt) - Date.parse(timestamp);
-      // If it fails, the server closes the connection, and the next one asks for a token again.
-      const renew = async () => send({ action: "authenticate", token: await givenToken() });
-      later("renewal", Math.max(left - RENEWAL_LEAD, left * 0.8), renew);
+      later("renewal", Math.max(left - RENEWAL_LEAD, left * 0.8), action);
+    }
+
+    // Ask for events over plain HTTP, from the place of the subscription that is furthest back.
+    async function openEvents() {
+      events?.source?.close();
+      const own = (events = { opened: [] });
+      later("silence", CONNECT_TIMEOUT, reconnect);
+      own.token = await fetchToken();
+      own.isStream = await canStream();
+      // The connection may have been closed in the meantime.
+      if (own !== events) return;
+      if (own.token === undefined) return reconnect();
+      // Subscriptions that have no place yet get the newest one first.
+      const unplaced = [...subscriptions].filter(each => !each.since);
+      own.opened = unplaced.length ? unplaced : [...subscriptions];
+      own.source = new EventSource(eventsAddress(own), { withCredentials: true });
+      const poll = () => {
+        mustPoll = true;
+        openEvents();
+      };
+      // A proxy may keep back the events of a stream, or even its headers.
+      own.source.onopen = () => own.isStream && later("events", BUFFER_TIMEOUT, poll);
+      if (own.isStream) later("silence", CONNECT_TIMEOUT, poll);
+      own.source.onerror = () => endEvents(own);
+      for (const type of ["message", "system.subscribed", "system.heartbeat", "system.error"])
+        own.source.addEventListener(type, ({ data, lastEventId }) => receive(data, lastEventId));
+    }
+
+    function eventsAddress({ opened, token, isStream }) {
+      const result = new URL(address);
+      result.protocol = address.protocol.replace("ws", "http");
+      result.pathname += "/events";
+      const { searchParams } = result;
+      const names = new Set();
+      for (const { type, contentType } of opened)
+        if (isPattern(type) && isPattern(contentType)) names.add(`${type}:${contentType}`);
+        else console.error(`SwiftCMS: no ${type} of ${contentType}: malformed (invalid_type)`);
+      // Without any, the server would send all events.
+      for (const name of names.size ? names : ["system.none"]) searchParams.append("sub", name);
+      const since = opened.map(each => each.since).reduce(earlier, opened[0]?.since);
+      if (since) searchParams.set("since", since);
+      if (token) searchParams.set("token", token);
+      if (!isStream) searchParams.set("mode", "poll");
+      return result;
+    }
+
+    function closeEvents() {
+      events?.source?.close();
+      events = undefined;
+      releaseLock();
+      clearTimeout(timers.events);
+      clearTimeout(timers.renewal);
+    }
+
+    async function canStream() {
+      if (mustPoll || page?.hidden) releaseLock();
+      else lock ??= takeLock();
+      const own = lock;
+      const isTaken = Boolean(await own);
+      if (!isTaken && own === lock) lock = undefined;
+      return isTaken;
+    }
+
+    function releaseLock() {
+      lock?.then(release => release?.());
+      lock = undefined;
+    }
+
+    // The first message of a stream, and of each poll.
+    function resume({ clientId, userId, heartbeat, ...answer }, place, timestamp) {
+      if (hadSocket) {
+        // The server is there again: one more attempt shows whether WebSockets get through.
+        hadSocket = isProbe = false;
+        return connect();
+      }
+      if (!welcome(clientId, userId, events.token, heartbeat)) return;
+      clearTimeout(timers.events);
+      if (answer.recovered) move(place);
+      else lose(subscriptions, place);
+      if (events.isAnswered === undefined) {
+        report(answer.refused);
+        if (events.isStream) watch(events.source);
+        if (events.token) renew(answer.expiresAt, timestamp, openEvents);
+        for (const each of edits) each.send("editStart");
+      }
+      isPlain = events.isAnswered = true;
+      if (![...subscriptions].every(each => events.opened.includes(each)))
+        later("events", 0, openEvents);
+      proceed();
+    }
+
+    // Firefox closes a stream without an event when a link to a download is clicked.
+    function watch(source) {
+      if (source !== events?.source) return;
+      if (source.readyState === EventSource.CLOSED) openEvents();
+      else later("watch", 1_000, () => watch(source));
+    }
+
+    // A poll has ended, or the connection is lost, or the server has refused it.
+    async function endEvents(own) {
+      const { source, token, isAnswered } = own;
+      const isRefused = source.readyState === EventSource.CLOSED;
+      own.isAnswered = false;
+      if (own.isStream) mustPoll ||= performance.now() - own.beatAt < POLL_END;
+      own.isStream &&= !mustPoll;
+      if (isAnswered && !own.isStream && !isRefused) {
+        // The browser asks again by itself, after the time that the server has named.
+        later("silence", CONNECT_TIMEOUT, reconnect);
+        if (page?.hidden) {
+          source.close();
+          clearTimeout(timers.silence);
+          later("events", HIDDEN_PAUSE * (1 + Math.random()), openEvents);
+        } else if ((await canStream()) && own === events) openEvents();
+        return;
+      }
+      if (isRefused && !(token && typeof givenToken === "function")) {
+        // EventSource does not say why. If the token is missing or wrong, this is final.
+        const options = { method: "HEAD", credentials: "include" };
+        const { status: reason } = await fetch(source.url, options).catch(() => ({}));
+        if (own !== events) return;
+        if (reason === 401) return refuse("the user is not signed in, or the token is not valid");
+      }
+      reconnect();
     }
 
     function handleError({ code, message, action }) {
+      if (events && code in ENDS) return reconnect({ code: ENDS[code], reason: message });
       console.error(`SwiftCMS: ${message} (${code})`);
       if (action === "authenticate") reconnect({ code: CLOSE.UNAUTHORIZED });
       if (code !== "invalid_since") return;
@@ -8282,12 +8476,13 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       };
       const own = { cms, key, type, contentType, handler, stop, since, early: new Set() };
       subscriptions.add(own);
-      if (isReady) request([own]);
+      if (connection.transport) request([own]);
       return stop;
     }
 
     // Subscribe and get what was missed: a message for each distinct `since`, and 1,000 items.
     function request(rest) {
+      if (events) return later("events", 0, openEvents);
       while (rest.length) {
         const { since } = rest[0];
         const group = rest.filter(each => each.since === since).slice(0, 1_000);
@@ -8300,17 +8495,22 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 
     function startReplay({ refused = [], recovered, replayed }) {
       const [answered] = requests;
-      for (const { type, contentType, code, message } of refused)
-        console.error(`SwiftCMS: no ${type} of ${contentType}: ${message} (${code})`);
+      report(refused);
       answered.left = replayed;
       if (recovered) move(answered.since);
-      else {
-        // The server may have restarted with a wrong clock: only here the place moves back.
-        newestId = heardId;
-        for (const each of answered.subscriptions)
-          Object.assign(each, { since: heardId, isLost: !EDITING.includes(each.type) });
-      }
+      else lose(answered.subscriptions, heardId);
       proceed();
+    }
+
+    function report(refused) {
+      for (const { type, contentType, code, message } of refused)
+        console.error(`SwiftCMS: no ${type} of ${contentType}: ${message} (${code})`);
+    }
+
+    function lose(lost, since) {
+      // The server may have restarted with a wrong clock: only here the place moves back.
+      newestId = heardId = since;
+      for (const each of lost) Object.assign(each, { since, isLost: !EDITING.includes(each.type) });
     }
 
     function proceed() {
@@ -8321,22 +8521,27 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       for (const each of lost) each.isLost = false;
       for (const cms of new Set(lost.map(each => each.cms)))
         call(cms.ongap, lost.filter(each => each.cms === cms).map(patternOf));
-      if (isReady) setStatus("online");
+      if (!connection.transport) return;
+      hadSocket = !events;
+      setStatus("online");
     }
 
     function move(id) {
       if (isLater(id, heardId)) heardId = id;
       if (isLater(id, newestId)) newestId = id;
+      for (const each of events?.opened ?? []) if (isLater(id, each.since)) each.since = id;
     }
 
     function dispatch(text, type, contentType, id) {
-      move(id);
       const [first] = requests;
-      for (const each of [...subscriptions]) {
-        if (!isMatch(each.type, type) || !isMatch(each.contentType, contentType)) continue;
-        // It may be older than subscribe(), or come again after an interrupted replay.
-        if (id && (!isLater(id, each.since) || each.early?.has(id))) continue;
-        each.early?.add(id);
+      // It may be older than subscribe(), or come again after an interrupted replay.
+      const isNew = each => !id || (isLater(id, each.since) && !each.early?.has(id));
+      const takers = (events?.opened ?? [...subscriptions]).filter(
+        each => isMatch(each.type, type) && isMatch(each.contentType, contentType) && isNew(each),
+      );
+      move(id);
+      for (const each of takers) {
+        if (!events) each.early?.add(id);
         // Each handler gets an object of its own. A handler may unsubscribe others.
         if (subscriptions.has(each)) call(each.handler, JSON.parse(text));
       }
@@ -8833,6 +9038,10 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     // Identifies this page among the editors of an entry.
     get clientId() {
       return this.#connection.clientId;
+    }
+
+    get transport() {
+      return this.#connection.transport;
     }
 
     // Call handler(event) for each event from now on. Returns a function that unsubscribes.

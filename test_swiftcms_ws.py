@@ -9635,20 +9635,32 @@ def test_client_js_attempt_that_hangs_is_given_up(either: Any) -> None:
         page.close()
 
 
+# SPEED seconds of the page pass in each second.
+FASTER_CLOCK = """{
+  const [wait, now] = [setTimeout, performance.now.bind(performance)];
+  window.setTimeout = (run, time, ...more) => wait(run, time / SPEED, ...more);
+  performance.now = () => now() * SPEED;
+}"""
+
+
 def test_client_js_is_soon_back_after_a_long_outage(either: Any) -> None:
     """Firefox delays new WebSockets itself; the client does not add its own wait to that."""
+    # Chromium has no delay of its own, so that time can pass ten times as fast there.
+    speed = 10 if isinstance(either, Browser) else 1
+    outage = 30 if isinstance(either, Browser) else 8
+    clock = FASTER_CLOCK.replace("SPEED", str(speed))
     with serving() as server, Proxy(server.port) as proxy:
-        page = either.page(f"http://localhost:{proxy.port}/")
+        page = either.page(f"http://localhost:{proxy.port}/", before=clock)
         online(page)
         target, proxy._target = proxy._target, free_port()
         proxy.cut()
-        page.wait("new Promise(resolve => setTimeout(() => resolve(true), 15_000))")
+        page.wait(f"new Promise(resolve => setTimeout(() => resolve(true), {outage}_000))")
         assert page.js("statuses.at(-1)") == "offline"
         proxy._target = target
         server.publish(1)
         began = time.monotonic()
-        page.wait("got.length === 1", timeout=25)
-        assert time.monotonic() - began < 20
+        page.wait("got.length === 1")
+        assert (time.monotonic() - began) * speed < 12
         page.close()
 
 
@@ -14980,6 +14992,498 @@ def test_readme_curl_shows_a_stream(tmp_path: Path) -> None:
 
 
 # -- Plain HTTP: client.js -------------------------------------------------------------------------
+
+
+class BlockingProxy(Proxy):
+    """A proxy that lets no WebSocket through, unless `block` is None.
+
+    block: the status with which it refuses handshakes, or "cut" or "hang". "late" cuts a WebSocket
+    after the first message of the server. "buffer" also keeps back the body of each response until
+    it is complete, "hold" its headers too, and "freeze" keeps back all responses. `requests` has
+    the paths of all requests.
+    """
+
+    def __init__(self, port: int, block: int | str | None = 403) -> None:
+        self.block = block
+        # How many handshakes it refuses before it lets them through.
+        self.refusals = 1_000_000
+        self.requests: list[str] = []
+        super().__init__(port)
+
+    def __enter__(self) -> BlockingProxy:
+        return self
+
+    def count(self, words: str) -> int:
+        return sum(words in path for path in self.requests)
+
+    def _relay(self, source: socket.socket, sink: socket.socket) -> None:  # type: ignore[override]
+        kept = b""
+        with contextlib.suppress(OSError):
+            is_client = source.getsockname()[1] == self.port
+            while data := source.recv(65536):
+                if is_client:
+                    if data.startswith((b"GET", b"HEAD")):
+                        self.requests.append(data.split(b" ", 2)[1].decode())
+                    if b"upgrade: websocket" in data.lower() and self._refuses(source):
+                        continue
+                elif self.block == "buffer":
+                    head, end, rest = (kept + data).partition(b"\r\n\r\n")
+                    kept, data = (rest, head + end) if end else (head, b"")
+                elif self.block == "hold":
+                    kept, data = kept + data, b""
+                elif self.block == "freeze":
+                    continue
+                sink.sendall(data)
+                if self.block == "late" and b'"system.connected"' in data:
+                    sink.shutdown(socket.SHUT_RDWR)
+            sink.sendall(kept)
+            sink.shutdown(socket.SHUT_WR)
+
+    def _refuses(self, client: socket.socket) -> bool:
+        if self.block in (None, "late") or self.refusals == 0:
+            return False
+        self.refusals -= 1
+        if self.block != "hang":
+            status = self.block if isinstance(self.block, int) else 403
+            if self.block != "cut":
+                client.sendall(f"HTTP/1.1 {status} No\r\nContent-Length: 0\r\n\r\n".encode())
+            client.shutdown(socket.SHUT_RDWR)
+        return True
+
+
+@pytest.fixture
+def set_times(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Changes times of client.js, in milliseconds.
+
+    POLL_END=0: streams are cut so often that they look like those of a server that cannot stream.
+    """
+
+    def set_them(**times: int) -> None:
+        script = swiftcms_ws.CLIENT_JS
+        for name, time_ in times.items():
+            script, count = re.subn(rf"(const {name} =) [\d_]+;", rf"\1 {time_};", script)
+            assert count == 1, name
+        monkeypatch.setattr(swiftcms_ws, "CLIENT_JS", script)
+        swiftcms_ws.client_js.cache_clear()
+
+    yield set_them
+    swiftcms_ws.client_js.cache_clear()
+
+
+# It does not back off.
+NO_WAIT = "Math.random = () => 0.01;"
+WITHOUT_LOCKS = "delete Navigator.prototype.locks;"
+# A test can hide the page.
+HIDEABLE = """
+  let isHidden = false;
+  Object.defineProperty(Document.prototype, "hidden", {get: () => isHidden});
+  window.hide = value => {
+    isHidden = value;
+    document.dispatchEvent(new Event("visibilitychange", {bubbles: true}));
+  };
+"""
+# `sources` counts the requests for /ws/events.
+COUNTING = """
+  window.sources = 0;
+  window.EventSource = class extends EventSource {
+    constructor(...options) { super(...options); window.sources++; }
+  };
+"""
+
+
+@pytest.mark.parametrize(
+    ("either", "block", "attempts"),
+    [
+        ("chromium", 403, 1),
+        ("chromium", 501, 1),
+        ("chromium", "cut", 1),
+        ("chromium", "hang", 1),
+        # The first message has shown that WebSockets work.
+        ("chromium", "late", 3),
+        ("firefox", 403, 1),
+        ("firefox", "hang", 1),
+    ],
+    indirect=["either"],
+)
+def test_client_js_without_websockets(either: Any, block: int | str, attempts: int) -> None:
+    """It is online within five seconds, and does not try WebSockets again."""
+    with serving() as server, BlockingProxy(server.port, block) as proxy:
+        page = either.page(f"http://localhost:{proxy.port}/")
+        began = time.monotonic()
+        online(page)
+        assert time.monotonic() - began < 5
+        assert page.js("cms.transport") == "events"
+        server.publish(1)
+        page.wait("got.length === 1")
+        proxy.cut()
+        server.publish(2)
+        page.wait("got.length === 2")
+        assert page.js("[got, gaps]") == [[1, 2], []]
+        assert proxy.requests.count("/ws") == attempts
+        page.close()
+
+
+def test_client_js_restart_over_plain_http(either: Any, set_times: Callable[..., None]) -> None:
+    """Cuts lose nothing, and a restart without a log is a gap. Editing is not possible."""
+    set_times(POLL_END=0)
+    with serving() as server, BlockingProxy(server.port) as proxy:
+        page = either.page(f"http://localhost:{proxy.port}/", before=NO_WAIT)
+        online(page)
+        # An object that is made later starts at the present place. It needs another request.
+        page.js("var later = new SwiftCMS(); later.subscribe('*', 'pages', take); 0")
+        for number in (1, 2):
+            server.hub.publish("content.created", "pages", {"n": number})
+            page.wait(f"got.length === {number}")
+            proxy.cut()
+        with serving() as other:
+            proxy._target = other.port
+            proxy.cut()
+            page.wait("gaps.length === 1 && statuses.at(-1) === 'online'")
+            other.publish(3)
+            page.wait("got.length === 3")
+            assert page.js("[got, gaps]") == [[1, 2, 3], [["content.* posts"]]]
+            page.js("cms.edit('posts', '1'); 0")
+            until(
+                lambda: any("edit() needs a WebSocket" in line for line in page.complaints()),
+                "the warning of edit()",
+            )
+            page.js("later.close(); cms.close()")
+            assert page.js("cms.transport") is None
+            until(lambda: other.hub.stats()["connections"] == 0, "the end of the stream")
+        page.close()
+
+
+@needs_chromium
+def test_client_js_keeps_websockets_through_a_restart(browser: Browser) -> None:
+    """Plain HTTP is for networks without WebSockets, not for servers that were away."""
+    with serving() as server, BlockingProxy(server.port, None) as proxy:
+        page = browser.page(f"http://localhost:{proxy.port}/", before=NO_WAIT + COUNTING)
+        online(page)
+        target, proxy._target = proxy._target, free_port()
+        proxy.cut()
+        page.wait("sources >= 2")
+        proxy._target = target
+        online(page)
+        assert page.js("cms.transport") == "websocket"
+        # The server is back after the third attempt: the fourth shows that WebSockets work.
+        proxy.block, proxy.refusals, proxy.requests = 403, 3, []
+        proxy.cut()
+        page.wait("statuses.at(-1) !== 'online'")
+        online(page)
+        assert page.js("cms.transport") == "websocket"
+        assert proxy.count("/ws/events") == 1
+        # A laptop is carried to a network without WebSockets.
+        proxy.refusals, proxy.requests = 1_000, []
+        server.publish(1)
+        page.wait("got.length === 1")
+        proxy.cut()
+        server.publish(2)
+        page.wait("got.length === 2")
+        online(page)
+        assert page.js("[cms.transport, gaps]") == ["events", []]
+        assert (proxy.requests.count("/ws"), proxy.count("/ws/events")) == (4, 2)
+        page.close()
+
+
+@needs_chromium
+def test_client_js_slow_websocket_replaces_plain_http(
+    browser: Browser, set_times: Callable[..., None]
+) -> None:
+    """A handshake that takes longer than two seconds is not given up."""
+    set_times(FIRST_WAIT=200)
+    slow = threading.Event()
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.before_request(lambda: slow.wait(PATIENCE) and None if request.path == "/ws" else None)
+
+    with serving(configure=configure) as server:
+        page = browser.page(f"http://localhost:{server.port}/")
+        page.wait("cms.transport === 'events'")
+        server.publish(1)
+        page.wait("got.length === 1")
+        slow.set()
+        page.wait("cms.transport === 'websocket'")
+        server.publish(2)
+        page.wait("got.length === 2")
+        until(lambda: server.hub.stats()["connections"] == 1, "the end of the stream")
+        assert page.js("[statuses, gaps]") == [["connecting", "online"], []]
+        page.close()
+
+
+def test_client_js_eight_windows_without_websockets(either: Any) -> None:
+    """One of them streams, the others poll, and all show an event. So does one without locks."""
+    with serving() as server, BlockingProxy(server.port) as proxy:
+        url = f"http://localhost:{proxy.port}/"
+        # The tabs in the background believe that they are visible.
+        pages = [either.page(url, before=HIDEABLE) for _ in range(7)]
+        pages.append(either.page(url, before=HIDEABLE + WITHOUT_LOCKS))
+        for page in pages:
+            online(page)
+        assert server.hub.stats()["connections"] == 1
+        server.publish(1)
+        for page in pages:
+            page.wait("got.length === 1")
+        assert all(page.js("statuses.length") == 2 for page in pages)
+        # When the first one is closed, another one streams.
+        pages.pop(0).close()
+        streams = proxy.count("/ws/events") - proxy.count("mode=poll")
+        until(
+            lambda: proxy.count("/ws/events") - proxy.count("mode=poll") > streams,
+            "another stream",
+        )
+        for page in pages:
+            page.close()
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("block", "times"), [("buffer", {"BUFFER_TIMEOUT": 300}), ("hold", {"CONNECT_TIMEOUT": 500})]
+)
+def test_client_js_polls_behind_a_proxy_that_buffers(
+    browser: Browser, set_times: Callable[..., None], block: str, times: dict[str, int]
+) -> None:
+    """If nothing comes of a stream, the page polls, and does not stream again."""
+    set_times(**times)
+    with serving() as server, BlockingProxy(server.port, block) as proxy:
+        page = browser.page(f"http://localhost:{proxy.port}/", before=NO_WAIT)
+        online(page)
+        server.publish(1)
+        page.wait("got.length === 1")
+        assert "mode=poll" not in proxy.requests[3]
+        assert all("mode=poll" in path for path in proxy.requests[4:])
+        assert page.js("gaps") == []
+        page.close()
+
+
+@needs_chromium
+def test_client_js_server_that_cannot_stream(
+    browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a server ends each response. The page stays online, and leaves the lock to others."""
+    monkeypatch.setattr(swiftcms_ws, "can_stream", lambda sock: False)
+    with serving() as server, BlockingProxy(server.port) as proxy:
+        page = browser.page(f"http://localhost:{proxy.port}/")
+        online(page)
+        for number in (1, 2):
+            server.publish(number)
+            page.wait(f"got.length === {number}")
+        assert page.js("[statuses, gaps]") == [["connecting", "online"], []]
+        assert page.js("navigator.locks.query().then(({held}) => held.length)") == 0
+        page.close()
+
+
+def test_client_js_hidden_pages_poll_seldom(
+    either: Any, set_times: Callable[..., None]
+) -> None:
+    """A hidden page leaves the stream to others. When it is shown again, it streams at once."""
+    set_times(HIDDEN_PAUSE=500)
+    with serving() as server, BlockingProxy(server.port) as proxy:
+        page = either.page(f"http://localhost:{proxy.port}/", before=HIDEABLE)
+        online(page)
+        assert server.hub.stats()["connections"] == 1
+        page.js("hide(true)")
+        page.wait("received.at(-1).type === 'system.heartbeat'")
+        assert server.hub.stats()["connections"] == 0
+        began = time.monotonic()
+        server.publish(1)
+        page.wait("got.length === 1")
+        assert time.monotonic() - began > 0.4
+        page.js("hide(false)")
+        until(lambda: server.hub.stats()["connections"] == 1, "another stream")
+        server.publish(2)
+        page.wait("got.length === 2")
+        assert page.js("[statuses, gaps]") == [["connecting", "online"], []]
+        page.close()
+
+
+@needs_chromium
+def test_client_js_notices_a_dead_stream(browser: Browser) -> None:
+    """EventSource reports no error if nothing comes: it reconnects after 2.5 heartbeats."""
+    with serving(HEARTBEAT=0.3) as server, BlockingProxy(server.port) as proxy:
+        page = browser.page(f"http://localhost:{proxy.port}/")
+        online(page)
+        proxy.block = "freeze"
+        began = time.monotonic()
+        page.wait("statuses.at(-1) !== 'online'")
+        assert time.monotonic() - began < 3
+        proxy.block = 403
+        server.publish(1)
+        page.wait("got.length === 1")
+        online(page)
+        page.close()
+
+
+def test_client_js_download_over_plain_http(firefox: Firefox) -> None:
+    """Firefox closes the stream of a page whose download link is clicked, without an event."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        headers = {"Content-Disposition": "attachment; filename=x.txt"}
+        app.add_url_rule("/file", "file", lambda: Response("x", headers=headers))
+
+    script = SIMPLE + "document.body.innerHTML = '<a href=/file id=file>get it</a>';"
+    with serving(script, configure) as server, BlockingProxy(server.port) as proxy:
+        page = firefox.page(f"http://localhost:{proxy.port}/")
+        online(page)
+        page.click("#file")
+        until(lambda: server.hub.stats()["connections"] == 0, "the end of the stream")
+        server.publish(1)
+        began = time.monotonic()
+        page.wait("got.length === 1")
+        assert time.monotonic() - began < 5
+        assert page.js("statuses") == ["connecting", "online"]
+        page.close()
+
+
+@needs_chromium
+@pytest.mark.parametrize("before", ["", WITHOUT_LOCKS], ids=["stream", "poll"])
+def test_client_js_resumes_plain_http(
+    browser: Browser, before: str, set_times: Callable[..., None]
+) -> None:
+    """30 cuts under 500 events a second: each handler has every event once, in order."""
+    set_times(POLL_END=0)
+    chance = random.Random(28)
+    script = SIMPLE + "const all = []; cms.subscribe('*', '*', ({payload}) => all.push(payload.n));"
+    stop, published = threading.Event(), []
+    with serving(script) as server, BlockingProxy(server.port) as proxy:
+        page = browser.page(
+            f"http://localhost:{proxy.port}/", before=before + NO_WAIT
+        )
+        online(page)
+        publisher = threading.Thread(
+            target=lambda: published.extend(publish_steadily(server.publish, stop))
+        )
+        publisher.start()
+        try:
+            for _ in range(30):
+                proxy.cut()
+                threading.Event().wait(chance.uniform(0, 0.15))
+        finally:
+            stop.set()
+            publisher.join(PATIENCE)
+        page.wait(f"[got, all].every(list => list.at(-1) === {published[-1]})")
+        assert page.js("got") == published
+        assert page.js("all") == published
+        assert page.js("gaps") == []
+        assert (proxy.count("mode=poll") == 0) == (not before)
+        page.close()
+
+
+@needs_chromium
+def test_client_js_places_over_plain_http(browser: Browser) -> None:
+    """Each subscription starts at its own place. Malformed and refused ones harm no other one."""
+    script = """
+      const [, first, second] = location.hash.split(":");
+      const lists = [new SwiftCMS({since: first}), new SwiftCMS({since: second}), new SwiftCMS()]
+        .map(cms => {
+          const list = [];
+          cms.subscribe("content.*", "*", ({payload}) => list.push(payload.n));
+          return list;
+        });
+      const cms = record(new SwiftCMS());
+      cms.subscribe("con*", "posts", take);
+      cms.subscribe("content.*:posts", "posts", take);
+      cms.subscribe("content.*", "secrets", take);
+      const nothing = record(new SwiftCMS({url: "/ws"}));
+    """
+
+    def configure(app: Flask, hub: Hub) -> None:
+        hub.authorize(lambda user, event_type, content_type: content_type != "secrets")
+
+    with (
+        serving(script, configure, MAX_QUEUE=65536) as server,
+        BlockingProxy(server.port) as proxy,
+    ):
+        for before in ("", WITHOUT_LOCKS):
+            first = server.publish(1, filling="x" * 40_000)
+            second = server.publish(2)
+            # More than one poll sends.
+            server.publish(3, filling="x" * 40_000)
+            server.publish(4, filling="x" * 40_000)
+            page = browser.page(f"http://localhost:{proxy.port}/#:{first}:{second}", before=before)
+            page.wait("statuses.filter(status => status === 'online').length === 2")
+            page.wait("lists[0].length === 3 && lists[1].length === 2")
+            server.publish(5)
+            page.wait("lists.every(list => list.at(-1) === 5)")
+            assert page.js("lists") == [[2, 3, 4, 5], [3, 4, 5], [5]]
+            assert page.js("gaps") == []
+            lines = page.complaints()
+            assert sum("malformed" in line for line in lines) >= 2
+            assert any("(forbidden)" in line for line in lines)
+            page.close()
+
+
+@needs_chromium
+def test_client_js_live_page_over_plain_http(browser: Browser, live: LivePageSite) -> None:
+    """data-live shows what an event has changed, also what has changed during a cut."""
+    with BlockingProxy(live.server.port) as proxy:
+        live.url = f"http://localhost:{proxy.port}/"
+        page = live.open(browser)
+        live.change(page, UL.format("<li id=p1>2</li>"))
+        proxy.cut()
+        live.change(page, UL.format("<li id=p1>3</li>"))
+        assert page.js("$('p1').textContent") == "3"
+        assert proxy.count("/ws/events") >= 2
+        page.close()
+
+
+@needs_chromium
+def test_client_js_renews_its_token_over_plain_http(browser: Browser) -> None:
+    """Streams and polls are opened again with a fresh token. A user who is signed out stays out."""
+    script = """
+      let asked = 0, isGone = false;
+      const token = async () => {
+        asked++;
+        return isGone ? null : (await fetch("/token")).text();
+      };
+      const cms = record(new SwiftCMS({token}));
+      cms.subscribe("content.*", "posts", take);
+    """
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.add_url_rule("/token", "token", lambda: hub.issue_token("ana", expires_in=2))
+
+    with serving(script, configure, AUTH="required") as server, BlockingProxy(server.port) as proxy:
+        for before in ("", WITHOUT_LOCKS):
+            page = browser.page(f"http://localhost:{proxy.port}/", before=before)
+            page.wait("asked >= 3")
+            server.publish(1, to="ana")
+            page.wait("got.length === 1")
+            assert page.js("[statuses, gaps]") == [["connecting", "online"], []]
+            page.js("isGone = true")
+            page.wait("statuses.at(-1) !== 'online'")
+            page.close()
+
+
+@needs_chromium
+def test_client_js_signed_out_over_plain_http(browser: Browser) -> None:
+    """After `signed_out` the same user stays, and anyone else is refused, as after 4401."""
+    with serving(LOGIN, with_login) as server, BlockingProxy(server.port) as proxy:
+        page = browser.page(f"http://localhost:{proxy.port}/login/ana/phone")
+        go(page, "/?")
+        online(page)
+        server.hub.disconnect("ana")
+        page.wait("statuses.length === 4")
+        assert page.js("statuses") == ["connecting", "online", "connecting", "online"]
+        page.js("fetch('/logout').then(() => 1)")
+        server.hub.disconnect("ana")
+        page.wait("statuses.at(-1) === 'refused'")
+        assert any("signed out" in line for line in page.complaints())
+        assert server.hub.stats()["connections"] == 0
+        page.close()
+
+
+@needs_chromium
+def test_client_js_refused_over_plain_http(browser: Browser) -> None:
+    """If the server wants a token and there is no good one, the page does not ask again."""
+    script = "const make = token => record(new SwiftCMS({token})).subscribe('*', '*', take);"
+    with serving(script, AUTH="required") as server, BlockingProxy(server.port) as proxy:
+        page = browser.page(f"http://localhost:{proxy.port}/")
+        for token_ in ("undefined", "() => null", "'nonsense'"):
+            page.js(f"statuses.length = 0; make({token_}); 0")
+            page.wait("statuses.at(-1) === 'refused'")
+            assert page.js("statuses") == ["connecting", "refused"]
+        assert sum("not signed in" in line for line in page.complaints()) == 3
+        page.close()
 
 
 # -- The page as a lesson --------------------------------------------------------------------------
