@@ -9629,7 +9629,9 @@ const fieldOf = line =>
 
 const list = $("log");
 let rows = [];
-let selected, fieldIndex, lastAt;
+// The row that was added or changed last, and when.
+let latest, lastAt;
+let selected, fieldIndex;
 let isHeld = false;
 let isFrameAsked = false;
 // Whether the log scrolls with its rows: it does unless the reader has scrolled up.
@@ -9647,7 +9649,7 @@ export function addRow({ key = null, ...fields }) {
   let row = key && findRun(rows, key, now);
   if (!row) rows.push((row = { key, count: 0, beganAt: now, gap: now - (lastAt ?? now) }));
   Object.assign(row, fields, { count: row.count + 1, seenAt: now, isDirty: true });
-  lastAt = now;
+  [latest, lastAt] = [row, now];
   for (; rows.length > MAX_ROWS; removed++) rows.shift().element?.remove();
   // A hidden page gets no animation frames, so it must not ask for more and more of them.
   if (!isFrameAsked) requestAnimationFrame(render);
@@ -9729,12 +9731,11 @@ function select(row) {
   focusField(lines, fieldIndex ?? best.map(indexOf).find(index => index >= 0) ?? 0);
 }
 
-// Select the row that was added last, when it is drawn.
-export function selectLast() {
-  if (!rows.length) return;
-  rows.at(-1).isDirty = true;
+// Select the row that was added or changed last, when it is drawn.
+export function selectLatest() {
+  latest.isDirty = true;
   if (selected?.element) setAria(selected.element, "selected", false);
-  [selected, fieldIndex] = [rows.at(-1), undefined];
+  [selected, fieldIndex] = [latest, undefined];
 }
 
 function focusField(lines, index) {
@@ -10501,7 +10502,7 @@ function watch(...values) {
   if (expected === null || done.has(current)) return;
   const { proof, result, shown = proof.length - 1 } = STEPS[current];
   if (proof[proved](...values)) {
-    if (proved === shown) inspector.selectLast();
+    if (proved === shown) inspector.selectLatest();
     proved++;
   } else if (values[0] === "lost") proved = Number(Boolean(proof[0](...values)));
   if (proved < proof.length) return;
