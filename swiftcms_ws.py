@@ -7880,18 +7880,24 @@ class DemoClass:
     def _note_connection(self, sender: Flask, client_id: str, **details: Any) -> None:
         """Signal receiver, in a request context of the client's handshake."""
         with self._lock:
-            for kind, key in request.args.items():
-                self._client_ids[kind, key].append(client_id)
+            for place in self._places():
+                self._client_ids[place].append(client_id)
 
     def _note_end(self, sender: Flask, client_id: str, **details: Any) -> None:
         """Signal receiver, as above."""
         with self._lock:
-            for kind, key in request.args.items():
-                self._client_ids[kind, key].remove(client_id)
-                if not self._client_ids[kind, key]:
-                    del self._client_ids[kind, key]
+            for place in self._places():
+                self._client_ids[place].remove(client_id)
+                if not self._client_ids[place]:
+                    del self._client_ids[place]
+                _, key = place
                 if key in self._names:
                     self._names[key] = (self._names[key][0], time.monotonic())
+
+    @staticmethod
+    def _places() -> list[tuple[str, str]]:
+        """Return the keys of `_client_ids` that the address of this request names."""
+        return [(kind, request.args[kind]) for kind in ("cms", "page") if kind in request.args]
 
     def count(self) -> int:
         """Return how many people are here."""
@@ -9073,8 +9079,8 @@ PAGE = r"""<!doctype html>
     <p>Something changes on the server. This page asks every second: “anything new?” It is also
       told, by an open connection.</p>
     <p data-options="Asking|Being told|Both at once">Which way is the news here first?</p>
-    <p>Asking is mostly in vain, and late. Push is one message, at once, only if there is
-      news.</p>
+    <p>Asking is mostly in vain, and late. Being told, <em>push</em>, is one message, at once,
+      only if there is news.</p>
   </article>
   <article data-right="1">
     <h2>Open the connection</h2>
@@ -9094,11 +9100,11 @@ PAGE = r"""<!doctype html>
   </article>
   <article data-right="1">
     <h2>Signs of life</h2>
-    <p>Now nobody writes anything. A closed laptop says no goodbye: how can the server know that
-      you are still there?</p>
-    <p data-options="Nothing|A question|Goodbye">What will the server send?</p>
-    <p>A heartbeat every {{ heartbeat }} s; you answer pong. If it hears nothing for two, it closes
-      the connection: otherwise it would keep the dead for ever.</p>
+    <p>Nobody writes anything for {{ heartbeat }} seconds. A closed laptop says no goodbye: how
+      can the server know that you are there?</p>
+    <p data-options="Nothing|A sign of life|Goodbye">What will the server send?</p>
+    <p>A heartbeat every {{ heartbeat }} s; you answer pong. After two without an answer it
+      closes the connection: dead ones would stay for ever.</p>
   </article>
   <article data-right="1">
     <h2>Mistakes</h2>
@@ -9213,6 +9219,7 @@ PAGE = r"""<!doctype html>
       <button role="tab" id="tab-ask" aria-controls="ask" aria-selected="true">Ask</button>
       <button role="tab" id="tab-sign" aria-controls="sign-in">Sign in</button>
       <button role="tab" id="tab-write" aria-controls="write">Write</button>
+      {% if demo %}<button role="tab" id="tab-tell" aria-controls="tell">Tell</button>{% endif %}
       <button role="tab" id="tab-break" aria-controls="break">Break</button>
     </nav>
     <form id="ask" role="tabpanel" aria-labelledby="tab-ask" autocomplete="off">
@@ -9241,6 +9248,13 @@ PAGE = r"""<!doctype html>
       </datalist>
       <button>Send</button>
     </form>
+    {% if demo %}
+    <form id="tell" role="tabpanel" aria-labelledby="tab-tell" autocomplete="off" hidden>
+      <input name="to" required maxlength="40" placeholder="to whom" aria-label="To">
+      <input name="text" required maxlength="500" placeholder="only for them" aria-label="Text">
+      <button>Tell</button>
+    </form>
+    {% endif %}
     <div id="break" role="tabpanel" aria-labelledby="tab-break" hidden>
       {% if demo %}<button id="cut">Lose it for 5 s</button>{% endif %}
       <button id="forge">Bad token</button>
@@ -9410,7 +9424,8 @@ svg.ghost, svg.lost { fill: none; }
 [role=tabpanel] {
   display: flex; flex: 1; gap: .4rem; align-items: center; justify-content: flex-end;
 }
-#ask input { width: 6.8rem; }
+#ask input, #tell [name=to] { width: 6.4rem; }
+#tell [name=text] { flex: 1; }
 [role=tablist] { white-space: nowrap; }
 [role=tab] {
   padding: 0 .4rem; border: 0; border-bottom: 4px solid transparent; border-radius: 0;
@@ -9443,7 +9458,7 @@ svg.ghost, svg.lost { fill: none; }
 }
 """
 
-INSPECTOR_JS = r"""// The WebSocket inspector: a connection, and its messages as arrows and in words.
+INSPECTOR_JS = r"""// The WebSocket inspector: a connection, its messages as arrows and in words.
 // GET /ws shows it alone. The demo's page imports it.
 const MAX_ROWS = 300;
 // Messages of one kind become one row while they follow each other within so many milliseconds.
@@ -9482,17 +9497,14 @@ const patternText = ({ type = "*", contentType = "*" }) => `${type} of ${content
 
 // Why an event did not reach a connection that was in this state when the event came.
 export function whyNot(event, { isOpen, patterns, to }) {
-  if (!isOpen) return "you were away";
   if (to) return `it was for ${to} only`;
+  if (!isOpen) return "you were away";
   if (!patterns.length) return "you have not subscribed to anything";
   const near = patterns.find(({ type }) => isMatch(type, event.type)) ?? patterns[0];
   if (!isMatch(near.type, event.type)) return `${patternText(near)} does not match ${event.type}`;
-  if (
-    patterns.some(
-      each => isMatch(each.type, event.type) && isMatch(each.contentType, event.contentType),
-    )
-  )
-    return "it was for one user, as whom you are not signed in here";
+  const doesMatch = each =>
+    isMatch(each.type, event.type) && isMatch(each.contentType, event.contentType);
+  if (patterns.some(doesMatch)) return "it was for one user, as whom you are not signed in here";
   return `${patternText(near)} does not match ${event.contentType}`;
 }
 
@@ -9752,14 +9764,7 @@ function focusField(lines, index) {
 }
 
 list.onkeydown = event => {
-  const steps = {
-    ArrowDown: 1,
-    ArrowUp: -1,
-    PageDown: 9,
-    PageUp: -9,
-    End: MAX_ROWS,
-    Home: -MAX_ROWS,
-  };
+  const steps = { ArrowDown: 1, ArrowUp: -1, End: MAX_ROWS, Home: -MAX_ROWS };
   const shown = rows.filter(({ element }) => element);
   const lines = selected ? detailLines(selected) : [];
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -9801,13 +9806,15 @@ export const link = {
   // The demo tells the server with it which page this is.
   query: "",
   isReady: false,
-  wasOpen: false,
+  // From the greeting until the user closes it, with all losses in between.
+  isWanted: false,
   userId: null,
   // Accepted subscriptions: text -> {type, contentType}.
   wanted: new Map(),
 };
 // The id up to which everything has arrived, to be sent as `since` after a loss.
 let place = null;
+let greetedId;
 let socket, retryTimer, askedSince, ownToken;
 // Of the messages authenticate that are not answered yet.
 let sentTokens = [];
@@ -9865,6 +9872,7 @@ export function close() {
   retryTimer = clearTimeout(retryTimer);
   attempts = awayUntil = 0;
   place = ownToken = null;
+  link.isWanted = false;
   link.wanted.clear();
   if (socket?.readyState < WebSocket.CLOSING) socket.close(1000);
   showState();
@@ -9889,14 +9897,7 @@ function lose({ code, reason }) {
   const words = `${code}, ${CLOSE_WORDS[code] ?? (reason || "see RFC 6455 section 7.4")}`;
   if (code === 1000) addRow({ kind: "lost", head: "closed", words, text, note });
   else if (attempts && !link.isReady)
-    addRow({
-      kind: "away",
-      head: "no answer",
-      words: "will try again",
-      key: "no answer",
-      text,
-      note,
-    });
+    addRow({ kind: "away", key: "away", head: "no answer", words: "will try again", text, note });
   else addRow({ kind: "lost err", head: "connection lost", words, text, note });
   link.isReady = false;
   link.userId = null;
@@ -9934,13 +9935,16 @@ const keyOf = ({ type, contentType }) => `${type} ${contentType}`;
 // What a message changes. It returns what its row shows otherwise than usual.
 const EFFECTS = {
   "system.connected"({ userId, lastId }) {
-    Object.assign(link, { userId, isReady: true, wasOpen: true });
+    Object.assign(link, { userId, isReady: true, isWanted: true });
+    greetedId = lastId;
     // After the row of this message.
     queueMicrotask(() => resume(lastId));
   },
   "system.subscribed"(payload) {
     for (const { type, contentType } of pairsOf(payload))
       link.wanted.set(keyOf({ type, contentType }), { type, contentType });
+    // Ids may begin again after a restart. Only then the place moves back.
+    if (!payload.recovered) place = greetedId;
     replayLeft = payload.replayed;
     if (!replayLeft) return {};
     const words = `since ${shortId(askedSince)}`;
@@ -10009,6 +10013,7 @@ $("toggle").onclick = ({ target }) => (target.textContent === "Open" ? open() : 
 $("fast").onclick = () => {
   for (let ref = link.isReady ? 1 : 300; ref <= 300; ref++) send({ action: "heartbeat", ref });
 };
+showTab(tabs[0]);
 showState();
 if (!document.body.classList.contains("demo")) {
   onSubmit("sign-in", ({ token }) => send({ action: "authenticate", token }));
@@ -10045,6 +10050,7 @@ const say = text => {
 const attempt =
   action =>
   async (...values) => {
+    say("");
     try {
       return await action(...values);
     } catch (error) {
@@ -10053,11 +10059,12 @@ const attempt =
   };
 const tokenOf = async name => (await api("GET", `token?user=${encodeURIComponent(name)}`)).token;
 const asNeighbour = () => tokenOf("A neighbour");
-const poll = attempt(async () => {
-  const { people, lastId } = await api("GET", "poll");
+const poll = async () => {
+  // The server may be away.
+  const { people, lastId } = await api("GET", "poll").catch(() => ({ people: "…" }));
   $("people").textContent = `${people} here`;
   return lastId;
-});
+};
 
 // -- The name, and the CMS's own connection --
 
@@ -10089,10 +10096,10 @@ function start(name) {
   };
 }
 onSubmit("name", ({ name }) => {
-  $("welcome").close();
   start(name.trim());
+  $("welcome").close();
 });
-$("welcome").oncancel = event => user || event.preventDefault();
+$("welcome").onclose = () => user || $("welcome").showModal();
 $("rename").onclick = () => $("welcome").showModal();
 $("both").onclick = ({ target }) => {
   setAria(target, "pressed", document.body.classList.toggle("both"));
@@ -10124,14 +10131,17 @@ function decide(newest) {
   }
 }
 
+function consider(event, to) {
+  if (!link.isWanted) return;
+  const state = { isOpen: link.isReady, patterns: [...link.wanted.values()], to };
+  undecided.push({ event, state, at: performance.now() });
+  setTimeout(decide, 1_000);
+}
+
 function take(event) {
   const { id, type, contentType, payload } = event;
   watch("told", event);
-  if (link.wasOpen && id) {
-    const state = { isOpen: link.isReady, patterns: [...link.wanted.values()] };
-    undecided.push({ event, state, at: performance.now() });
-    setTimeout(decide, 1_000);
-  }
+  if (id) consider(event);
   if (type === "class.reset") {
     delete storage.name;
     location.replace(location.pathname);
@@ -10308,7 +10318,6 @@ async function connect() {
 const sendAfterwards = async message => connect().then(() => send(message));
 
 async function subscribe() {
-  if (link.wanted.has("content.* posts")) return;
   await sendAfterwards({ action: "subscribe", type: "content.*", contentType: "posts" });
   await happens(got("system.subscribed"));
 }
@@ -10323,7 +10332,8 @@ const forge = async () => {
   await sendAfterwards({ action: "authenticate", token: changed });
 };
 const cut = async () => {
-  await api("POST", "cut", { key });
+  // A second time, it is lost already, and stays away longer.
+  if (link.isReady || !link.isWanted) await api("POST", "cut", { key });
   inspector.stayAway(5_000);
 };
 const flood = async () => {
@@ -10413,7 +10423,10 @@ const STEPS = [
   },
   {
     acts: {
-      "Lose it for 5 s": () => subscribe().then(cut),
+      "Lose it for 5 s": async () => {
+        if (!link.wanted.has("content.* posts")) await subscribe();
+        await cut();
+      },
       "Create two posts": async () => {
         for (const title of ["While you were away", "And another"])
           await create("posts", title, await asNeighbour());
@@ -10528,6 +10541,15 @@ $("dismiss").onclick = $("reopen").onclick = () => {
 };
 addEventListener("hashchange", showStep);
 onSubmit("sign-in", attempt(authenticate));
+onSubmit(
+  "tell",
+  attempt(async ({ to, text }) => {
+    const { id } = await api("POST", "notices", { to, text });
+    const event = { id, type: "notification", contentType: "users", payload: { from: user, text } };
+    // The others do not hear of it: `to` is known only to this page.
+    if (to !== user) consider(event, to);
+  }),
+);
 for (const [id, action] of Object.entries({ forge, cut, flood })) $(id).onclick = attempt(action);
 $("reset")?.addEventListener(
   "click",
