@@ -9074,77 +9074,59 @@ PAGE = r"""<!doctype html>
 <section id="lesson" aria-label="Lesson">
   <nav id="steps" aria-label="Steps"></nav>
   <button id="dismiss" aria-label="Close the lesson">×</button>
-  <article data-right="1">
-    <h2>Ask, or be told?</h2>
+  <article data-right="1"><h2>Ask, or be told?</h2>
     <p>Something changes on the server. This page asks every second: “anything new?” It is also
       told, by an open connection.</p>
     <p data-options="Asking|Being told|Both at once">Which way is the news here first?</p>
     <p>Asking is mostly in vain, and late. Being told, <em>push</em>, is one message, at once,
-      only if there is news.</p>
-  </article>
-  <article data-right="1">
-    <h2>Open the connection</h2>
+      only if there is news.</p></article>
+  <article data-right="1"><h2>Open the connection</h2>
     <p>A browser can ask a server. Can a server speak first? Open a connection, and see who sends
       what.</p>
     <p data-options="This browser|The server|Neither">Once it is open, who speaks first?</p>
     <p>The handshake, once: the browser asked (GET, Upgrade), the server agreed (101). Since then
-      both may send at any time. The server did: connected.</p>
-  </article>
-  <article data-right="0">
-    <h2>Subscribe</h2>
+      both may send at any time. The server did: connected.</p></article>
+  <article data-right="0"><h2>Subscribe</h2>
     <p>The server sends only what you ask for. Subscribe to content.* of posts. Then create a post
       and a page.</p>
     <p data-options="The post|The page|Both">What will you get?</p>
     <p>content.* stands for content.created too, but pages are not posts. An arrow
-      that stops at ✕ is an event that you did not get, and why.</p>
-  </article>
-  <article data-right="1">
-    <h2>Signs of life</h2>
+      that stops at ✕ is an event that you did not get, and why.</p></article>
+  <article data-right="1"><h2>Signs of life</h2>
     <p>Nobody writes anything for {{ heartbeat }} seconds. A closed laptop says no goodbye: how
       can the server know that you are there?</p>
     <p data-options="Nothing|A sign of life|Goodbye">What will the server send?</p>
     <p>A heartbeat every {{ heartbeat }} s; you answer pong. After two without an answer it
-      closes the connection: dead ones would stay for ever.</p>
-  </article>
-  <article data-right="1">
-    <h2>Mistakes</h2>
+      closes the connection: dead ones would stay for ever.</p></article>
+  <article data-right="1"><h2>Mistakes</h2>
     <p>Send a misspelt action, “subscrbe”. Then something that is not even JSON.</p>
     <p data-options="Hangs up|Says what is wrong|Nothing">What does the server do?</p>
     <p>An error is an answer: a code for programs, a sentence for people. The connection stays
-      open, as the second answer proves.</p>
-  </article>
-  <article data-right="2">
-    <h2>Who are you?</h2>
+      open, as the second answer proves.</p></article>
+  <article data-right="2"><h2>Who are you?</h2>
     <p>The server does not know who you are. Show it a token that says so. Then change one letter
       of the token.</p>
     <p data-options="Somebody else|Nobody|Still you">Who are you then?</p>
     <p>The server has signed the token. With a letter changed the signature is wrong: it refuses
-      the token, and you are still who you were.</p>
-  </article>
-  <article data-right="0">
-    <h2>Lose the connection</h2>
+      the token, and you are still who you were.</p></article>
+  <article data-right="0"><h2>Lose the connection</h2>
     <p>Lose it for five seconds. Meanwhile a neighbour creates two posts (or let the button do
       it).</p>
     <p data-options="Both|The last|Neither">Which do you have when it is back?</p>
     <p>The server keeps the latest events. Your browser sent the last id that it had, as
-      since, and the server sent what came after it.</p>
-  </article>
-  <article data-right="1">
-    <h2>Two editors</h2>
+      since, and the server sent what came after it.</p></article>
+  <article data-right="1"><h2>Two editors</h2>
     <p>You open a post. A neighbour opens it too, and saves first (or let the button do it). Now
       you save.</p>
     <p data-options="It wins|It is refused|It is merged">What happens to the second save?</p>
     <p>A save names the version that it changed. Yours is old: it would wipe out what the
-      neighbour wrote. So the server refuses it, and you choose.</p>
-  </article>
-  <article data-right="2">
-    <h2>One who does not read</h2>
+      neighbour wrote. So the server refuses it, and you choose.</p></article>
+  <article data-right="2"><h2>One who does not read</h2>
     <p>A client with a bad network does not read what it gets. The server starts one, and sends
       the same to it and to you.</p>
     <p data-options="I wait too|I lose some|Nothing">What happens to you?</p>
     <p>What it does not read waits in the server’s memory. At 1 MiB, only that client is closed
-      (1013); it may come back with since. The others never wait.</p>
-  </article>
+      (1013); it may come back with since. The others never wait.</p></article>
   <div id="expect"></div>
   <output id="verdict"></output>
   <button id="act" class="filled">…</button>
@@ -9250,7 +9232,7 @@ PAGE = r"""<!doctype html>
     </form>
     {% if demo %}
     <form id="tell" role="tabpanel" aria-labelledby="tab-tell" autocomplete="off" hidden>
-      <input name="to" required maxlength="40" placeholder="to whom" aria-label="To">
+      <input name="to" required maxlength="40" placeholder="whom" aria-label="To">
       <input name="text" required maxlength="500" placeholder="only for them" aria-label="Text">
       <button>Tell</button>
     </form>
@@ -9311,7 +9293,7 @@ button:disabled { opacity: .6; }
 small, time, pre, header strong { color: var(--quiet); font: 1rem/1.35 ui-monospace, monospace; }
 header, footer { display: flex; gap: .6rem; align-items: center; }
 body > header { grid-area: head; padding: 0 1rem; border-bottom: 2px solid var(--edge); }
-header button, #break button { font-size: 1rem; }
+header button, footer button, footer input { font-size: 1rem; }
 h1 { flex: 1; white-space: nowrap; }
 header strong { color: var(--ink); font-size: 1.4rem; font-weight: 700; }
 
@@ -9344,7 +9326,7 @@ article p:last-child, .done [data-options], .done #expect { display: none; }
   display: flex; gap: .6rem; align-items: center; height: 2.75rem;
   border-top: 1px solid var(--edge);
 }
-#entries:not(.all) li:nth-child(n + 6) { display: none; }
+body:not(.no-lesson) #entries:not(.all) li:nth-child(n + 6), .no-lesson #more { display: none; }
 #entries b { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #entries small { font-family: inherit; white-space: nowrap; }
 #entries button, #below button { height: 1.8rem; }
@@ -9377,7 +9359,7 @@ header > b {
 }
 #server { left: calc(var(--time) + 8.75rem); }
 #own { left: calc(var(--time) + 15rem); }
-body:not(.both) .own { display: none; }
+body:not(.both) :is(.own, .cms) { display: none; }
 .both { --rail: 16.5rem; }
 #log {
   flex: 1; min-height: 0; padding: 0; overflow-y: scroll; overflow-anchor: none; list-style: none;
@@ -9405,6 +9387,8 @@ svg.ghost, svg.lost { fill: none; }
 #log .lost.err { background: var(--bad-ground); }
 #log .replay { background: var(--replay); }
 #log .replay p { padding-left: .6rem; border-left: .3rem solid var(--in); }
+/* The last `since` stays in sight, because it explains the rows below it. */
+#log .since { position: sticky; z-index: 1; top: 0; background: var(--ground); }
 #log [aria-selected=true] { background: var(--chosen); }
 #empty { position: absolute; top: 5rem; left: 5.8rem; color: var(--quiet); font-size: 1.4rem; }
 #unseen { position: absolute; right: 1.5rem; bottom: calc(var(--dock) + 12.2rem); }
@@ -9422,13 +9406,13 @@ svg.ghost, svg.lost { fill: none; }
 #explanation small { display: block; margin-top: .6rem; font-family: inherit; }
 #inspector footer { justify-content: space-between; height: var(--dock); padding: 0 .7rem; }
 [role=tabpanel] {
-  display: flex; flex: 1; gap: .4rem; align-items: center; justify-content: flex-end;
+  display: flex; flex: 1; gap: .4rem; align-items: center; justify-content: flex-end; min-width: 0;
 }
-#ask input, #tell [name=to] { width: 6.4rem; }
+#ask input, #tell [name=to] { width: 6.6rem; }
 #tell [name=text] { flex: 1; }
 [role=tablist] { white-space: nowrap; }
 [role=tab] {
-  padding: 0 .4rem; border: 0; border-bottom: 4px solid transparent; border-radius: 0;
+  padding: 0 .45rem; border: 0; border-bottom: 4px solid transparent; border-radius: 0;
   background: none; color: var(--quiet);
 }
 [role=tab][aria-selected=true] { border-color: var(--accent); color: var(--ink); }
@@ -9453,8 +9437,10 @@ svg.ghost, svg.lost { fill: none; }
   #log time { display: none; }
   #log svg { transform: scaleX(.5); transform-origin: left; }
   #you, #server { left: .2rem; transform: none; }
-  #server { left: 3.6rem; }
-  #ask { flex-wrap: wrap; }
+  #server { left: 4.2rem; }
+  #both, #hold { display: none; }
+  #inspector footer { height: auto; padding: .5rem .7rem; }
+  [role=tabpanel] { flex-wrap: wrap; }
 }
 """
 
@@ -9541,7 +9527,7 @@ const IN_WORDS = {
   notification: ({ from, text }) => `from ${from}: ${text}`,
   "demo.flood": ({ closed, unsent, limit }) =>
     closed
-      ? `the slow reader was closed with ${closed}, and you were not`
+      ? `slow reader closed with ${closed}, not you`
       : `${unsent >> 10} of ${limit >> 10} KiB wait for the slow reader`,
 };
 function eventWords({ contentType, payload }) {
@@ -9633,9 +9619,12 @@ const shorten = (key, value) =>
   value?.length > MAX_STRING && value.slice ? `${value.slice(0, MAX_STRING)}…` : value;
 const detailLines = ({ message, text }) =>
   (message ? JSON.stringify(message, shorten, 2) : text).split("\n").slice(0, 100);
-// The field of a line of JSON, or the header of a line of HTTP.
-const fieldOf = line =>
-  line?.match(/^ +"([^"]+)": /)?.[1] ?? Object.keys(FIELDS).find(name => line?.startsWith(name));
+// The field of a line of JSON, or the header of a line of HTTP. An entry has an id of its own.
+function fieldOf(line = "") {
+  const [, indent, name] = line.match(/^( +)"([^"]+)": /) ?? [];
+  if (!name) return Object.keys(FIELDS).find(each => line.startsWith(each));
+  return name === "id" && indent.length > 2 ? "payload.id" : name;
+}
 
 // -- The log --
 
@@ -9650,6 +9639,8 @@ let isFrameAsked = false;
 let isFollowing = true;
 // Rows below what is shown, and rows removed above it since the last animation frame.
 let unseen = 0;
+// Of the last row. Ids of rows end with it.
+let number = 0;
 let height = 0;
 let removed = 0;
 const isInside = () => list.matches(":hover") || list.contains(document.activeElement);
@@ -9701,7 +9692,7 @@ function render() {
   removed = 0;
   for (const row of rows.filter(({ isDirty }) => isDirty)) {
     if (!row.element) {
-      row.element = make("li", { onclick: () => select(row) });
+      row.element = make("li", { id: `row${++number}`, onclick: () => select(row) });
       row.element.setAttribute("role", "option");
       list.append(row.element);
       unseen++;
@@ -9733,6 +9724,7 @@ function select(row) {
   if (selected?.element) setAria(selected.element, "selected", false);
   selected = row;
   setAria(row.element, "selected", true);
+  setAria(list, "activedescendant", row.element.id);
   const lines = detailLines(row);
   const codes = lines.map((line, index) =>
     make("code", { onclick: () => focusField(lines, index) }, line),
@@ -9923,8 +9915,10 @@ export function show(isOut, text, source = "", more = {}) {
   const described = describe(isOut, text);
   const { message } = described;
   const key = runKey(isOut, message);
-  const [error, away] = [message?.type === "system.error" && " err", !link.isReady && " away"];
-  const kind = `${source}${isOut ? "out" : "in"}${error || ""}${(source && away) || ""}`;
+  let kind = source + (isOut ? "out" : "in");
+  if (message?.type === "system.error") kind += " err";
+  if (message?.since) kind += " since";
+  if (!link.isReady && source) kind += " away";
   addRow({ kind, key: key && source + key, id: message?.id, isOut, text, ...described, ...more });
   if (!source) emit(isOut ? "out" : "in", message);
   return message;
@@ -10179,7 +10173,8 @@ function put(name, entry) {
   if (row.entry === null || row.entry?.version > entry?.version) return;
   row.entry = entry;
   rows.set(name, row);
-  arrange();
+  if (row.element && entry) show(name, row);
+  else arrange();
 }
 
 function arrange() {
@@ -10190,7 +10185,12 @@ function arrange() {
     if (row.entry && !row.element && isFixed) waiting++;
     else if (row.entry) show(name, row);
     else if (isFixed) row.element?.classList.add("gone");
-    else row.element?.remove();
+    else {
+      row.element?.remove();
+      row.element = null;
+      // Late answers about the oldest are not expected any more.
+      if (rows.size > 300) rows.delete(name);
+    }
   }
   $("fresh").hidden = !waiting;
   $("fresh").textContent = `${waiting} new`;
