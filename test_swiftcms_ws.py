@@ -15155,6 +15155,12 @@ def test_lesson_with_25_clients(pupil: Page, lesson_site: LessonSite) -> None:
     ]
     assert len({name.casefold() for name in ["Mira", *names]}) == 26
     assert names[:2] == ["mira 2", "mira 3"]
+    with contextlib.ExitStack() as stack:
+        for number in range(25):
+            stack.enter_context(lesson_site.client(path=f"/ws?cms=key{number}"))
+        # A page has two connections, and is one person.
+        until(lambda: lesson_site.api("GET", "api/poll")["people"] == 26, "26 people")
+        pupil.wait("document.querySelector('#people').textContent === '26 here'")
 
     def under(selector: str) -> Any:
         return pupil.js(
@@ -15212,6 +15218,21 @@ def test_lesson_with_25_clients(pupil: Page, lesson_site: LessonSite) -> None:
     pupil.call("HeapProfiler.collectGarbage")
     assert pupil.call("Runtime.getHeapUsage")["usedSize"] < 20_000_000
     assert pupil.js("document.querySelectorAll('*').length") < 6_000
+
+
+@pytest.mark.skipif(FIREFOX is None, reason="there is no Firefox on this machine")
+def test_lesson_in_firefox(firefox: Firefox, lesson_site: LessonSite) -> None:
+    """Firefox shows the same, with inputs as high as the buttons beside them."""
+    page: Any = firefox.page(lesson_site.url)
+    sign_in(page, "Eva")
+    begin_step(page, 2, "The post")
+    act(page, "Subscribe")
+    act(page, "Create a post and a page")
+    page.wait(IS_DONE)
+    parts = "[...document.querySelectorAll('#create > *, #ask > *')]"
+    assert page.js(f"new Set({parts}.map(each => each.offsetHeight)).size") == 1
+    assert page.complaints() == []
+    page.close()
 
 
 @needs_chromium
