@@ -9851,7 +9851,7 @@ export function open() {
   own.onopen = () => {
     if (attempts) begin();
     addHandshake("in", "101", "Switching Protocols, once", RESPONSE);
-    attempts = 0;
+    attempts = awayUntil = 0;
     emit("open");
   };
   own.onmessage = ({ data }) => own === socket && receive(data);
