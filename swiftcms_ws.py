@@ -9582,7 +9582,7 @@ const FIELDS = {
   "Sec-WebSocket-Key": "Random. The server must answer with a number that is computed from it.",
   "HTTP/1.1": "101: the server agrees, once. From now on both sides may send, at any time.",
   "Sec-WebSocket-Accept": "Computed from the key: it proves that the server knows WebSockets.",
-  action: "What this browser wants the server to do.",
+  action: "What this browser wants from the server. A pong only says: I am still here.",
   type: "What kind of message this is: words joined by dots. A pattern may end with *.",
   contentType: "The kind of data that the event is about, such as posts.",
   since: "The last id that this browser has. The server first sends all that came after it.",
@@ -9828,7 +9828,7 @@ Connection: Upgrade
 Sec-WebSocket-Accept: (computed from the key)`;
 
 function addHandshake(kind, head, words, text) {
-  const note = "Dashed: the browser did this. A page cannot see it; this is what it looks like.";
+  const note = "Dashed: the browser does this. A page cannot see it; this is what it looks like.";
   addRow({ kind: `${kind} dashed`, head, words, text, note });
 }
 
