@@ -7854,7 +7854,7 @@ class DemoEntries:
             publish("class.reset", "class", {})
 
 
-class DemoClass:
+class DemoPeople:
     """The people who have the page open, and their connections.
 
     A page has a secret key, with which it names itself: /ws?cms=KEY is the connection of its CMS,
@@ -7873,7 +7873,7 @@ class DemoClass:
         # ("cms" or "page", key) -> the client ids, the newest last.
         self._client_ids: dict[tuple[str, str], list[str]] = defaultdict(list)
         # These keep the object alive. A signal only has a weak reference to its receiver.
-        app.extensions["demo_class"] = self
+        app.extensions["demo_people"] = self
         client_connected.connect(self._note_connection, sender=app)
         client_disconnected.connect(self._note_end, sender=app)
 
@@ -7905,7 +7905,7 @@ class DemoClass:
             return sum(kind == "cms" for kind, _ in self._client_ids)
 
     def reserve_name(self, key: str, name: str) -> str:
-        """Give this page a name that no other page has: the wish, or with a number behind it."""
+        """Return a name that no other page has: this one, or this one with a number behind it."""
         now = time.monotonic()
         with self._lock:
             self._names = {
@@ -7962,9 +7962,10 @@ class DemoFlood:
             if cls._is_running:
                 abort(409, "another slow reader is running; wait until it is closed")
             flood = cls(engine, watcher)
-            cls._is_running = engine.registry.reserve(descriptors().max_connections)
-        if not cls._is_running or not engine.loop.call(flood._open):
-            abort(503, "there is no place for another connection")
+            if not engine.registry.reserve(descriptors().max_connections):
+                abort(503, "there is no place for another connection")
+            cls._is_running = True
+        engine.loop.call(flood._open)
 
     def _open(self) -> None:
         self._reader = Session.open(self._engine, self._handshake, self._environ, "slow reader")
@@ -8025,8 +8026,8 @@ def demo_address() -> str:
     return request.host
 
 
-def add_class_routes(app: Flask, entries: DemoEntries, people: DemoClass) -> None:
-    """Add what the lesson needs: names, faults, and a way back."""
+def add_lesson_routes(app: Flask, entries: DemoEntries, people: DemoPeople) -> None:
+    """Add what the lesson needs: names, polling, faults and Reset."""
 
     @app.get("/api/poll")
     def poll() -> ResponseReturnValue:
@@ -8157,7 +8158,7 @@ def demo_app() -> Flask:
         notice = {"from": user_id(), "text": request_text("text")}
         return {"id": publish("notification", "users", notice, to=recipient)}, 201
 
-    add_class_routes(app, entries, DemoClass(app))
+    add_lesson_routes(app, entries, DemoPeople(app))
     return app
 
 
@@ -10134,6 +10135,7 @@ function consider(event, to) {
 
 function take(event) {
   const { id, type, contentType, payload } = event;
+  news.told++;
   watch("told", event);
   if (id) consider(event);
   if (type === "class.reset") {
@@ -10342,7 +10344,8 @@ const flood = async () => {
 };
 
 // For "Ask, or be told?": what the questions since the first one have brought.
-const news = { timer: null, asked: 0, vain: 0, id: null, toldAt: 0, toldId: null };
+const NO_NEWS = { asked: 0, vain: 0, told: 0, id: null, toldId: null };
+const news = { ...NO_NEWS };
 const addNews = (kind, head, words, note) =>
   inspector.addRow({ kind, head, words, text: `${head}: ${words}`, note, key: head + words });
 async function askOnce() {
@@ -10352,12 +10355,12 @@ async function askOnce() {
   const isVain = id === news.id || news.id === null;
   addNews("in dashed", "200", isVain ? "no" : "yes", note);
   Object.assign(news, { id, asked: news.asked + 1, vain: news.vain + isVain });
-  hint(`Asked ${news.asked} times, ${news.vain} in vain.`);
+  hint(`Asked ${news.asked} times, ${news.vain} in vain; told ${news.told} times.`);
   watch("asked", id);
 }
 function ask() {
-  clearInterval(news.timer);
-  Object.assign(news, { timer: setInterval(askOnce, 1_000), asked: 0, vain: 0, toldId: null });
+  news.timer = clearInterval(news.timer);
+  Object.assign(news, NO_NEWS, { timer: setInterval(askOnce, 1_000) });
   askOnce();
 }
 const isTold = (name, event) => {
@@ -10472,7 +10475,7 @@ const hint = text => done.has(current) || $("verdict").replaceChildren(text);
 function showStep() {
   const number = Number(location.hash.match(/^#lesson-([0-8])$/)?.[1] ?? 0);
   if (number === current) return;
-  clearInterval(news.timer);
+  news.timer = clearInterval(news.timer);
   [current, expected, acted, proved] = [number, null, 0, 0];
   done.delete(current);
   const { options } = articles[current].querySelector("[data-options]").dataset;
@@ -10519,7 +10522,7 @@ function watch(...values) {
     proved++;
   } else if (values[0] === "lost") proved = Number(Boolean(proof[0](...values)));
   if (proved < proof.length) return;
-  clearInterval(news.timer);
+  news.timer = clearInterval(news.timer);
   const [right, answers] = [Number(articles[current].dataset.right), $("expect").children];
   const judged = expected === right ? "Right" : `Not “${answers[expected].textContent}”`;
   const meaning = (result?.() ?? "") + articles[current].lastElementChild.textContent;

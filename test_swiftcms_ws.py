@@ -15126,6 +15126,22 @@ def test_lesson_faults(pupil: Page, lesson_site: LessonSite) -> None:
         assert other.ask("subscribe", type="demo.*", since=since)["payload"]["replayed"] == 0
 
 
+@pytest.mark.core
+def test_inspector_files() -> None:
+    """The inspector's files are served only beside the inspector, and sent again only if changed."""
+    kinds = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+    with Server(INSPECTOR=True) as server:
+        assert b'href="ws/inspector.css"' in server.get("/ws")[2]
+        for kind, mimetype in kinds.items():
+            status, headers, _ = server.get(f"/ws/inspector.{kind}")
+            assert (status, headers["Content-Type"].split(";")[0]) == (200, mimetype)
+            assert headers["Cache-Control"] == "no-cache"
+            tag = headers["ETag"]
+            assert server.get(f"/ws/inspector.{kind}", If_None_Match=tag)[0] == 304
+    with Server(INSPECTOR=False) as server:
+        assert [server.get(f"/ws/inspector.{kind}")[0] for kind in kinds] == [404] * 3
+
+
 WHY_NOT = [
     ("{isOpen: false, patterns: [posts]}", "you were away"),
     ("{isOpen: true, patterns: []}", "you have not subscribed to anything"),
