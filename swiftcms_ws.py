@@ -8019,10 +8019,7 @@ def demo_address() -> str:
     """Return the address that other machines use. It is the request's, unless that is localhost."""
     is_wildcard = request.environ.get("SERVER_NAME") in ("0.0.0.0", "::")
     if is_wildcard and is_local_request():
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, suppress(OSError):
-            # It sends nothing, and chooses the network card that leads to other machines.
-            sock.connect(("192.0.2.1", 9))
-            return f"{sock.getsockname()[0]}:{request.environ['SERVER_PORT']}"
+        return f"{network_address()}:{request.environ['SERVER_PORT']}"
     return request.host
 
 
@@ -9054,7 +9051,7 @@ PAGE = r"""<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ "WebSocket, live" if demo else "WebSocket inspector" }}</title>
+<title>{{ "WebSocket, live: SwiftCMS demo" if demo else "WebSocket inspector" }}</title>
 <link rel="icon" href="ws/inspector.svg">
 <link rel="stylesheet" href="ws/inspector.css">
 {% if demo %}<script src="ws/client.js"></script>{% endif %}
