@@ -10349,7 +10349,9 @@ async function askOnce() {
   const note = "An ordinary HTTP request and its answer, without a WebSocket.";
   addNews("out dashed", "GET api/poll", "anything new?", note);
   const id = (await poll()) ?? news.id;
-  const isVain = id === news.id || news.id === null;
+  // Of the first answer it is not known what is new in it, unless the page was told meanwhile.
+  const isFirst = news.id === null && (!news.toldId || inspector.isLater(news.toldId, id));
+  const isVain = id === news.id || isFirst;
   addNews("in dashed", "200", isVain ? "no" : "yes", note);
   Object.assign(news, { id, asked: news.asked + 1, vain: news.vain + isVain });
   hint(`Asked ${news.asked} times, ${news.vain} in vain; told ${news.told} times.`);
