@@ -9386,7 +9386,9 @@ svg.ghost, svg.lost { fill: none; }
 #log .replay { background: var(--replay); }
 #log .replay p { padding-left: .6rem; border-left: .3rem solid var(--in); }
 /* The last `since` stays in sight, because it explains the rows below it. */
-#log .since { position: sticky; z-index: 1; top: 0; background: var(--ground); }
+#log .since {
+  position: sticky; z-index: 1; top: 0; background: var(--ground); box-shadow: 0 1px var(--edge);
+}
 #log [aria-selected=true] { background: var(--chosen); }
 #empty { position: absolute; top: 5rem; left: 5.8rem; color: var(--quiet); font-size: 1.4rem; }
 #unseen { position: absolute; right: 1.5rem; bottom: calc(var(--dock) + 12.2rem); }
