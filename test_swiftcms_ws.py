@@ -4215,19 +4215,6 @@ def test_demo_api(demo: Process) -> None:
         assert client.receive()["payload"]["text"] == "hello"
 
 
-def test_readme_stuck_reader(demo: Process) -> None:
-    """The lesson's stuck reader ends as the lesson says, and another client has everything."""
-    found: dict[str, Any] = {}
-    block = next(b for _, b in re.findall(r"^( *)```python\n(.*?)^ *```", README, re.S | re.M) if "stuck_reader" in b)
-    exec(compile("\n".join(line.removeprefix("  ") for line in block.splitlines()), "README.md", "exec"), found)
-    with demo.client() as client:
-        client.subscribe("content.created")
-        line = found["stuck_reader"](port=demo.port)
-        client.receive_many(400)
-        until(lambda: "with 1013" in demo.output())
-        line.close()
-
-
 def test_demo_says_that_the_port_is_taken(demo: Process) -> None:
     """One clear sentence, and no traceback."""
     command = [sys.executable, "swiftcms_ws.py", "--port", str(demo.port)]
@@ -4237,48 +4224,63 @@ def test_demo_says_that_the_port_is_taken(demo: Process) -> None:
     assert "--port" in run.stderr
 
 
-def subscribed_inspector(browser: Browser, url: str) -> Page:
-    page = browser.page(url)
-    page.wait("document.querySelector('#state').textContent === 'online'")
-    page.js("document.querySelector('#subscriptions').requestSubmit(document.querySelector('[value=subscribe]'))")
-    page.wait("document.querySelector('#log').innerText.includes('system.subscribed')")
-    return page
+def press(page: Page, selector: str) -> None:
+    """Click a button that is enabled and shown."""
+    page.wait(f"(b => !!b && !b.disabled && !!b.offsetParent)(document.querySelector('{selector}'))")
+    page.js(f"document.querySelector('{selector}').click()")
+
+
+def submit(page: Page, form: str, **fields: str) -> None:
+    """Fill a form and submit it by its first button that submits."""
+    for name, value in fields.items():
+        page.js(f"document.querySelector('{form}').elements.{name}.value = {json.dumps(value)}")
+    page.js(f"(f => f.requestSubmit(f.querySelector('button:not([type])')))(document.querySelector('{form}'))")
+
+
+def log_has(page: Page, words: str) -> None:
+    """Wait for a row of the log with these words."""
+    page.wait(f"document.querySelector('#log').textContent.includes({json.dumps(words)})")
 
 
 @needs_chromium
-@pytest.mark.parametrize("path", ["/", "/ws"])
-def test_inspector(browser: Browser, demo: Process, path: str) -> None:
-    """The inspector shows every frame as it went over the wire, and its forms say what they mean."""
-    page = subscribed_inspector(browser, f"http://localhost:{demo.port}{path}")
+def test_inspector(browser: Browser, demo: Process) -> None:
+    """The inspector shows each message in words and as JSON, and survives a burst of long ones."""
+    page = browser.page(f"http://localhost:{demo.port}/ws")
+    log_has(page, "connected you are client")
+    submit(page, "#ask")
+    log_has(page, "subscribed from now on")
     demo_api(demo, "POST", "posts", {"title": "<b>On the wire</b>"})
-    page.wait("document.querySelector('#log').innerText.includes('<b>On the wire</b>')")
-    page.js("document.querySelector('#free').elements.text.value = 'nonsense'")
-    page.js("document.querySelector('#free').requestSubmit()")
-    page.wait("document.querySelector('#log').innerText.includes('invalid_json')")
-    page.js("document.querySelector('#toggle').click()")
-    page.wait("document.querySelector('#log').innerText.includes('closed with 1000')")
-    assert page.complaints() == []
-    page.close()
-
-
-@needs_chromium
-def test_the_inspector_keeps_up_with_a_burst(browser: Browser, demo: Process) -> None:
-    """Hundreds of long frames are on the screen at once: a page that jams would be cut for its silence."""
-    page = subscribed_inspector(browser, f"http://localhost:{demo.port}/")
-    for number in range(400):
+    log_has(page, "content.created post “<b>On the wire</b>” by nobody")
+    submit(page, "#write", text="nonsense")
+    log_has(page, "error invalid_json")
+    for number in range(60):
         demo_api(demo, "POST", "posts", {"title": f"long {number}", "body": "x" * 10_000})
-    page.wait("document.querySelectorAll('#log li.in').length >= 402")
-    page.js("document.querySelector('#log li:last-child button').click()")
-    page.wait("document.querySelector('#log li:last-child').innerText.includes('x'.repeat(10_000))")
+    log_has(page, "“long 59”")
+    page.js("[...document.querySelectorAll('#log li')].find(li => li.textContent.includes('“long 59”')).click()")
+    assert "x…" in page.js("document.querySelector('#json').textContent")
+    # By the keyboard: another row, and another field of it.
+    keys = "['ArrowUp', 'ArrowRight'].forEach(key => {}.dispatchEvent(new KeyboardEvent('keydown', {{key}})))"
+    page.js(keys.format("document.querySelector('#log')"))
+    explained = "document.querySelector('#explanation b').textContent"
+    assert page.js(f"[{explained}, document.querySelector('#json .focused').textContent]") == [
+        "message",
+        page.js("[...document.querySelectorAll('#json code')].find(c => c.textContent.includes('message')).textContent"),
+    ]
+    press(page, "#toggle")
+    log_has(page, "closed 1000, as you asked")
+    # Messages that are no run are bounded too.
+    page.js("for (let i = 0; i < 350; i++) document.querySelector('#write').requestSubmit()")
+    page.wait("document.querySelectorAll('#log li').length === 300")
     assert page.complaints() == []
     page.close()
 
 
 @needs_chromium
-def test_client_js_names_the_mistakes_of_a_page(browser: Browser, demo: Process) -> None:
+def test_client_js_names_the_mistakes_of_a_page(browser: Browser, server: Server) -> None:
     """A misspelt option, a forgotten handler, a token that cannot be fetched: said at once, in words."""
-    page = browser.page(f"http://localhost:{demo.port}/")
-    page.wait("document.querySelector('#line').textContent === 'online'")
+    server.app.add_url_rule("/mistakes", view_func=lambda: recording_page(""))
+    page = browser.page(f"http://localhost:{server.port}/mistakes")
+    page.wait("statuses.at(-1) === 'online'")
     attempt = "(() => {{ try {{ {} }} catch (error) {{ return error.message; }} }})()"
     assert "no option tokn" in page.js(attempt.format("new SwiftCMS({tokn: 1})"))
     assert "handler must be a function" in page.js(attempt.format("cms.subscribe('content.*', 'posts')"))
@@ -4289,61 +4291,40 @@ def test_client_js_names_the_mistakes_of_a_page(browser: Browser, demo: Process)
 
 
 def sign_in(page: Page, name: str) -> None:
-    page.js(f"document.querySelector('#sign-in').elements.user.value = '{name}'")
-    page.js("document.querySelector('#sign-in').requestSubmit()")
-    page.wait("document.querySelector('#line').textContent === 'online'")
-    page.wait("document.querySelectorAll('#posts li').length >= 2")
-
-
-def open_first_post(page: Page) -> None:
-    page.js("[...document.querySelectorAll('#posts li:last-child button')].find(b => b.textContent === 'Edit').click()")
+    """Give the name that the demo's page asks for, and wait until its list is there."""
+    submit(page, "#name", name=name)
+    page.wait("document.querySelectorAll('#entries li').length >= 3")
 
 
 @needs_chromium
 def test_demo_two_people_edit_one_post(browser: Browser, demo: Process) -> None:
     """Each sees the other, what he types, and is asked before his work is overwritten; a killed browser lets go."""
+    others = "document.querySelector('#others').textContent"
+    edit = "#entries li:first-child button"
     ana = browser.page(f"http://localhost:{demo.port}/")
     with Browser() as other_browser:
         bob = other_browser.page(f"http://localhost:{demo.port}/")
         for page, name in ((ana, "ana"), (bob, "bob")):
             sign_in(page, name)
-            open_first_post(page)
-        ana.wait("document.querySelector('#editors').innerText.includes('bob')")
-        bob.wait("document.querySelector('#editors').innerText.includes('ana')")
+            press(page, edit)
+        ana.wait(f"{others}.includes('bob')")
+        bob.wait(f"{others}.includes('ana')")
         bob.js("document.querySelector('#editor').elements.title.value = 'Bob was here'")
         bob.js("document.querySelector('#editor').dispatchEvent(new Event('input', {bubbles: true}))")
-        ana.wait("document.querySelector('#typing').innerText.includes('Bob was here')")
-        bob.js("document.querySelector('#editor').requestSubmit()")
-        ana.wait("document.querySelector('#posts').innerText.includes('Bob was here')")
-        ana.js("document.querySelector('#editor').requestSubmit()")
+        ana.wait(f"{others}.includes('typing “Bob was here”')")
+        submit(bob, "#editor")
+        ana.wait("document.querySelector('#entries').textContent.includes('Bob was here')")
+        submit(ana, "#editor")
         ana.wait("!document.querySelector('#conflict').hidden")
-        assert "bob" in ana.js("document.querySelector('#conflict').innerText")
-        ana.js("document.querySelector('#take').click()")
+        assert "bob saved version 2" in ana.js("document.querySelector('#refusal').textContent")
+        press(ana, "#theirs")
         assert ana.js("document.querySelector('#editor').elements.title.value") == "Bob was here"
-        open_first_post(bob)
-        ana.wait("document.querySelector('#editors').innerText.includes('bob')")
+        press(bob, edit)
+        ana.wait(f"{others}.includes('bob')")
         other_browser.kill()
-        ana.wait("!document.querySelector('#editors').innerText.includes('bob')")
+        ana.wait(f"!{others}.includes('bob')")
     assert [line for line in ana.complaints() if "409" not in line] == []
     ana.close()
-
-
-@needs_chromium
-def test_demo_cut_line_and_notices(browser: Browser, demo: Process) -> None:
-    """The cut line comes back and says what was replayed; a notice reaches the one it is for."""
-    page = browser.page(f"http://localhost:{demo.port}/")
-    sign_in(page, "ana")
-    page.js("document.querySelector('#cut').click()")
-    page.wait("document.querySelector('#line').textContent !== 'online'")
-    demo_api(demo, "POST", "posts", {"title": "While you were away"})
-    demo_api(demo, "POST", "notices", {"to": "ana", "text": "tea is ready"})
-    demo_api(demo, "POST", "notices", {"to": "bob", "text": "a secret"})
-    page.wait("document.querySelector('#news').innerText.includes('2 events replayed')", timeout=40)
-    assert "While you were away" in page.js("document.querySelector('#posts').innerText")
-    assert "tea is ready" in page.js("document.querySelector('#notices').innerText")
-    assert "a secret" not in page.js("document.body.innerText")
-    assert [line for line in page.complaints() if "WebSocket connection" not in line] == []
-    page.close()
 
 
 def recording_page(script: str) -> str:
@@ -4524,21 +4505,14 @@ def test_demo_stops(demo: Process, number: int) -> None:
 
 
 def test_demo_cut(demo: Process) -> None:
-    """A cut connection breaks without a close frame, and its next handshake waits."""
-    with demo.client(path="/ws?line=one") as one, demo.client(path="/ws?line=two") as two:
-        # The demo learns the name a little after the handshake.
-        until(lambda: demo_api(demo, "POST", "cut", {"line": "one"})[0] == 200, "the cut")
-        began = time.monotonic()
+    """A page can cut its own connection, which breaks without a close frame, and no other."""
+    with demo.client(path="/ws?page=one") as one, demo.client(path="/ws?page=two") as two:
+        # The demo learns the key a little after the handshake.
+        until(lambda: demo_api(demo, "POST", "cut", {"key": "one"})[0] == 200, "the cut")
         assert one.closing().code is None
-        with demo.client(path="/ws?line=three") as three:
-            assert time.monotonic() - began < 3
-            assert three.ask("heartbeat")["type"] == "system.heartbeat"
-        with demo.client(path="/ws?line=one") as again:
-            assert time.monotonic() - began > 4
-            assert again.ask("heartbeat")["type"] == "system.heartbeat"
         assert two.ask("heartbeat")["type"] == "system.heartbeat"
-    status, answer = demo_api(demo, "POST", "cut", {"line": "four"})
-    assert (status, answer["message"]) == (404, "there is no connection of this name")
+    status, answer = demo_api(demo, "POST", "cut", {"key": "three"})
+    assert (status, answer["message"]) == (404, "this page has no open connection")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4865,7 +4839,7 @@ def test_readme_from_the_source_distribution_to_the_demo(tmp_path: Path) -> None
     line = readme_block("sh", "bin/swiftcms-ws\n").strip()
     script = f"{line} --port {port}"
     with Process("bash", "-c", script, cwd=unpacked, port=port, PYTHONPATH="") as demo:
-        assert b"A tiny CMS" in http(f"http://127.0.0.1:{port}/")[2]
+        assert b"WebSocket, live" in http(f"http://127.0.0.1:{port}/")[2]
         with demo.client() as client:
             client.subscribe()
     files = {path.name for path in (unpacked / ".venv").rglob("swiftcms_ws*") if path.suffix != ".pyc"}
@@ -15487,6 +15461,440 @@ def test_client_js_refused_over_plain_http(browser: Browser) -> None:
 
 
 # -- The page as a lesson --------------------------------------------------------------------------
+
+# The demo with the default policy of Flask-Talisman and a faster heartbeat. /burst publishes many
+# events at once, each type and each content type in turn.
+LESSON_SITE = """
+import sys
+from flask import request
+from werkzeug.serving import make_server
+import swiftcms_ws
+
+app = swiftcms_ws.demo_app()
+app.config["SWIFTCMS_WS_HEARTBEAT"] = 1
+
+@app.after_request
+def add_policy(response):
+    response.headers["Content-Security-Policy"] = "default-src 'self'; object-src 'none'"
+    return response
+
+@app.post("/burst/<int:count>")
+def burst(count):
+    kinds = [(verb, kind) for verb in ("updated", "published") for kind in ("posts", "pages")]
+    events = []
+    for number in range(count):
+        verb, kind = kinds[number % 4]
+        events.append((f"content.{verb}", kind, {"id": 1, "version": 1, "title": str(number)}))
+    with app.app_context():
+        swiftcms_ws.publish_many(events)
+    return {}
+
+make_server("127.0.0.1", int(sys.argv[1]), app, threaded=True).serve_forever()
+"""
+# Times of the page of three seconds and more, such as the five of a lost connection, are shorter.
+SHORT_TIMES = """{
+  const real = setTimeout;
+  window.setTimeout = (run, time) => real(run, time > 3000 ? time / 10 : time);
+}"""
+BLOCKED_STORAGE = """Object.defineProperty(window, "sessionStorage", {
+  get() { throw new DOMException("blocked", "SecurityError"); },
+});"""
+
+
+class LessonSite(Process):
+    """The demo, behind a proxy that strips the prefix /prefix."""
+
+    def __init__(self, path: Path) -> None:
+        (path / "lesson_site.py").write_text(LESSON_SITE)
+        port = free_port()
+        super().__init__(sys.executable, "lesson_site.py", str(port), cwd=path, port=port)
+        self.proxy = LessonProxy(port)
+        self.url = f"http://localhost:{self.proxy.port}/prefix/"
+
+    def __enter__(self) -> LessonSite:
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.proxy.__exit__()
+        super().__exit__()
+
+    def api(self, method: str, path: str, data: Any = None, **headers: str) -> Any:
+        status, _, body = http(f"http://127.0.0.1:{self.port}/{path}", method, data, **headers)
+        assert status < 300, body
+        return json.loads(body)
+
+
+class LessonProxy(Proxy):
+    """A proxy that strips a prefix from the paths of all requests."""
+
+    @staticmethod
+    def _relay(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                data = re.sub(rb"^([A-Z]+) /(?!prefix/)\S*", rb"\1 /prefix/outside", data)
+                sink.sendall(re.sub(rb"^([A-Z]+) /prefix/", rb"\1 /", data))
+            sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture(scope="module")
+def lesson_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LessonSite]:
+    with LessonSite(tmp_path_factory.mktemp("lesson")) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def pupil(browser: Browser, lesson_site: LessonSite) -> Iterator[Page]:
+    """A page of the lesson. Whatever the tests do with it, the browser must not complain."""
+    page = browser.page(lesson_site.url, before=SHORT_TIMES, width=1280, height=720)
+    size = {"width": 1280, "height": 720, "deviceScaleFactor": 1, "mobile": False}
+    page.call("Emulation.setDeviceMetricsOverride", **size)
+    sign_in(page, "Mira")
+    yield page
+    # The refusals of a second save and of a second slow reader are part of the lesson.
+    assert [line for line in page.complaints() if "409" not in line] == []
+    page.close()
+
+
+def begin_step(page: Page, number: int, expected: str) -> None:
+    """Open a step by its address, and choose what to expect."""
+    for step in ((number + 1) % 9, number):
+        page.js(f"location.hash = 'lesson-{step}'")
+        page.wait(f"document.querySelector('#steps [aria-current=step]').title === 'Step {step}'")
+    assert page.js("document.querySelector('#act').disabled")
+    answers = "[...document.querySelectorAll('#expect button')]"
+    page.js(f"{answers}.find(button => button.textContent === {json.dumps(expected)}).click()")
+
+
+def act(page: Page, label: str) -> None:
+    """Press the filled button, when it has this label."""
+    page.wait(f"document.querySelector('#act').textContent === {json.dumps(label)}")
+    assert page.js("[...document.querySelectorAll('#lesson .filled')].map(b => b.id)") == ["act"]
+    press(page, "#act")
+
+
+IS_DONE = "document.querySelector('#lesson').classList.contains('done')"
+# The step, what is expected, the presses of the button, the verdict, and the words of the row that
+# is selected afterwards.
+LESSON = [
+    (0, "Being told", ["Start asking", "Create a post"], "Right: Being told. Told", "200 yes"),
+    (1, "Neither", ["Open the connection"], "Not “Neither”: The server.", "101 Switching"),
+    (2, "The post", ["Subscribe", "Create a post and a page"], "Right", "does not match pages"),
+    (3, "Nothing", ["Wait, and watch"], "Not “Nothing”: A sign of life.", "pong"),
+    (4, "Nothing", ["Send “subscrbe”", "Send what is not JSON"], "Not", "error invalid_json"),
+    (5, "Still you", ["Show a token", "Show a changed token"], "Right", "you are still Mira"),
+    (6, "Both", ["Lose it for 5 s", "Create two posts"], "Right: Both.", "subscribe since …"),
+    (
+        7,
+        "It is refused",
+        ["Open a post", "Let a neighbour save first", "Save yours"],
+        "Right: It is refused.",
+        "",
+    ),
+    (8, "Nothing", ["Start a slow reader"], "Right: Nothing.", "closed with 1013, not you"),
+]
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("number", "expected", "acts", "verdict", "row"), LESSON, ids=lambda value: str(value)[:20]
+)
+def test_lesson_step(
+    pupil: Page, number: int, expected: str, acts: list[str], verdict: str, row: str
+) -> None:
+    """Each step can be opened alone, ticks itself only after the last action, and says why."""
+    begin_step(pupil, number, expected)
+    for label in acts:
+        assert not pupil.js(IS_DONE)
+        act(pupil, label)
+    pupil.wait(IS_DONE)
+    assert verdict in pupil.js("document.querySelector('#verdict').textContent")
+    chip = f"document.querySelectorAll('#steps button')[{number}].textContent"
+    assert pupil.js(chip) == "✓"
+    assert pupil.js("[...document.querySelectorAll('#lesson .filled')].map(b => b.id)") == ["next"]
+    selected = "document.querySelector('#log [aria-selected=true] p')?.textContent ?? ''"
+    pupil.wait(f"({selected}).includes({json.dumps(row)})")
+    bottom = "document.querySelector('#{}').getBoundingClientRect().{}"
+    assert pupil.js(bottom.format("verdict", "bottom")) <= pupil.js(bottom.format("act", "top"))
+    root = "document.documentElement"
+    assert pupil.js(f"[{root}.scrollWidth, {root}.scrollHeight]") == [1280, 720]
+    if number == 7:
+        press(pupil, "#theirs")
+        press(pupil, "#leave")
+
+
+@needs_chromium
+def test_lost_connection_without_events_is_no_step_done(pupil: Page) -> None:
+    """A connection that comes back with nothing missed does not prove what `since` is for."""
+    begin_step(pupil, 6, "Both")
+    pupil.js("document.querySelector('#clear').click()")
+    # A second press, while the connection is lost, extends the time, and the page counts it down.
+    pupil.js("""import("./ws/inspector.js").then(({ listeners }) => {
+        const [you, cut] = ["you", "cut"].map(id => document.getElementById(id));
+        window.countdown = [];
+        new MutationObserver(() => countdown.push(you.textContent)).observe(you, {childList: true});
+        listeners.add(function listener(name) {
+            if (name !== "lost") return;
+            listeners.delete(listener);
+            setTimeout(() => cut.click());
+        });
+    })""")
+    act(pupil, "Lose it for 5 s")
+    pupil.wait("countdown.includes('○ 10 s') && countdown.at(-1) === '● You'")
+    assert "connection lost 1006, nobody said goodbye" in pupil.js(
+        "document.querySelector('#log').textContent"
+    )
+    log = "document.querySelector('#log').textContent"
+    pupil.wait(f"/connection lost.*since ….*subscribed from now on/s.test({log})")
+    assert not pupil.js(IS_DONE)
+
+
+@needs_chromium
+def test_lesson_faults(pupil: Page, lesson_site: LessonSite) -> None:
+    """Each fault has a visible consequence, and none for another client."""
+    with lesson_site.client() as other:
+        other.subscribe("*")
+        begin_step(pupil, 1, "The server")
+        act(pupil, "Open the connection")
+        pupil.wait(IS_DONE)
+        for fault in ("flood", "flood", "forge", "fast"):
+            pupil.js(f"document.querySelector('#{fault}').click()")
+        pupil.wait("document.querySelector('#news').textContent.includes('another slow reader')")
+        words = ["invalid_token: you are still unknown", "closed with 1013, not you"]
+        for pattern in [*words, r"heartbeat × [3-9]\d+ in \d+ s"]:
+            shown = f"/{pattern}/.test(document.querySelector('#log').textContent)"
+            # The other client says that it is alive, and is answered, all the time.
+            until(lambda: other.ask("heartbeat") and pupil.js(shown), pattern)  # noqa: B023
+        submit(pupil, "#tell", to="ben", text="a secret")
+        log_has(pupil, "from Mira: a secret: it was for ben only")
+        # demo.flood went to nobody else, and is not kept.
+        assert "demo.flood" not in {message["type"] for message in other.messages}
+        since = other.hello["payload"]["lastId"]
+        assert other.ask("subscribe", type="demo.*", since=since)["payload"]["replayed"] == 0
+
+
+@pytest.mark.core
+def test_inspector_files() -> None:
+    """The inspector's files are served only beside the inspector, and sent again only if changed."""
+    kinds = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+    with Server(INSPECTOR=True) as server:
+        assert b'href="ws/inspector.css"' in server.get("/ws")[2]
+        for kind, mimetype in kinds.items():
+            status, headers, _ = server.get(f"/ws/inspector.{kind}")
+            assert (status, headers["Content-Type"].split(";")[0]) == (200, mimetype)
+            assert headers["Cache-Control"] == "no-cache"
+            tag = headers["ETag"]
+            assert server.get(f"/ws/inspector.{kind}", If_None_Match=tag)[0] == 304
+    with Server(INSPECTOR=False) as server:
+        assert [server.get(f"/ws/inspector.{kind}")[0] for kind in kinds] == [404] * 3
+
+
+WHY_NOT = [
+    ("{isOpen: false, patterns: [posts]}", "you were away"),
+    ("{isOpen: true, patterns: []}", "you have not subscribed to anything"),
+    ("{isOpen: true, patterns: [posts]}", "content.* of posts does not match pages"),
+    ("{isOpen: true, patterns: [other]}", "order.* of * does not match content.created"),
+    ("{isOpen: true, patterns: [other, posts]}", "content.* of posts does not match pages"),
+    ("{isOpen: true, patterns: [posts, all]}", "it was for one user"),
+    ("{isOpen: true, patterns: [all], to: 'ben'}", "it was for ben only"),
+]
+
+
+@needs_chromium
+@pytest.mark.parametrize(("state", "reason"), WHY_NOT)
+def test_reason_of_a_ghost_row(pupil: Page, state: str, reason: str) -> None:
+    """The page says by the protocol's rules why an event did not come."""
+    script = f"""import("./ws/inspector.js").then(({{ whyNot }}) => {{
+        const posts = {{ type: "content.*", contentType: "posts" }};
+        const all = {{ type: "*", contentType: "*" }};
+        const other = {{ type: "order.*", contentType: "*" }};
+        return whyNot({{ type: "content.created", contentType: "pages" }}, {state});
+    }})"""
+    assert reason in pupil.js(script)
+
+
+RUNS = [
+    # The keys of the rows, the key of the message, and the row that it belongs to.
+    (["a"], "a", 0),
+    (["a", "b"], "a", 0),
+    (["a", None], "a", None),
+    ([None], None, None),
+    (["a", *"bcdefghi"], "a", None),
+]
+
+
+@needs_chromium
+@pytest.mark.parametrize(("keys", "key", "index"), RUNS, ids=str)
+def test_run_of_messages(pupil: Page, keys: list[str | None], key: str | None, index: int | None) -> None:
+    """Messages of one kind become one row; a loss or a replay, which has no key, ends all runs."""
+    script = f"""import("./ws/inspector.js").then(({{ findRun }}) => {{
+        const rows = {json.dumps(keys)}.map(key => ({{ key, seenAt: 1000 }}));
+        return [2900, 3100].map(now => rows.indexOf(findRun(rows, {json.dumps(key)}, now)));
+    }})"""
+    assert pupil.js(script) == [-1 if index is None else index, -1]
+
+
+@needs_chromium
+def test_lesson_with_25_clients(pupil: Page, lesson_site: LessonSite) -> None:
+    """In a class nothing moves under the mouse, names differ, and the page stays small and readable."""
+    names = [
+        lesson_site.api("POST", "api/name", {"key": f"key{number}", "name": "mira"})["name"]
+        for number in range(25)
+    ]
+    assert len({name.casefold() for name in ["Mira", *names]}) == 26
+    assert names[:2] == ["mira 2", "mira 3"]
+    with contextlib.ExitStack() as stack:
+        for number in range(25):
+            stack.enter_context(lesson_site.client(path=f"/ws?cms=key{number}"))
+        # A page has two connections, and is one person.
+        until(lambda: lesson_site.api("GET", "api/poll")["people"] == 26, "26 people")
+        pupil.wait("document.querySelector('#people').textContent === '26 here'")
+
+    def under(selector: str) -> Any:
+        return pupil.js(
+            f"(r => [r.top, document.elementFromPoint(r.x + 60, r.y + 10).closest('li').textContent])"
+            f"(document.querySelector('{selector}').getBoundingClientRect())"
+        )
+
+    def point(selector: str) -> None:
+        place = pupil.js(
+            f"(r => [r.x + 60, r.y + 10])(document.querySelector('{selector}').getBoundingClientRect())"
+        )
+        pupil.call("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])
+
+    point("#entries li:nth-child(2)")
+    seen = under("#entries li:nth-child(2)")
+    for number in range(25):
+        lesson_site.api("POST", "api/posts", {"title": f"post {number}"})
+    pupil.wait("document.querySelector('#fresh').textContent === '25 new'")
+    assert under("#entries li:nth-child(2)") == seen
+    press(pupil, "#fresh")
+    point("h1")
+    pupil.wait("document.querySelector('#entries li').textContent.includes('post 24')")
+
+    # The last `since` is found within one screen after 200 messages.
+    begin_step(pupil, 6, "Both")
+    pupil.js("document.querySelector('#clear').click()")
+    act(pupil, "Lose it for 5 s")
+    act(pupil, "Create two posts")
+    for number in range(25):
+        lesson_site.api("POST", "api/posts", {"title": f"missed {number}"})
+    pupil.wait(IS_DONE)
+    lesson_site.api("POST", "burst/200")
+    log_has(pupil, "× 50")
+    shown = """[...document.querySelectorAll('#log li')].filter(row => {
+        const [one, all] = [row, row.parentElement].map(each => each.getBoundingClientRect());
+        return one.top >= all.top - 1 && one.bottom <= all.bottom + 1;
+    }).map(row => row.textContent)"""
+    assert any("since …" in row for row in pupil.js(shown))
+    assert 10 <= len(pupil.js(shown)) <= 15
+
+    # Rows of the log do not move under the mouse either.
+    point("#log li:last-child")
+    seen = under("#log li:last-child")[0]
+    refuse = "document.querySelector('#forge').click()"
+    pupil.js(refuse)
+    pupil.wait("!document.querySelector('#unseen').hidden")
+    top = "document.querySelector('#log li:hover').getBoundingClientRect().top"
+    assert pupil.js(top) == seen
+    point("h1")
+
+    for _ in range(10):
+        lesson_site.api("POST", "burst/1000")
+        pupil.js(refuse)
+    lesson_site.api("POST", "api/posts", {"title": "the very last"})
+    log_has(pupil, "“the very last”")
+    pupil.call("HeapProfiler.collectGarbage")
+    assert pupil.call("Runtime.getHeapUsage")["usedSize"] < 20_000_000
+    assert pupil.js("document.querySelectorAll('*').length") < 6_000
+
+
+@pytest.mark.skipif(FIREFOX is None, reason="there is no Firefox on this machine")
+def test_lesson_in_firefox(firefox: Firefox, lesson_site: LessonSite) -> None:
+    """Firefox shows the same, with inputs as high as the buttons beside them."""
+    page: Any = firefox.page(lesson_site.url)
+    sign_in(page, "Eva")
+    begin_step(page, 2, "The post")
+    act(page, "Subscribe")
+    act(page, "Create a post and a page")
+    page.wait(IS_DONE)
+    parts = "[...document.querySelectorAll('#create > *, #ask > *')]"
+    assert page.js(f"new Set({parts}.map(each => each.offsetHeight)).size") == 1
+    assert page.complaints() == []
+    page.close()
+
+
+@needs_chromium
+def test_demo_with_blocked_storage(browser: Browser, lesson_site: LessonSite) -> None:
+    """Both halves work in a browser that blocks cookies and storage."""
+    page = browser.page(f"{lesson_site.url}#lesson-1", before=BLOCKED_STORAGE)
+    sign_in(page, "Tom")
+    press(page, "#toggle")
+    log_has(page, "connected you are client")
+    assert page.complaints() == []
+    page.close()
+
+
+@needs_chromium
+def test_demo_after_a_restart(browser: Browser, tmp_path: Path) -> None:
+    """After a restart of the server both halves are back by themselves."""
+    (tmp_path / "lesson_site.py").write_text(LESSON_SITE)
+    port = free_port()
+    command = (sys.executable, "lesson_site.py", str(port))
+    with Process(*command, cwd=tmp_path, port=port) as first:
+        page = browser.page(f"http://localhost:{port}/")
+        sign_in(page, "Tom")
+        press(page, "#toggle")
+        log_has(page, "connected you are client")
+        submit(page, "#ask")
+        log_has(page, "subscribed from now on")
+        demo_api(first, "POST", "posts", {"title": "Soon forgotten"})
+        page.wait("document.querySelector('#entries').textContent.includes('Soon forgotten')")
+    log_has(page, "connection lost")
+    with Process(*command, cwd=tmp_path, port=port) as second:
+        log_has(page, "subscribed but what you missed is gone")
+        page.wait("!document.querySelector('#entries').textContent.includes('Soon forgotten')")
+        demo_api(second, "POST", "posts", {"title": "New"})
+        log_has(page, "content.created post “New”")
+        page.wait("document.querySelector('#entries').textContent.includes('New')")
+        page.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "header", "status"),
+    [
+        ("192.0.2.7", {}, 403),
+        ("127.0.0.1", {"X-Forwarded-For": "192.0.2.7"}, 403),
+        ("::1", {"Via": "1.1 proxy"}, 403),
+        ("127.0.0.1", {}, 200),
+        ("::ffff:127.0.0.1", {}, 200),
+    ],
+)
+def test_demo_reset(address: str, header: dict[str, str], status: int) -> None:
+    """Only the machine that serves the demo may reset it, and sees the button."""
+    app = swiftcms_ws.demo_app()
+    client = app.test_client()
+    options: Any = {"environ_base": {"REMOTE_ADDR": address}, "headers": header}
+    try:
+        assert ('id="reset"' in client.get("/", **options).text) == (status == 200)
+        client.post("/api/posts", json={"title": "Mine"})
+        assert client.post("/api/reset", json={}, **options).status_code == status
+        titles = [entry["title"] for entry in client.get("/api/posts").json]
+        assert ("Mine" in titles) == (status != 200)
+    finally:
+        with app.app_context():
+            swiftcms_ws.hub._engine().begin_closing()
+            swiftcms_ws.hub._engine().finish_closing(time.monotonic() + 5)
+
+
+def test_demo_keeps_fifty_entries(demo: Process) -> None:
+    """The oldest entries make room for new ones, and everybody sees it."""
+    with demo.client() as client:
+        client.subscribe("content.deleted")
+        for number in range(50):
+            demo_api(demo, "POST", "posts", {"title": str(number)})
+        assert [each["payload"]["id"] for each in client.receive_many(3)] == [1, 2, 3]
+    assert len(demo_api(demo, "GET", "posts")[1]) == 50
 
 
 # -- Command line and first steps ------------------------------------------------------------------
