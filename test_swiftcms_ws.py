@@ -14955,13 +14955,17 @@ def test_readme_curl_shows_a_stream(tmp_path: Path) -> None:
         line = readme_block("sh", "curl -N").replace("5000", str(port)).strip()
         with subprocess.Popen(["bash", "-c", f"exec {line} 2>&-"], stdout=subprocess.PIPE, text=True) as curl:
             assert curl.stdout is not None
+            # Otherwise the test would wait for ever for a line that does not come.
+            patience = threading.Timer(PATIENCE, curl.kill)
+            patience.start()
             try:
                 lines = iter(curl.stdout.readline, "")
                 assert next(line for line in lines if line.startswith("event:")) == "event: system.subscribed\n"
-                http(f"http://127.0.0.1:{port}/posts", "POST", {"title": "Hi"})
+                post_form(port, title="Hi")
                 assert any('"title": "Hi"' in line for line in lines)
             finally:
                 curl.kill()
+                patience.cancel()
         assert "Traceback" not in process.output()
 
 
