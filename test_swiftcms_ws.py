@@ -14939,7 +14939,7 @@ def test_readme_curl_shows_a_stream(tmp_path: Path) -> None:
             try:
                 lines = iter(curl.stdout.readline, "")
                 assert next(line for line in lines if line.startswith("event:")) == "event: system.subscribed\n"
-                http(f"http://127.0.0.1:{port}/posts", "POST", {"title": "Hi"})
+                post_form(port, title="Hi")
                 assert any('"title": "Hi"' in line for line in lines)
             finally:
                 curl.kill()
