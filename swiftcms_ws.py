@@ -2864,6 +2864,9 @@ class Endpoint:
         self.blueprint.add_url_rule("/ws", "about", self._about)
         self.blueprint.add_url_rule("/ws/client.js", "client_js", self._client_js)
         self.blueprint.add_url_rule("/ws/events", "events", self._events)
+        self.blueprint.add_url_rule(
+            "/ws/inspector.<any(js, css, svg):kind>", "inspector", self._inspector_file
+        )
         self.blueprint.url_defaults(self._add_version)
 
     def _engine(self) -> Engine:
@@ -2974,16 +2977,31 @@ class Endpoint:
                 " headers Upgrade and Connection on (README, Deployment, Proxies)"
             )
             self._engine().warn(message, once=True)
-        is_inspector_on = self._engine().settings.inspector
-        if is_inspector_on is None:
-            is_inspector_on = current_app.debug
-        if is_inspector_on:
-            return render_page(demo=False)
+        if self._is_inspector_on():
+            return render_template_string(PAGE, demo=False, address=request.host)
         return self._refuse(426, "upgrade_required", message)
 
     def _events(self) -> Response:
         """Answer GET /ws/events: with a stream, or with the events that there are."""
         return EventsRequest(self._hub, self._engine()).answer()
+
+    def _is_inspector_on(self) -> bool:
+        setting = self._engine().settings.inspector
+        return current_app.debug if setting is None else setting
+
+    def _inspector_file(self, kind: str, **values: Any) -> Response:
+        """Serve the inspector's script, style and icon.
+
+        Flask-Talisman's default policy forbids them inside the page.
+        """
+        if not self._is_inspector_on():
+            abort(404)
+        files = {
+            "js": (INSPECTOR_JS, "text/javascript"),
+            "css": (INSPECTOR_CSS, "text/css"),
+            "svg": (INSPECTOR_SVG, "image/svg+xml"),
+        }
+        return page_file(*files[kind])
 
     def _add_version(self, endpoint: str, values: dict[str, Any]) -> None:
         """Add `v`, a hash of client.js, to the address of it that url_for() returns."""
@@ -3191,6 +3209,14 @@ def client_js(path: str) -> tuple[str, str]:
     """Return client.js with the path of its WebSocket, and a hash of it."""
     body = CLIENT_JS.replace('WEBSOCKET_PATH = "/ws"', f"WEBSOCKET_PATH = {json.dumps(path)}")
     return body, hashlib.sha256(body.encode()).hexdigest()[:16]
+
+
+def page_file(body: str, mimetype: str) -> Response:
+    """Return a script or style of a page. Browsers ask each time whether it has changed."""
+    response = Response(body, mimetype=mimetype)
+    response.cache_control.no_cache = True
+    response.add_etag()
+    return cast(Response, response.make_conditional(request))
 
 
 def _is_handshake_key(key: str) -> bool:
@@ -3869,7 +3895,7 @@ class Session:
     @classmethod
     def open(
         cls, engine: Engine, handshake: Handshake, environ: dict[str, Any] | None, address: str
-    ) -> None:
+    ) -> Connection:
         """Adopt the socket of a handshake: send the response and the greeting; begin to read."""
         client_id = engine.process + secrets.token_hex(6)
         max_queue = engine.settings.max_queue
@@ -3878,6 +3904,7 @@ class Session:
         connection = Connection(client_id, own, engine.loop, max_queue, user, cls.FRAMING)
         connection.session = session = cls(engine, connection, environ, address)
         session.guarded(session._start, handshake)
+        return connection
 
     def _start(self, handshake: Handshake) -> None:
         engine, connection = self.engine, self.connection
@@ -4339,7 +4366,8 @@ def place_fields(engine: Engine) -> dict[str, Any]:
     Live pages refresh within `spread` seconds after an event: if all of them do, that takes about
     half of the time of this process.
     """
-    spread = 2 * engine.refresh_seconds * engine.registry.slots
+    clients = engine.registry.slots + engine.pollers.count()
+    spread = 2 * engine.refresh_seconds * clients
     return {"lastId": format_event_id(engine.history.newest_id), "spread": round(spread, 3)}
 
 
@@ -7718,7 +7746,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 # == 18. Demo ====================================================================================
 
 # The longest text of each field of a request, in characters.
-DEMO_LENGTHS = {"title": 200, "body": 10_000, "line": 40, "to": 40, "user": 40, "text": 500}
+DEMO_LENGTHS = {
+    "title": 200,
+    "body": 10_000,
+    "key": 40,
+    "name": 20,
+    "to": 40,
+    "user": 40,
+    "text": 500,
+}
 
 
 class DemoEntries:
@@ -7728,6 +7764,14 @@ class DemoEntries:
     replaced, so it may be returned without a copy.
     """
 
+    # If a class creates more, the oldest are deleted.
+    MAX_ENTRIES = 50
+    FIRST = (
+        ("pages", "About us", "We are the people on the other side.", "published"),
+        ("posts", "Nothing is lost", "Lose the connection, and see what arrives later.", "draft"),
+        ("posts", "Hello, class", "Open a second window and edit this post.", "published"),
+    )
+
     def __init__(self) -> None:
         # Guards the entries. A change also publishes its event under it, so that events have the
         # order of the changes.
@@ -7735,11 +7779,10 @@ class DemoEntries:
         self._entries: dict[tuple[str, int], dict[str, Any]] = {}
         # Posts and pages share one counter, and an id is never used again.
         self._ids = itertools.count(1)
-        for content_type, title, body, state in (
-            ("posts", "Hello, class", "Open a second window and edit this post.", "published"),
-            ("posts", "Nothing is lost", "Cut the connection, edit elsewhere, and wait.", "draft"),
-            ("pages", "About us", "We are the people at the other end.", "published"),
-        ):
+        self._add_first()
+
+    def _add_first(self) -> None:
+        for content_type, title, body, state in self.FIRST:
             self._add(content_type, title, body, state, "SwiftCMS")
 
     def _add(
@@ -7771,6 +7814,8 @@ class DemoEntries:
         with self._lock:
             entry = self._add(content_type, title, body, "draft", user)
             publish("content.created", content_type, entry)
+            if len(self._entries) > self.MAX_ENTRIES:
+                self._delete(*min(self._entries, key=lambda key: key[1]))
         return entry
 
     def change(
@@ -7794,54 +7839,161 @@ class DemoEntries:
 
     def delete(self, content_type: str, entry_id: int) -> dict[str, Any]:
         with self._lock:
-            entry = self.get(content_type, entry_id)
-            del self._entries[content_type, entry_id]
-            publish("content.deleted", content_type, entry)
+            return self._delete(content_type, entry_id)
+
+    def _delete(self, content_type: str, entry_id: int) -> dict[str, Any]:
+        entry = self.get(content_type, entry_id)
+        del self._entries[content_type, entry_id]
+        publish("content.deleted", content_type, entry)
         return entry
 
+    def reset(self) -> None:
+        """Restore the first entries. Each page loads itself again when it gets the event."""
+        with self._lock:
+            self._entries.clear()
+            self._add_first()
+            publish("class.reset", "class", {})
 
-class DemoCuts:
-    """Cuts connections, so that a class can watch a client reconnect and resume.
 
-    A page names its connection in the address: /ws?line=NAME. Called from the web server's
-    threads and from workers; each step on one of its dictionaries is atomic.
+class DemoPeople:
+    """The people who have the page open, and their connections.
+
+    A page has a secret key, with which it names itself: /ws?cms=KEY is the connection of its CMS,
+    which counts as one person, and /ws?page=KEY the inspector's, which may be cut. Called from the
+    web server's threads and, by signals, from workers.
     """
 
-    SECONDS = 5.0
+    # A name is free again when its page has been gone for so many seconds.
+    NAME_SECONDS = 10.0
 
     def __init__(self, app: Flask) -> None:
-        self._client_ids: dict[str, str] = {}
-        self._cut_until: dict[str, float] = {}
-        # This keeps the object alive. The signal only has a weak reference to it.
-        app.before_request(self._delay_handshake)
-        client_connected.connect(self._note_name, sender=app)
+        # Guards both dictionaries.
+        self._lock = threading.Lock()
+        # Of each key, the name and when it was last in use.
+        self._names: dict[str, tuple[str, float]] = {}
+        # ("cms" or "page", key) -> the client ids, the newest last.
+        self._client_ids: dict[tuple[str, str], list[str]] = defaultdict(list)
+        # These keep the object alive. A signal only has a weak reference to its receiver.
+        app.extensions["demo_people"] = self
+        client_connected.connect(self._note_connection, sender=app)
+        client_disconnected.connect(self._note_end, sender=app)
 
-    def _note_name(self, sender: Flask, client_id: str, **details: Any) -> None:
+    def _note_connection(self, sender: Flask, client_id: str, **details: Any) -> None:
         """Signal receiver, in a request context of the client's handshake."""
-        if "line" in request.args:
-            self._client_ids[request.args["line"]] = client_id
+        with self._lock:
+            for place in self._places():
+                self._client_ids[place].append(client_id)
 
-    def _delay_handshake(self) -> None:
-        """Leave the handshake of a cut connection without an answer, as a broken network would.
+    def _note_end(self, sender: Flask, client_id: str, **details: Any) -> None:
+        """Signal receiver, as above."""
+        with self._lock:
+            for place in self._places():
+                self._client_ids[place].remove(client_id)
+                if not self._client_ids[place]:
+                    del self._client_ids[place]
+                _, key = place
+                if key in self._names:
+                    self._names[key] = (self._names[key][0], time.monotonic())
 
-        The web server has a thread for each request, so this delays no other client. If the
-        connection is cut again meanwhile, the client gets 503 and has to try again.
-        """
-        name = request.args.get("line", "")
-        time.sleep(max(0.0, self._cut_until.get(name, 0.0) - time.monotonic()))
-        if self._cut_until.get(name, 0.0) > time.monotonic():
-            abort(503, "the connection was cut again")
+    @staticmethod
+    def _places() -> list[tuple[str, str]]:
+        """Return the keys of `_client_ids` that the address of this request names."""
+        return [(kind, request.args[kind]) for kind in ("cms", "page") if kind in request.args]
 
-    def cut(self, name: str) -> None:
-        """Break a connection without a close frame, as if its cable were pulled."""
-        client_id = self._client_ids.get(name)
-        if client_id is None:
-            abort(404, "there is no connection of this name")
-        self._cut_until[name] = time.monotonic() + self.SECONDS
-        engine = hub._engine()
-        connection = engine.registry.find(client_id)
-        if connection is not None:
-            engine.loop.call(connection.abort)
+    def count(self) -> int:
+        """Return how many people are here."""
+        with self._lock:
+            return sum(kind == "cms" for kind, _ in self._client_ids)
+
+    def reserve_name(self, key: str, name: str) -> str:
+        """Return a name that no other page has: this one, or this one with a number behind it."""
+        now = time.monotonic()
+        with self._lock:
+            self._names = {
+                each: (used, at)
+                for each, (used, at) in self._names.items()
+                if ("cms", each) in self._client_ids or now < at + self.NAME_SECONDS
+            }
+            self._names.pop(key, None)
+            taken = {used.casefold() for used, _ in self._names.values()}
+            unique, number = name, 1
+            while unique.casefold() in taken:
+                number += 1
+                unique = f"{name} {number}"
+            self._names[key] = (unique, now)
+        return unique
+
+    def find(self, engine: Engine, key: str) -> Connection:
+        """Return the inspector's connection of a page, or answer 404."""
+        with self._lock:
+            client_ids = self._client_ids.get(("page", key), [""])
+        connection = engine.registry.find(client_ids[-1])
+        if connection is None:
+            abort(404, "this page has no open connection")
+        return connection
+
+
+class DemoFlood:
+    """A client that never reads, and events that only it and one watching client get.
+
+    It shows that a slow client is closed and that the others do not wait for it. There is one at a
+    time, because each occupies memory of the server. The loop's thread runs it, except start().
+    """
+
+    INTERVAL = 0.03
+    FILLER = "x" * 16_000
+    # Guards the start: two threads of the web server may call it.
+    _starting = threading.Lock()
+    _is_running = False
+
+    def __init__(self, engine: Engine, watcher: Connection) -> None:
+        self._engine = engine
+        self._watcher = watcher
+        self._peer, own = descriptors().create_pair()
+        # Otherwise the kernel would keep the first megabyte.
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        self._handshake = Handshake(own, None, time.monotonic())
+        self._handshake.own = own
+        self._environ = hook_environ(request.environ)
+        self._number = 0
+
+    @classmethod
+    def start(cls, engine: Engine, watcher: Connection) -> None:
+        with cls._starting:
+            if cls._is_running:
+                abort(409, "another slow reader is running; wait until it is closed")
+            flood = cls(engine, watcher)
+            if not engine.registry.reserve(descriptors().max_connections):
+                abort(503, "there is no place for another connection")
+            cls._is_running = True
+        engine.loop.call(flood._open)
+
+    def _open(self) -> None:
+        self._reader = Session.open(self._engine, self._handshake, self._environ, "slow reader")
+        self._send()
+
+    def _send(self) -> None:
+        """Send the next event, until one of the two connections is not open any more."""
+        if self._watcher.state is not State.OPEN or self._reader.state is not State.OPEN:
+            self._finish()
+            return
+        self._number += 1
+        frame = self._frame(number=self._number, filler=self.FILLER)
+        for connection in (self._reader, self._watcher):
+            connection.send(frame)
+        self._engine.loop.call_at(time.monotonic() + self.INTERVAL, self._send)
+
+    def _finish(self) -> None:
+        if self._reader.close_code is not None:
+            self._watcher.send(self._frame(number=self._number, closed=self._reader.close_code))
+        # The reader's own close, after which nothing of it is left.
+        self._peer.close()
+        type(self)._is_running = False
+
+    def _frame(self, **more: Any) -> bytes:
+        limit = self._engine.settings.max_queue
+        payload = {"unsent": self._reader.unsent_bytes, "limit": limit, **more}
+        return message_frame("demo.flood", payload, "demo")
 
 
 def request_text(name: str, default: str | None = None) -> str:
@@ -7854,6 +8006,64 @@ def request_text(name: str, default: str | None = None) -> str:
     return value.strip()
 
 
+def is_local_request() -> bool:
+    """Return whether the request comes from this machine, and no proxy has forwarded it."""
+    is_forwarded = any(
+        name.startswith("X-Forwarded") or name in ("Forwarded", "Via", "X-Real-Ip")
+        for name, _ in request.headers
+    )
+    address = (request.remote_addr or "").removeprefix("::ffff:")
+    return not is_forwarded and (address == "::1" or address.startswith("127."))
+
+
+def demo_address() -> str:
+    """Return the address that other machines use. It is the request's, unless that is localhost."""
+    is_wildcard = request.environ.get("SERVER_NAME") in ("0.0.0.0", "::")
+    if is_wildcard and is_local_request():
+        return f"{network_address()}:{request.environ['SERVER_PORT']}"
+    return request.host
+
+
+def add_lesson_routes(app: Flask, entries: DemoEntries, people: DemoPeople) -> None:
+    """Add what the lesson needs: names, polling, faults and Reset."""
+
+    @app.get("/api/poll")
+    def poll() -> ResponseReturnValue:
+        return {"lastId": hub.last_id(), "people": people.count()}
+
+    @app.get("/api/token")
+    def token() -> ResponseReturnValue:
+        # A class has no passwords, so a visitor may have any name. A site checks its login here.
+        return {"token": hub.issue_token(request_text("user"))}
+
+    @app.post("/api/name")
+    def name() -> ResponseReturnValue:
+        unique = people.reserve_name(request_text("key"), request_text("name"))
+        return {"name": unique, "token": hub.issue_token(unique)}
+
+    @app.post("/api/cut")
+    def cut() -> ResponseReturnValue:
+        # Without a close frame, as if a cable were pulled. The page stays away by itself.
+        engine = hub._engine()
+        engine.loop.call(people.find(engine, request_text("key")).abort)
+        return {}
+
+    @app.post("/api/flood")
+    def flood() -> ResponseReturnValue:
+        engine = hub._engine()
+        DemoFlood.start(engine, people.find(engine, request_text("key")))
+        return {}
+
+    @app.post("/api/reset")
+    def reset() -> ResponseReturnValue:
+        # A form on another site cannot send JSON.
+        request.get_json()
+        if not is_local_request():
+            abort(403, "only the machine that serves the demo may reset it")
+        entries.reset()
+        return {}
+
+
 def demo_app() -> Flask:
     """Return a small CMS with a REST API. Its pages show each other's changes."""
     app = Flask(__name__)
@@ -7861,6 +8071,8 @@ def demo_app() -> Flask:
         # A new key, so that tokens of other sites are not accepted here.
         SWIFTCMS_WS_JWT_KEY=secrets.token_hex(),
         SWIFTCMS_WS_INSPECTOR=True,
+        # A class does not wait half a minute for a heartbeat.
+        SWIFTCMS_WS_HEARTBEAT=10,
         # The demo must not join the shared log of a site.
         SWIFTCMS_WS_DATABASE=None,
         SWIFTCMS_WS_REDIS_URL=None,
@@ -7870,7 +8082,6 @@ def demo_app() -> Flask:
     app.register_blueprint(blueprint)
     settings = Settings.from_config(app.config)
     entries = DemoEntries()
-    cuts = DemoCuts(app)
     list_url = "/api/<any(posts, pages):content_type>"
     entry_url = f"{list_url}/<int:entry_id>"
 
@@ -7889,7 +8100,17 @@ def demo_app() -> Flask:
 
     @app.get("/")
     def page() -> ResponseReturnValue:
-        return render_page(demo=True)
+        return render_template_string(
+            PAGE,
+            demo=True,
+            address=demo_address(),
+            can_reset=is_local_request(),
+            heartbeat=app.config["SWIFTCMS_WS_HEARTBEAT"],
+        )
+
+    @app.get("/demo.js")
+    def script() -> ResponseReturnValue:
+        return page_file(DEMO_JS, "text/javascript")
 
     @app.get(list_url)
     def list_entries(content_type: str) -> ResponseReturnValue:
@@ -7929,22 +8150,13 @@ def demo_app() -> Flask:
         values = {"state": "published", "updated_by": user_id()}
         return entries.change("content.published", content_type, entry_id, values)
 
-    @app.get("/api/token")
-    def token() -> ResponseReturnValue:
-        # A class has no passwords, so a visitor may have any name. A site checks its login here.
-        return {"token": hub.issue_token(request_text("user"))}
-
     @app.post("/api/notices")
     def notify() -> ResponseReturnValue:
         recipient = request_text("to")
         notice = {"from": user_id(), "text": request_text("text")}
         return {"id": publish("notification", "users", notice, to=recipient)}, 201
 
-    @app.post("/api/cut")
-    def cut() -> ResponseReturnValue:
-        cuts.cut(request_text("line"))
-        return {"seconds": cuts.SECONDS}
-
+    add_lesson_routes(app, entries, DemoPeople(app))
     return app
 
 
@@ -7996,24 +8208,13 @@ def network_address() -> str:
 # == 19. client.js and pages =====================================================================
 
 
-def render_page(*, demo: bool) -> str:
-    """Return the inspector: alone for GET /ws, or beside the demo's CMS."""
-    if not demo:
-        return render_template_string(PAGE, demo=False, ws_url=request.root_path + request.path)
-    return render_template_string(
-        PAGE,
-        demo=True,
-        ws_url=url_for("swiftcms_ws.about"),
-        client_js_url=url_for("swiftcms_ws.client_js"),
-    )
-
-
 CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resumes where it was.
 //
 //   const cms = new SwiftCMS()              // or new SwiftCMS({url, token, since})
 //   const stop = cms.subscribe("content.*", "posts", event => show(event.payload))
 //   cms.onstatus = status => …              // "connecting", "online", "offline" or "refused"
 //   cms.ongap = subscriptions => …          // events are lost: load the page's data again
+//   cms.transport                           // "websocket", "events" (plain HTTP), null (offline)
 //   const edit = cms.edit("posts", "42")    // the entry's other editors, and their changes
 //   cms.close()
 (() => {
@@ -8029,21 +8230,47 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   // Firefox closes connections when a link or a download is clicked. That is soon repaired.
   const OFFLINE_DELAY = 2_000;
   const UNSENT = "SwiftCMS: messages wait for two seconds; the server slows fast senders down";
-  const MAX_WAIT = 30_000;
-  const CLOSE = { SHUTTING_DOWN: 1001, MESSAGE_TOO_BIG: 1009, UNAUTHORIZED: 4401 };
+  const MAX_WAIT = 10_000;
+  const CLOSE = { SHUTTING_DOWN: 1001, LOST: 1006, MESSAGE_TOO_BIG: 1009, UNAUTHORIZED: 4401 };
   // Of these, only the first two need a subscription.
   const EDITING = ["user.editing", "user.stoppedEditing", "user.edited", "system.editing"];
+
+  // Plain HTTP is tried if a page's first WebSocket is still pending after this time.
+  const FIRST_WAIT = 2_000;
+  // If a stream has opened and its first message does not come in this time, a proxy buffers it.
+  const BUFFER_TIMEOUT = 3_000;
+  // A server that cannot stream ends its response so soon after a heartbeat.
+  const POLL_END = 100;
+  // A hidden page waits so long, or up to twice as long, between two polls.
+  const HIDDEN_PAUSE = 15_000;
+  const NO_EDITING = "SwiftCMS: edit() needs a WebSocket, and this page gets events by plain HTTP";
+  // The errors that end events over plain HTTP, and the close code of a WebSocket in their place.
+  const ENDS = { token_expired: 4401, signed_out: 4401, going_away: 1001, too_slow: 1013 };
 
   // An id is two numbers: milliseconds and a counter.
   const EVENT_ID = /^\d{1,20}-\d{1,20}$/;
   const sortKey = id => id.replace(/\d+/g, number => number.padStart(20, "0"));
   const isLater = (id, other) => id && (!other || sortKey(id) > sortKey(other));
+  const earlier = (id, other) => (isLater(id, other) ? other : id);
   const isMatch = (pattern, name) =>
     pattern.endsWith("*") ? name.startsWith(pattern.slice(0, -1)) : name === pattern;
+  // Over plain HTTP the server refuses the whole request if one pattern is malformed.
+  const isPattern = text =>
+    /^(?!.{129})(\*|[\p{L}\p{M}\p{N}_-]+(\.[\p{L}\p{M}\p{N}_-]+)*(\.\*)?)$/u.test(text);
   const patternOf = ({ type, contentType }) => ({ type, contentType });
   const hasKey = (set, key) => [...set].some(each => each.key === key);
   // A handler that throws must not affect others: its error becomes an unhandled rejection.
   const call = async (handler, ...values) => handler?.(...values);
+
+  // A browser opens six connections to a host, so only one of its pages streams: the one that has
+  // the lock. Promises the function that releases it, or null if this page cannot have it.
+  const takeLock = () =>
+    new Promise(resolve => {
+      if (!navigator.locks) return resolve(null);
+      const hold = lock => (lock ? new Promise(release => resolve(release)) : resolve(null));
+      const locked = navigator.locks.request("swiftcms-stream", { ifAvailable: true }, hold);
+      locked.catch(() => resolve(null));
+    });
 
   // All open connections, and the one of the SwiftCMS objects that have neither url nor token.
   const connections = new Set();
@@ -8051,7 +8278,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   for (const type of ["online", "offline", "pagehide", "pageshow", "visibilitychange"])
     addEventListener(type, event => connections.forEach(each => each.wakeUp(event)));
 
-  // One WebSocket after the other, for one or more SwiftCMS objects.
+  // One WebSocket after the other, or plain HTTP, for one or more SwiftCMS objects.
   const createConnection = (url, givenToken) => {
     // For each SwiftCMS object its option `since`, until the client has connected.
     const clients = new Map();
@@ -8067,12 +8294,21 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     let newestId, heardId;
     // After the server has closed the connection with 4401, only the same user is accepted.
     let isSignedOut, ownUserId;
-    // isReady: the server has greeted this client, and there is a token if one is needed.
-    let socket, status, isReady, maxSilence, attemptedAt, offlineTimer;
+    let socket, status, maxSilence, attemptedAt, offlineTimer;
     let attempts = 0;
     let timers = {};
+    // Plain HTTP, if it is tried or used: {source, opened, token, isStream, isAnswered, beatAt}.
+    // `opened` are the subscriptions of the request. All events up to their `since` were received.
+    let events, lock;
+    // isPlain: the page stays with plain HTTP. isProbe: the next attempt shows whether it works.
+    // mustPoll: streams do not work. hadSocket: a WebSocket was online. failures: attempts in a
+    // row with a WebSocket that was not.
+    let isPlain, isProbe, mustPoll, hadSocket;
+    let failures = 0;
     const ownIds = new Set();
-    const connection = { clientId: null, spread: 0, add, remove, reopen, subscribe, edit, wakeUp };
+    // transport: null until the server has greeted this client, and there is a token if needed.
+    const methods = { add, remove, reopen, subscribe, edit, wakeUp };
+    const connection = { clientId: null, transport: null, spread: 0, ...methods };
     const base = page?.baseURI ?? location.href;
     const address = new URL(url ?? SCRIPT_URL ?? location.origin + WEBSOCKET_PATH, base);
     address.protocol = address.protocol.replace("http", "ws");
@@ -8085,7 +8321,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       // Not now, because the page has not set its handlers yet.
       setTimeout(() => {
         if (!clients.has(cms)) return;
-        if (isReady) clients.set(cms, undefined);
+        if (connection.transport) clients.set(cms, undefined);
         if (!status || status === "refused") connect();
         else if (oldStatus) call(cms.onstatus, status);
       });
@@ -8103,20 +8339,23 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     function connect() {
       disconnect("connecting");
       attemptedAt = performance.now();
+      if (isPlain || isProbe) return openEvents();
       try {
         socket = new WebSocket(address);
       } catch ({ message }) {
         return refuse(`cannot connect to ${address}, which must be like wss://HOST/ws: ${message}`);
       }
-      socket.onclose = reconnect;
       socket.onmessage = ({ data }) => receive(data);
+      socket.onclose = end => (events ? (socket = undefined) : reconnect(end));
       // Messages restart it only when the client is ready, because a token may never come.
       later("silence", CONNECT_TIMEOUT, reconnect);
+      // If the WebSocket is only slow, it replaces plain HTTP later.
+      if (!hadSocket) later("events", FIRST_WAIT, openEvents);
     }
 
     // For the user that the browser's cookies name now.
     function reopen() {
-      if (!isReady) return;
+      if (!connection.transport) return;
       ownUserId = undefined;
       connect();
     }
@@ -8126,8 +8365,9 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       timers = {};
       if (socket) socket.onclose = socket.onmessage = null;
       socket?.close();
+      closeEvents();
       socket = heardId = undefined;
-      isReady = false;
+      connection.transport = null;
       requests = [];
       for (const each of subscriptions)
         if (!each.early) Object.assign(each, { since: newestId, early: new Set() });
@@ -8135,21 +8375,27 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     }
 
     function reconnect({ code, reason } = {}) {
-      if (!code && heardId && !isReady)
+      if (!code && heardId && !connection.transport)
         console.error("SwiftCMS: no token came in 15 seconds, will ask for it again");
       if (code === CLOSE.MESSAGE_TOO_BIG)
         console.error("SwiftCMS: the message that was too big is dropped; reconnecting without it");
       if (code === CLOSE.UNAUTHORIZED) isSignedOut = true;
+      isProbe = false;
+      if (socket && !events) {
+        const isBlocked = code === CLOSE.LOST ? status !== "online" : !code && !heardId;
+        failures = isBlocked ? failures + 1 : 0;
+        isProbe = failures >= (hadSocket || heardId ? 3 : 1);
+      }
       // A random time, so that not all clients of a server reconnect at once.
       let wait = Math.random() * Math.min(MAX_WAIT, 1_000 * 2 ** attempts);
       // Firefox itself delays an attempt after failed ones: that time has passed already.
       if (!heardId) wait -= performance.now() - attemptedAt;
       // Without a reason it was not the server that closed the connection, but the browser.
-      if (code !== CLOSE.SHUTTING_DOWN || reason) attempts++;
+      if (!isProbe && (code !== CLOSE.SHUTTING_DOWN || reason)) attempts++;
       if (code === CLOSE.SHUTTING_DOWN && reason) wait += 1_000;
       disconnect("connecting");
       offlineTimer ??= setTimeout(() => setStatus("offline"), OFFLINE_DELAY);
-      later("connect", wait, connect);
+      later("connect", isProbe ? 0 : wait, connect);
     }
 
     function refuse(message) {
@@ -8162,11 +8408,12 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       if (type === "pagehide") disconnect("connecting");
       else if (type === "pageshow") persisted && connect();
       else if (type === "offline") {
-        if (!socket && !timers.connect) return;
+        if (!socket && !events && !timers.connect) return;
         reconnect();
         setStatus("offline");
       } else if (timers.connect && !page?.hidden) connect();
-      else if (isReady && !page?.hidden) {
+      else if (events) openEvents();
+      else if (connection.transport && !page?.hidden) {
         // The network or the tab is back: check within five seconds that the connection works.
         send({ action: "heartbeat" });
         later("silence", 5_000, reconnect);
@@ -8191,7 +8438,9 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 
     // Until the client is ready, messages are dropped: greet() then sends the current state.
     function send(message) {
-      if (!isReady) return;
+      if (!connection.transport) return;
+      if (events && message.action === "unsubscribe") later("events", 0, openEvents);
+      if (events) return message.action === "editStart" && console.warn(NO_EDITING);
       const text = JSON.stringify(message);
       // Started by the first message that has to wait: the others find the buffer filled.
       if (!socket.bufferedAmount)
@@ -8200,21 +8449,24 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       for (const cms of clients.keys()) call(cms.onframe, "out", text);
     }
 
-    function receive(text) {
+    // Over plain HTTP, all events up to the id `place` have been received.
+    function receive(text, place) {
       const { type, contentType, payload, id, timestamp } = JSON.parse(text);
-      if (isReady) later("silence", maxSilence, reconnect);
+      if (connection.transport) later("silence", maxSilence, reconnect);
       if (payload?.spread >= 0) connection.spread = payload.spread;
       for (const cms of clients.keys()) call(cms.onframe, "in", text);
       // That handler may have closed the connection.
-      if (!socket) return;
+      if (!socket && !events) return;
       if (type === "system.connected") greet(payload);
       else if (type === "system.authenticated") accept(payload, timestamp);
       else if (type === "system.heartbeat") {
         // A connection that lives for a heartbeat is a good one.
         attempts = 0;
-        move(payload.lastId);
+        if (events) events.beatAt = performance.now();
+        move(place ?? payload.lastId);
         send({ action: "pong" });
       } else if (type === "system.error") handleError(payload);
+      else if (type === "system.subscribed" && events) resume(payload, place, timestamp);
       else if (type === "system.subscribed") startReplay(payload);
       else if (EDITING.includes(type))
         for (const { key, update } of [...edits])
@@ -8222,46 +8474,188 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       if (!type.startsWith("system.")) dispatch(text, type, contentType, id);
     }
 
-    async function greet({ clientId, userId, heartbeat, lastId }) {
-      const ownSocket = socket;
-      Object.assign(connection, { clientId, userId });
-      ownIds.add(clientId);
-      move(lastId);
-      const isStranger = isSignedOut && (userId === null || userId !== ownUserId);
-      let token;
+    // Resolves to null if there is no token, and to undefined if it did not come.
+    async function fetchToken() {
       try {
-        token = typeof givenToken === "function" ? await givenToken() : !isSignedOut && givenToken;
+        if (typeof givenToken === "function") return (await givenToken()) ?? null;
+        return isSignedOut ? null : (givenToken ?? null);
       } catch (error) {
         console.error("SwiftCMS: no token came, will ask for it again:", error);
-        return ownSocket.close();
       }
+    }
+
+    async function greet({ clientId, userId, heartbeat, lastId }) {
+      const ownSocket = socket;
+      // A WebSocket that was slow to open replaces plain HTTP.
+      closeEvents();
+      connection.transport = isPlain = null;
+      ownIds.add(clientId);
+      move(lastId);
+      const token = await fetchToken();
+      if (token === undefined) return ownSocket.close();
       // The connection may have been lost in the meantime.
-      if (ownSocket !== socket) return;
+      if (ownSocket !== socket || !welcome(clientId, userId, token, heartbeat)) return;
+      if (token) send({ action: "authenticate", token });
+      for (const each of subscriptions) each.since ??= lastId;
+      request([...subscriptions]);
+      for (const each of edits) each.send("editStart");
+    }
+
+    // The connection is ready, unless the user is not the one who was signed out.
+    function welcome(clientId, userId, token, heartbeat) {
+      const isStranger = isSignedOut && (userId === null || userId !== ownUserId);
       if (isStranger && !token) return refuse("the user is signed out");
+      Object.assign(connection, { clientId, userId });
       ownUserId = userId ?? ownUserId;
       isSignedOut = isStranger;
-      isReady = true;
+      connection.transport = events ? "events" : "websocket";
       // Two heartbeats, and half of one for delays.
       maxSilence = 2_500 * heartbeat;
       later("silence", maxSilence, reconnect);
-      if (token) send({ action: "authenticate", token });
-      for (const each of subscriptions) each.since ??= lastId;
       for (const cms of clients.keys()) clients.set(cms, undefined);
-      request([...subscriptions]);
-      for (const each of edits) each.send("editStart");
+      return true;
     }
 
     function accept({ userId, expiresAt }, timestamp) {
       ownUserId = userId;
       isSignedOut = false;
+      // If it fails, the server closes the connection, and the next one asks for a token again.
+      renew(expiresAt, timestamp, async () =>
+        send({ action: "authenticate", token: await givenToken() }),
+      );
+    }
+
+    function renew(expiresAt, timestamp, action) {
       if (typeof givenToken !== "function") return;
       const left = Date.parse(expiresAt) - Date.parse(timestamp);
-      // If it fails, the server closes the connection, and the next one asks for a token again.
-      const renew = async () => send({ action: "authenticate", token: await givenToken() });
-      later("renewal", Math.max(left - RENEWAL_LEAD, left * 0.8), renew);
+      later("renewal", Math.max(left - RENEWAL_LEAD, left * 0.8), action);
+    }
+
+    // Ask for events over plain HTTP, from the place of the subscription that is furthest back.
+    async function openEvents() {
+      events?.source?.close();
+      const own = (events = { opened: [] });
+      later("silence", CONNECT_TIMEOUT, reconnect);
+      own.token = await fetchToken();
+      own.isStream = await canStream();
+      // The connection may have been closed in the meantime.
+      if (own !== events) return;
+      if (own.token === undefined) return reconnect();
+      // Subscriptions that have no place yet get the newest one first.
+      const unplaced = [...subscriptions].filter(each => !each.since);
+      own.opened = unplaced.length ? unplaced : [...subscriptions];
+      own.source = new EventSource(eventsAddress(own), { withCredentials: true });
+      const poll = () => {
+        mustPoll = true;
+        openEvents();
+      };
+      // A proxy may keep back the events of a stream, or even its headers.
+      own.source.onopen = () => own.isStream && later("events", BUFFER_TIMEOUT, poll);
+      if (own.isStream) later("silence", CONNECT_TIMEOUT, poll);
+      own.source.onerror = () => endEvents(own);
+      for (const type of ["message", "system.subscribed", "system.heartbeat", "system.error"])
+        own.source.addEventListener(type, ({ data, lastEventId }) => receive(data, lastEventId));
+    }
+
+    function eventsAddress({ opened, token, isStream }) {
+      const result = new URL(address);
+      result.protocol = address.protocol.replace("ws", "http");
+      result.pathname += "/events";
+      const { searchParams } = result;
+      const names = new Set();
+      for (const { type, contentType } of opened)
+        if (isPattern(type) && isPattern(contentType)) names.add(`${type}:${contentType}`);
+        else console.error(`SwiftCMS: no ${type} of ${contentType}: malformed (invalid_type)`);
+      // Without any, the server would send all events.
+      for (const name of names.size ? names : ["system.none"]) searchParams.append("sub", name);
+      const since = opened.map(each => each.since).reduce(earlier, opened[0]?.since);
+      if (since) searchParams.set("since", since);
+      if (token) searchParams.set("token", token);
+      if (!isStream) searchParams.set("mode", "poll");
+      return result;
+    }
+
+    function closeEvents() {
+      events?.source?.close();
+      events = undefined;
+      releaseLock();
+      clearTimeout(timers.events);
+      clearTimeout(timers.renewal);
+    }
+
+    async function canStream() {
+      if (mustPoll || page?.hidden) releaseLock();
+      else lock ??= takeLock();
+      const own = lock;
+      const isTaken = Boolean(await own);
+      if (!isTaken && own === lock) lock = undefined;
+      return isTaken;
+    }
+
+    function releaseLock() {
+      lock?.then(release => release?.());
+      lock = undefined;
+    }
+
+    // The first message of a stream, and of each poll.
+    function resume({ clientId, userId, heartbeat, ...answer }, place, timestamp) {
+      if (hadSocket) {
+        // The server is there again: one more attempt shows whether WebSockets get through.
+        hadSocket = isProbe = false;
+        return connect();
+      }
+      if (!welcome(clientId, userId, events.token, heartbeat)) return;
+      clearTimeout(timers.events);
+      if (answer.recovered) move(place);
+      else lose(subscriptions, place);
+      if (events.isAnswered === undefined) {
+        report(answer.refused);
+        if (events.isStream) watch(events.source);
+        if (events.token) renew(answer.expiresAt, timestamp, openEvents);
+        for (const each of edits) each.send("editStart");
+      }
+      isPlain = events.isAnswered = true;
+      if (![...subscriptions].every(each => events.opened.includes(each)))
+        later("events", 0, openEvents);
+      proceed();
+    }
+
+    // Firefox closes a stream without an event when a link to a download is clicked.
+    function watch(source) {
+      if (source !== events?.source) return;
+      if (source.readyState === EventSource.CLOSED) openEvents();
+      else later("watch", 1_000, () => watch(source));
+    }
+
+    // A poll has ended, or the connection is lost, or the server has refused it.
+    async function endEvents(own) {
+      const { source, token, isAnswered } = own;
+      const isRefused = source.readyState === EventSource.CLOSED;
+      own.isAnswered = false;
+      if (own.isStream) mustPoll ||= performance.now() - own.beatAt < POLL_END;
+      own.isStream &&= !mustPoll;
+      if (isAnswered && !own.isStream && !isRefused) {
+        // The browser asks again by itself, after the time that the server has named.
+        later("silence", CONNECT_TIMEOUT, reconnect);
+        if (page?.hidden) {
+          source.close();
+          clearTimeout(timers.silence);
+          later("events", HIDDEN_PAUSE * (1 + Math.random()), openEvents);
+        } else if ((await canStream()) && own === events) openEvents();
+        return;
+      }
+      if (isRefused && !(token && typeof givenToken === "function")) {
+        // EventSource does not say why. If the token is missing or wrong, this is final.
+        const options = { method: "HEAD", credentials: "include" };
+        const { status: reason } = await fetch(source.url, options).catch(() => ({}));
+        if (own !== events) return;
+        if (reason === 401) return refuse("the user is not signed in, or the token is not valid");
+      }
+      reconnect();
     }
 
     function handleError({ code, message, action }) {
+      if (events && code in ENDS) return reconnect({ code: ENDS[code], reason: message });
       console.error(`SwiftCMS: ${message} (${code})`);
       if (action === "authenticate") reconnect({ code: CLOSE.UNAUTHORIZED });
       if (code !== "invalid_since") return;
@@ -8281,12 +8675,13 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       };
       const own = { cms, key, type, contentType, handler, stop, since, early: new Set() };
       subscriptions.add(own);
-      if (isReady) request([own]);
+      if (connection.transport) request([own]);
       return stop;
     }
 
     // Subscribe and get what was missed: a message for each distinct `since`, and 1,000 items.
     function request(rest) {
+      if (events) return later("events", 0, openEvents);
       while (rest.length) {
         const { since } = rest[0];
         const group = rest.filter(each => each.since === since).slice(0, 1_000);
@@ -8299,17 +8694,22 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 
     function startReplay({ refused = [], recovered, replayed }) {
       const [answered] = requests;
-      for (const { type, contentType, code, message } of refused)
-        console.error(`SwiftCMS: no ${type} of ${contentType}: ${message} (${code})`);
+      report(refused);
       answered.left = replayed;
       if (recovered) move(answered.since);
-      else {
-        // The server may have restarted with a wrong clock: only here the place moves back.
-        newestId = heardId;
-        for (const each of answered.subscriptions)
-          Object.assign(each, { since: heardId, isLost: !EDITING.includes(each.type) });
-      }
+      else lose(answered.subscriptions, heardId);
       proceed();
+    }
+
+    function report(refused) {
+      for (const { type, contentType, code, message } of refused)
+        console.error(`SwiftCMS: no ${type} of ${contentType}: ${message} (${code})`);
+    }
+
+    function lose(lost, since) {
+      // The server may have restarted with a wrong clock: only here the place moves back.
+      newestId = heardId = since;
+      for (const each of lost) Object.assign(each, { since, isLost: !EDITING.includes(each.type) });
     }
 
     function proceed() {
@@ -8320,22 +8720,27 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       for (const each of lost) each.isLost = false;
       for (const cms of new Set(lost.map(each => each.cms)))
         call(cms.ongap, lost.filter(each => each.cms === cms).map(patternOf));
-      if (isReady) setStatus("online");
+      if (!connection.transport) return;
+      hadSocket = !events;
+      setStatus("online");
     }
 
     function move(id) {
       if (isLater(id, heardId)) heardId = id;
       if (isLater(id, newestId)) newestId = id;
+      for (const each of events?.opened ?? []) if (isLater(id, each.since)) each.since = id;
     }
 
     function dispatch(text, type, contentType, id) {
-      move(id);
       const [first] = requests;
-      for (const each of [...subscriptions]) {
-        if (!isMatch(each.type, type) || !isMatch(each.contentType, contentType)) continue;
-        // It may be older than subscribe(), or come again after an interrupted replay.
-        if (id && (!isLater(id, each.since) || each.early?.has(id))) continue;
-        each.early?.add(id);
+      // It may be older than subscribe(), or come again after an interrupted replay.
+      const isNew = each => !id || (isLater(id, each.since) && !each.early?.has(id));
+      const takers = (events?.opened ?? [...subscriptions]).filter(
+        each => isMatch(each.type, type) && isMatch(each.contentType, contentType) && isNew(each),
+      );
+      move(id);
+      for (const each of takers) {
+        if (!events) each.early?.add(id);
         // Each handler gets an object of its own. A handler may unsubscribe others.
         if (subscriptions.has(each)) call(each.handler, JSON.parse(text));
       }
@@ -8615,10 +9020,15 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     else page.addEventListener("readystatechange", finish, { once: true });
     page.addEventListener("visibilitychange", schedule);
     page.addEventListener("input", ({ target }) => edited.add(target), true);
+    const forget = ({ target }) => Array.from(target.elements ?? [], each => edited.delete(each));
+    page.addEventListener("reset", forget, true);
 
     function finish() {
       copyParsed(observer.takeRecords());
       isParsed = true;
+      // Observers do not see what is in a template.
+      for (const each of page.querySelectorAll("[data-live] template"))
+        copyOf.get(each)?.content.replaceChildren(copies.importNode(each.content, true));
       observe(false);
       find(since);
       schedule();
@@ -8640,7 +9050,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
           if (isScript) script = node;
           if (!isLive) continue;
           if (customElements.get(node.localName)?.prototype.connectedCallback) custom.add(node);
-          const copy = copyOf.get(node) ?? copies.importNode(node, node.localName === "template");
+          const copy = copyOf.get(node) ?? copies.importNode(node);
           const next = copyOf.get(nextSibling);
           pair(copy, node);
           parent?.insertBefore(copy, next?.parentNode === parent ? next : null);
@@ -8829,6 +9239,10 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       return this.#connection.clientId;
     }
 
+    get transport() {
+      return this.#connection.transport;
+    }
+
     // Call handler(event) for each event from now on. Returns a function that unsubscribes.
     subscribe(type = "*", contentType = "*", handler) {
       const kinds = [type, contentType, handler].map(each => typeof each);
@@ -8849,555 +9263,1528 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 })();
 """
 
+INSPECTOR_SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
+<path fill="#5a2ca0" d="M0 0h16v16H0z"/>
+<path fill="#fff" d="M2 4h8V2l4 3-4 3V6H2zM14 10H6V8l-4 3 4 3v-2h8z"/></svg>
+"""
+
 PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ "SwiftCMS demo" if demo else "WebSocket inspector" }}</title>
-<link rel="icon" href="data:,">
-<style>
-:root {
-  color-scheme: light dark;
-  --ground: light-dark(#fff, #11161c); --panel: light-dark(#eef2f7, #1c242d);
-  --ink: light-dark(#111, #f3f5f7); --quiet: light-dark(#47525e, #b6c2cf);
-  --edge: light-dark(#7d8b9a, #71808f); --notice: light-dark(#fff1b8, #453800);
-  --in: light-dark(#00458f, #93c7ff); --out: light-dark(#8a3a00, #ffbd80);
-  --good: light-dark(#005c2a, #7ce8a6); --bad: light-dark(#a3001b, #ffa3a3);
-}
-/* On a projector, which is wide, the text is larger. */
-html { font-size: clamp(100%, 1.15vw, 180%); }
-* { box-sizing: border-box; margin: 0; }
-body { background: var(--ground); color: var(--ink); font: 1.2rem/1.35 system-ui, sans-serif; }
-main { display: grid; gap: 1.5rem; padding: 1rem; }
-section { min-width: 0; }
-ul, ol { padding: 0; list-style: none; }
-.entries { margin-bottom: .7rem; }
-h1 { font-size: 1.7rem; }
-h2 { font-size: 1.3rem; }
-.row, .row > span { display: flex; flex-wrap: wrap; gap: .5rem .7rem; align-items: end; }
-.row { margin-bottom: .7rem; }
-header.row, .tools { align-items: center; }
-header.row > :first-child { flex: 1; }
-label { display: grid; flex: 1 1 8rem; color: var(--quiet); font-size: 1rem; }
-label.wide { flex-basis: 100%; }
-label.check { display: flex; flex: none; gap: .4rem; align-items: center; }
-input, select, textarea, button {
-  min-width: 0; border: 2px solid var(--edge); border-radius: 6px;
-  background: var(--ground); color: var(--ink); font: inherit;
-}
-label > :not([type=checkbox]) { padding: .35rem .5rem; font-size: 1.2rem; }
-[type=checkbox] { width: 1.3rem; height: 1.3rem; }
-textarea { resize: vertical; }
-button { padding: .35rem .8rem; border-color: var(--in); color: var(--in); font-weight: 600; }
-button:hover, [aria-pressed=true] { background: var(--panel); }
-:focus-visible { outline: 4px solid var(--out); outline-offset: 2px; }
-.state { font-weight: 700; color: var(--out); }
-.online, .published { color: var(--good); }
-.offline, .refused { color: var(--bad); }
-#log {
-  height: 60vh; overflow: auto; padding: .5rem; background: var(--panel); border-radius: .4rem;
-}
-#log li {
-  margin-bottom: .6rem; padding-left: .6rem; border-left: 5px solid; font-family: monospace;
-}
-#log code { display: block; font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }
-#log .in { color: var(--in); } #log .out { color: var(--out); } #log .note { color: var(--quiet); }
-#log.calm .heartbeat { display: none; }
-.entries li {
-  display: flex; flex-wrap: wrap; gap: .3rem .7rem; padding: .4rem 0;
-  align-items: center; justify-content: space-between; border-top: 1px solid var(--edge);
-}
-.entries small { display: block; color: var(--quiet); font-size: 1rem; }
-#editor, #typing li, .notice { padding: .5rem .7rem; margin-bottom: .7rem; border-radius: .4rem; }
-#editor { background: var(--panel); }
-#typing li { background: var(--ground); }
-#typing li, #theirs { white-space: pre-wrap; overflow-wrap: anywhere; }
-.notice { background: var(--notice); }
-.notice:empty { display: none; }
-.name { padding: 0 .5rem; border-radius: 1rem; color: #fff; font-weight: 600; }
-@media (min-width: 70rem) and (min-height: 40rem) {
-  main { height: 100vh; grid-auto-flow: column; grid-auto-columns: 1fr; }
-  main > section { overflow: auto; padding: 5px; }
-  #inspector { display: flex; flex-direction: column; }
-  #log { flex: 1; min-height: 15rem; }
-}
-</style>
+<title>{{ "WebSocket, live: SwiftCMS demo" if demo else "WebSocket inspector" }}</title>
+<link rel="icon" href="ws/inspector.svg">
+<link rel="stylesheet" href="ws/inspector.css">
+{% if demo %}<script src="ws/client.js"></script>{% endif %}
+<script type="module" src="{{ 'demo.js' if demo else 'ws/inspector.js' }}"></script>
 </head>
-<body>
-<main>
+<body{% if demo %} class="demo"{% endif %}>
+<header>
+  <h1>{{ "WebSocket, live" if demo else "WebSocket inspector" }}</h1>
+  {% if demo %}
+  {% if can_reset %}<button id="reset">Reset</button>{% endif %}
+  <button id="reopen" hidden>Lesson</button>
+  <button id="rename">You</button>
+  <output id="people">… here</output>
+  {% endif %}
+  <strong>{{ address }}</strong>
+</header>
 {% if demo %}
-<section aria-labelledby="cms">
-  <header class="row">
-    <h1 id="cms">A tiny CMS</h1>
-    <output id="line" class="state"></output>
-    <button id="cut">Cut the connection</button>
-  </header>
-  <form id="sign-in" class="row" autocomplete="off">
-    <label>Your name, on this side
-      <input name="user" required maxlength="40" pattern=".*\S.*">
-    </label>
-    <button>Sign in</button>
-  </form>
-  <p id="news" class="notice" role="status"></p>
-  <ul id="notices" role="log" aria-label="Notices to you"></ul>
-  <form id="editor" autocomplete="off" hidden>
-    <p id="editors" class="row" role="status"></p>
-    <div class="row">
-      <label class="wide">Title <input name="title" required maxlength="200"></label>
-      <label class="wide">Text <textarea name="body" rows="3" maxlength="10000"></textarea></label>
-      <button>Save</button> <button type="button" id="leave">Close</button>
-    </div>
-    <div id="conflict" class="notice" role="alert" hidden>
-      <p id="refusal"></p>
-      <p id="theirs"></p>
-      <button type="button" id="take">Take theirs</button>
-      <button type="button" id="keep">Keep mine</button>
-    </div>
-    <ul id="typing" aria-label="What others are typing"></ul>
-  </form>
-  <form id="create" class="row" autocomplete="off">
-    <label>New
-      <select name="contentType"><option value="posts">post<option value="pages">page</select>
-    </label>
-    <label>Title <input name="title" required maxlength="200"></label>
-    <button>Create</button>
-  </form>
-  <h2>Posts</h2>
-  <ul id="posts" class="entries"></ul>
-  <h2>Pages</h2>
-  <ul id="pages" class="entries"></ul>
-  <form id="tell" class="row" autocomplete="off">
-    <label>Notice to <input name="to" value="ana" required maxlength="40"></label>
-    <label>Text <input name="text" required maxlength="500"></label>
-    <button>Send</button>
-  </form>
+<section id="lesson" aria-label="Lesson">
+  <nav id="steps" aria-label="Steps"></nav>
+  <button id="dismiss" aria-label="Close the lesson">×</button>
+  <article data-right="1"><h2>Ask, or be told?</h2>
+    <p>Something changes on the server. This page asks every second: “anything new?” It is also
+      told, by an open connection.</p>
+    <p data-options="Asking|Being told|Both at once">Which way is the news here first?</p>
+    <p>Asking is mostly in vain, and late. Being told, <em>push</em>, is one message, at once,
+      only if there is news.</p></article>
+  <article data-right="1"><h2>Open the connection</h2>
+    <p>A browser can ask a server. Can a server speak first? Open a connection, and see who sends
+      what.</p>
+    <p data-options="This browser|The server|Neither">Once it is open, who speaks first?</p>
+    <p>The handshake, once: the browser asked (GET, Upgrade), the server agreed (101). Since then
+      both may send at any time. The server did: connected.</p></article>
+  <article data-right="0"><h2>Subscribe</h2>
+    <p>The server sends only what you ask for. Subscribe to content.* of posts. Then create a post
+      and a page.</p>
+    <p data-options="The post|The page|Both">What will you get?</p>
+    <p>content.* stands for content.created too, but pages are not posts. An arrow
+      that stops at ✕ is an event that you did not get, and why.</p></article>
+  <article data-right="1"><h2>Signs of life</h2>
+    <p>Nobody writes anything for {{ heartbeat }} seconds. A closed laptop says no goodbye: how
+      can the server know that you are there?</p>
+    <p data-options="Nothing|A sign of life|Goodbye">What will the server send?</p>
+    <p>A heartbeat every {{ heartbeat }} s; you answer pong. After two without an answer it
+      closes the connection: dead ones would stay for ever.</p></article>
+  <article data-right="1"><h2>Mistakes</h2>
+    <p>Send a misspelt action, “subscrbe”. Then something that is not even JSON.</p>
+    <p data-options="Hangs up|Says what is wrong|Nothing">What does the server do?</p>
+    <p>An error is an answer: a code for programs, a sentence for people. The connection stays
+      open, as the second answer proves.</p></article>
+  <article data-right="2"><h2>Who are you?</h2>
+    <p>The server does not know who you are. Show it a token that says so. Then change one letter
+      of the token.</p>
+    <p data-options="Somebody else|Nobody|Still you">Who are you then?</p>
+    <p>The server has signed the token. With a letter changed the signature is wrong: it refuses
+      the token, and you are still who you were.</p></article>
+  <article data-right="0"><h2>Lose the connection</h2>
+    <p>Lose it for five seconds. Meanwhile a neighbour creates two posts (or let the button do
+      it).</p>
+    <p data-options="Both|The last|Neither">Which do you have when it is back?</p>
+    <p>The server keeps the latest events. Your browser sent the last id that it had, as
+      since, and the server sent what came after it.</p></article>
+  <article data-right="1"><h2>Two editors</h2>
+    <p>You open a post. A neighbour opens it too, and saves first (or let the button do it). Now
+      you save.</p>
+    <p data-options="It wins|It is refused|It is merged">What happens to the second save?</p>
+    <p>A save names the version that it changed. Yours is old: it would wipe out what the
+      neighbour wrote. So the server refuses it, and you choose.</p></article>
+  <article data-right="2"><h2>One who does not read</h2>
+    <p>A client with a bad network does not read what it gets. The server starts one, and sends
+      the same to it and to you.</p>
+    <p data-options="I wait too|I lose some|Nothing">What happens to you?</p>
+    <p>What it does not read waits in the server’s memory. At 1 MiB, only that client is closed
+      (1013); it may come back with since. The others never wait.</p></article>
+  <div id="expect"></div>
+  <output id="verdict"></output>
+  <button id="act" class="filled">…</button>
+  <button id="next">Next →</button>
 </section>
+<section id="cms" aria-label="A small CMS">
+  <form id="create" autocomplete="off">
+    <input name="title" required maxlength="200" placeholder="Title of a new post" aria-label="New">
+    <button value="posts">post</button>
+    <button value="pages">page</button>
+  </form>
+  <ul id="entries"></ul>
+  <form id="editor" autocomplete="off">
+    <input name="title" required maxlength="200" aria-label="Title">
+    <textarea name="body" rows="2" maxlength="10000" aria-label="Text"></textarea>
+    <output id="others"></output>
+    <div id="conflict" role="alert" hidden>
+      <p id="refusal"></p>
+      <button type="button" id="theirs">Take theirs</button>
+      <button type="button" id="mine">Keep mine</button>
+    </div>
+    <button>Save</button>
+    <button type="button" id="leave">Close</button>
+    <button type="button" id="publish">Publish</button>
+    <button type="button" id="delete">Delete</button>
+  </form>
+  <footer id="below">
+    <button id="fresh" hidden>new</button>
+    <button id="more" hidden>more</button>
+    <output id="news"></output>
+  </footer>
+</section>
+<dialog id="welcome" aria-labelledby="who">
+  <form id="name" autocomplete="off">
+    <h2 id="who">What is your name?</h2>
+    <p>The class will see it.</p>
+    <input name="name" required maxlength="20" pattern=".*\S.*" aria-label="Your name">
+    <button class="filled">Begin</button>
+  </form>
+</dialog>
 {% endif %}
-<section id="inspector" aria-labelledby="heading">
-  <header class="row">
-    <h1 id="heading">WebSocket inspector</h1>
-    <output id="state" class="state"></output>
-    <button id="toggle">Connect</button>
+<section id="inspector" aria-label="Messages">
+  <header>
+    <b id="you">○ You</b> <b id="server">Server</b> <b id="own" class="own">CMS</b>
+    {% if demo %}
+    <button id="both" aria-pressed="false">
+      + <span>the</span> CMS<span>’s own connection</span></button>
+    {% endif %}
+    <button id="hold" aria-pressed="false">Hold</button>
+    <button id="clear">Clear</button>
+    <button id="toggle">Open</button>
   </header>
-  <form id="subscriptions" class="row" autocomplete="off">
-    <label>type <input name="type" value="content.*"></label>
-    <label>contentType <input name="contentType" value="posts"></label>
-    <label>since <input name="since" placeholder="an id"></label>
-    <span>
+  <template id="rails">
+    <svg class="none"><path class="you" d="M20 0v36"/><path d="M140 0v36"/>
+      <path class="own" d="M240 0v36"/></svg>
+    <svg class="out"><path d="M22 18h106"/><path d="M138 18l-14-8v16z"/></svg>
+    <svg class="in"><path d="M138 18H32"/><path d="M22 18l14-8v16z"/></svg>
+    <svg class="ghost"><path d="M138 18H92"/><path d="M72 10l16 16m0-16L72 26"/></svg>
+    <svg class="lost"><path d="M6 23l7-10 7 10 7-10 7 10"/></svg>
+    <svg class="cms out"><path d="M238 18h-86"/><path d="M142 18l14-8v16z"/></svg>
+    <svg class="cms in"><path d="M142 18h86"/><path d="M238 18l-14-8v16z"/></svg>
+  </template>
+  <ul id="log" role="listbox" aria-label="Messages, oldest first" tabindex="0"></ul>
+  <p id="empty">Nothing has been sent yet.</p>
+  <button id="unseen" hidden>new</button>
+  <div id="details">
+    <pre id="json"></pre>
+    <div id="explanation">Select a row to see the message, and what each of its fields means.</div>
+  </div>
+  <footer>
+    <nav role="tablist" aria-label="Send">
+      <button role="tab" id="tab-ask" aria-controls="ask" aria-selected="true">Ask</button>
+      <button role="tab" id="tab-sign" aria-controls="sign-in">Sign in</button>
+      <button role="tab" id="tab-write" aria-controls="write">Write</button>
+      {% if demo %}<button role="tab" id="tab-tell" aria-controls="tell">Tell</button>{% endif %}
+      <button role="tab" id="tab-break" aria-controls="break">Break</button>
+    </nav>
+    <form id="ask" role="tabpanel" aria-labelledby="tab-ask" autocomplete="off">
+      <input name="type" value="{{ 'content.*' if demo else '*' }}" aria-label="type"> of
+      <input name="contentType" value="{{ 'posts' if demo else '*' }}" aria-label="contentType">
       <button value="subscribe">Subscribe</button>
       <button value="unsubscribe">Unsubscribe</button>
-    </span>
-  </form>
-  <form id="sign" class="row" autocomplete="off">
+    </form>
+    <form id="sign-in" role="tabpanel" aria-labelledby="tab-sign" autocomplete="off" hidden>
+      {% if demo %}
+      as <input name="name" required maxlength="20" aria-label="Name">
+      <button>Get a token and send it</button>
+      {% else %}
+      <input name="token" required placeholder="a token" aria-label="Token">
+      <button>Authenticate</button>
+      {% endif %}
+    </form>
+    <form id="write" role="tabpanel" aria-labelledby="tab-write" autocomplete="off" hidden>
+      <input name="text" list="examples" placeholder='{"action": …}' aria-label="Any message">
+      <datalist id="examples">
+        <option>{"action": "heartbeat", "ref": 1}</option>
+        <option>{"action": "subscribe", "since": "1-0"}</option>
+        <option>{"action": "unsubscribe"}</option>
+        <option>{"action": "presence"}</option>
+        <option>{"action": "subscribe", "type": "con*"}</option>
+      </datalist>
+      <button>Send</button>
+    </form>
     {% if demo %}
-    <label>name <input id="whose" value="ana"></label>
-    <button type="button" id="get-token">Get token</button>
+    <form id="tell" role="tabpanel" aria-labelledby="tab-tell" autocomplete="off" hidden>
+      <input name="to" required maxlength="40" placeholder="whom" aria-label="To">
+      <input name="text" required maxlength="500" placeholder="only for them" aria-label="Text">
+      <button>Tell</button>
+    </form>
     {% endif %}
-    <label>token <input name="token" required></label>
-    <button>Authenticate</button>
-  </form>
-  <form id="free" class="row" autocomplete="off">
-    <label>any message <input name="text" list="examples" placeholder='{"action": …}'></label>
-    <datalist id="examples">
-      <option>{"action": "heartbeat", "ref": 1}
-      <option>{"action": "subscribe"}
-      <option>{"action": "unsubscribe"}
-      <option>{"action": "presence"}
-      <option>{"action": "editStart", "contentType": "posts", "entryId": "1"}
-      <option>{"action": "subscrbe"}
-      <option>{"action": "subscribe", "type": "con*"}
-      <option>this is not JSON
-    </datalist>
-    <button>Send</button>
-  </form>
-  <div class="row tools">
-    {% if demo %}
-    <label class="check"><input type="checkbox" id="both"> client.js too</label>
-    {% endif %}
-    <label class="check"><input type="checkbox" id="calm"> no heartbeats</label>
-    <button id="pause" aria-pressed="false">Pause</button>
-    <button id="clear">Clear</button>
-  </div>
-  <ol id="log" role="log" aria-label="Messages" tabindex="0"></ol>
+    <div id="break" role="tabpanel" aria-labelledby="tab-break" hidden>
+      {% if demo %}<button id="cut">Lose it for 5 s</button>{% endif %}
+      <button id="forge">Bad token</button>
+      <button id="fast">Send 300</button>
+      {% if demo %}<button id="flood">Slow reader</button>{% endif %}
+    </div>
+  </footer>
 </section>
-</main>
-<script>
-"use strict";
-const $ = id => document.getElementById(id);
+</body>
+</html>
+"""
+
+INSPECTOR_CSS = r""":root {
+  color-scheme: light dark;
+  --ground: #fff; --panel: #f0f4f9; --ink: #111418; --quiet: #47525e; --edge: #7d8b9a;
+  --accent: #5a2ca0; --on-accent: #fff; --chosen: #fff1c2; --good: #0a6632; --on-good: #fff;
+  --out: #944000; --in: #0a4d9c; --bad: #a3001b; --bad-ground: #f8e0e3; --replay: #e6eef8;
+  /* The widths of the log's first columns, and the height of the forms below it. */
+  --time: 4.6rem; --rail: 10rem; --dock: 3.75rem;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #11161c; --panel: #1c242d; --ink: #f3f5f7; --quiet: #b6c2cf; --edge: #71808f;
+    --accent: #cdb0ff; --on-accent: #11161c; --chosen: #453800; --good: #7ce8a6;
+    --on-good: #11161c; --out: #ffb26b; --in: #8fc4ff; --bad: #ff9d9d; --bad-ground: #35222a;
+    --replay: #1b2833;
+  }
+}
+/* All sizes grow with the window: on a projector they can be read from the back row. */
+html { font-size: clamp(15px, min(1.25vw, 2.222vh), 32px); }
+* { box-sizing: border-box; margin: 0; }
+[hidden] { display: none !important; }
+body {
+  display: grid; grid: "head" 3.5rem "log" minmax(0, 1fr) / minmax(0, 1fr); height: 100vh;
+  height: 100dvh; background: var(--ground); color: var(--ink);
+  font: 1.1875rem/1.3 system-ui, sans-serif;
+}
+body.demo {
+  grid: "head head" 3.5rem "lesson log" 21.5rem "cms log" minmax(0, 1fr) / 26.25rem minmax(0, 1fr);
+}
+body.no-lesson { grid-template-rows: 3.5rem 0 minmax(0, 1fr); }
+.no-lesson #lesson { display: none; }
+h1, h2 { font-size: 1.5rem; line-height: 1.2; }
+button, input, textarea {
+  min-width: 0; height: 2.25rem; padding: 0 .6rem; border: 2px solid var(--edge);
+  border-radius: .4rem; background: var(--ground); color: var(--ink); font: inherit;
+}
+button { font-size: 1.1rem; font-weight: 600; white-space: nowrap; touch-action: manipulation; }
+button:hover:enabled { border-color: var(--ink); }
+button:disabled { opacity: .6; }
+.filled { border-color: var(--accent); background: var(--accent); color: var(--on-accent); }
+[aria-pressed=true] { border-color: var(--ink); background: var(--chosen); }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+small, time, pre, header strong { color: var(--quiet); font: 1rem/1.35 ui-monospace, monospace; }
+header, footer { display: flex; gap: .6rem; align-items: center; }
+body > header { grid-area: head; padding: 0 1rem; border-bottom: 2px solid var(--edge); }
+header button, footer button, footer input { font-size: 1rem; }
+h1 { flex: 1; white-space: nowrap; }
+header strong { color: var(--ink); font-size: 1.4rem; font-weight: 700; }
+
+#lesson {
+  position: relative; grid-area: lesson; padding: .6rem 1rem; overflow: hidden;
+  border: solid var(--edge); border-width: 0 2px 2px 0; background: var(--panel);
+}
+#steps { display: flex; gap: .3rem; margin: 0 2.4rem .4rem 0; }
+#steps button, #dismiss { width: 2.1rem; height: 2.1rem; padding: 0; }
+#steps .done { border-color: var(--good); background: var(--good); color: var(--on-good); }
+#steps [aria-current=step] { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); }
+#dismiss { position: absolute; top: .6rem; right: .6rem; border: 0; background: none; }
+#lesson p, #verdict { margin-top: .2rem; font-size: 1.125rem; }
+[data-options] { font-weight: 600; }
+article p:last-child, .done [data-options], .done #expect { display: none; }
+#expect { display: flex; gap: .4rem; margin: .3rem 0 .5rem; }
+#verdict { display: block; }
+#verdict b { color: var(--good); }
+#act, #next { position: absolute; bottom: .7rem; left: 1rem; width: calc(100% - 8.8rem); }
+#next { right: 1rem; left: auto; width: 6.2rem; }
+
+#cms {
+  display: flex; grid-area: cms; flex-direction: column; padding: .6rem 1rem 0;
+  border-right: 2px solid var(--edge);
+}
+#create { display: flex; gap: .5rem; padding-bottom: .5rem; }
+#create input, #write input, #sign-in input { flex: 1; }
+#entries { flex: 1; padding: 0; overflow-y: auto; list-style: none; }
+#entries li {
+  display: flex; gap: .6rem; align-items: center; height: 2.75rem;
+  border-top: 1px solid var(--edge);
+}
+body:not(.no-lesson) #entries:not(.all) li:nth-child(n + 6), .no-lesson #more { display: none; }
+#entries b { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#entries small { font-family: inherit; white-space: nowrap; }
+#entries button, #below button { height: 1.8rem; }
+#entries .gone { opacity: .6; text-decoration: line-through; }
+#below { flex: none; height: 2.5rem; border-top: 1px solid var(--edge); font-size: 1rem; }
+.editing #create, .editing #entries, .editing #below button, #cms:not(.editing) #editor,
+#conflict:not([hidden]) ~ button { display: none; }
+#editor {
+  display: flex; flex: 1; flex-wrap: wrap; gap: .5rem; align-content: flex-start; overflow-y: auto;
+}
+#editor input, #editor textarea, #others, #conflict { flex: 1 1 100%; overflow-wrap: anywhere; }
+#editor textarea { height: 3.6rem; resize: none; }
+#conflict { padding: .4rem; background: var(--chosen); }
+dialog {
+  margin: auto; padding: 2rem; border: 2px solid var(--edge); border-radius: .6rem;
+  background: var(--ground); color: var(--ink);
+}
+dialog form { display: grid; gap: 1rem; justify-items: start; }
+
+#inspector {
+  display: flex; position: relative; grid-area: log; flex-direction: column; min-height: 0;
+}
+#inspector > header {
+  position: relative; flex: none; gap: .4rem; justify-content: flex-end; height: 2.75rem;
+  padding: 0 .6rem; border-bottom: 2px solid var(--edge); background: var(--panel);
+}
+header > b {
+  position: absolute; left: calc(var(--time) + 1.25rem); transform: translateX(-50%);
+  white-space: nowrap;
+}
+#server { left: calc(var(--time) + 8.75rem); }
+#own { left: calc(var(--time) + 15rem); }
+body:not(.both) :is(.own, .cms) { display: none; }
+.both { --rail: 16.5rem; }
+#log {
+  flex: 1; min-height: 0; padding: 0; overflow-y: scroll; overflow-anchor: none; list-style: none;
+  outline-offset: -3px;
+}
+#log li { display: flex; align-items: center; height: 2.25rem; padding-right: .6rem; }
+#log time { flex: none; width: var(--time); padding-left: .5rem; }
+#log i { position: relative; flex: none; width: var(--rail); height: 2.25rem; }
+svg {
+  position: absolute; width: 10rem; height: 2.25rem; overflow: visible; fill: currentcolor;
+  stroke: currentcolor; stroke-width: 4;
+}
+svg.ghost, svg.lost { fill: none; }
+.none { color: var(--edge); }
+.dashed path:first-child, .ghost path:first-child { stroke-dasharray: 8 5; }
+#log .none path { stroke-dasharray: none; }
+#log .away .you { stroke-dasharray: 2 9; }
+#log p {
+  flex: 1; overflow: hidden; font-size: 1.3125rem; text-overflow: ellipsis; white-space: nowrap;
+}
+.out b, svg.out { color: var(--out); }
+.in b, svg.in { color: var(--in); }
+#log .ghost, #log .ghost b { color: var(--quiet); font-weight: 400; }
+#log .err b, #log .err svg:last-child { color: var(--bad); }
+#log .lost.err { background: var(--bad-ground); }
+#log .replay { background: var(--replay); }
+#log .replay p { padding-left: .6rem; border-left: .3rem solid var(--in); }
+/* The last `since` stays in sight, because it explains the rows below it. */
+#log .since {
+  position: sticky; z-index: 1; top: 0; background: var(--ground); box-shadow: 0 1px var(--edge);
+}
+#log [aria-selected=true] { background: var(--chosen); }
+#empty { position: absolute; top: 5rem; left: 5.8rem; color: var(--quiet); font-size: 1.4rem; }
+#unseen { position: absolute; right: 1.5rem; bottom: calc(var(--dock) + 12.2rem); }
+#details {
+  display: grid; flex: none; grid: 11.5rem / 1fr 1fr; border: solid var(--edge);
+  border-width: 2px 0; background: var(--panel);
+}
+#details > * { padding: .5rem .8rem; overflow: auto; }
+#json code {
+  display: block; padding: 0 .2rem; color: var(--ink); font: inherit; white-space: pre-wrap;
+  overflow-wrap: anywhere;
+}
+#json .focused { outline: 2px solid var(--accent); background: var(--chosen); }
+#explanation { border-left: 1px solid var(--edge); }
+#explanation small { display: block; margin-top: .6rem; font-family: inherit; }
+#inspector footer { justify-content: space-between; height: var(--dock); padding: 0 .7rem; }
+[role=tabpanel] {
+  display: flex; flex: 1; gap: .4rem; align-items: center; justify-content: flex-end; min-width: 0;
+}
+#ask input, #tell [name=to] { width: 6.6rem; }
+#tell [name=text] { flex: 1; }
+[role=tablist] { white-space: nowrap; }
+[role=tab] {
+  padding: 0 .45rem; border: 0; border-bottom: 4px solid transparent; border-radius: 0;
+  background: none; color: var(--quiet);
+}
+[role=tab][aria-selected=true] { border-color: var(--accent); color: var(--ink); }
+@keyframes arrive { from { background-color: var(--chosen); } }
+@media (prefers-reduced-motion: no-preference) { #entries li { animation: arrive 1.5s; } }
+@media (max-width: 1100px) {
+  :root { --dock: 6rem; }
+  body.demo { grid-template-columns: 25.5rem minmax(0, 1fr); }
+  #both span { display: none; }
+  #inspector footer { flex-direction: column; justify-content: center; }
+  [role=tabpanel] { flex: none; width: 100%; }
+}
+@media (max-width: 700px) {
+  :root { --time: 0rem; --rail: 5.5rem; }
+  html { font-size: 16px; }
+  body, body.demo { display: flex; flex-direction: column; height: auto; }
+  body > header { flex-wrap: wrap; height: auto; padding: .5rem 1rem; }
+  h1 { flex: 1 1 100%; }
+  #lesson { height: 25rem; border-width: 0 0 2px; }
+  #inspector { height: 45rem; }
+  #cms { order: 1; height: 21rem; border: 0; }
+  #log time { display: none; }
+  #log svg { transform: scaleX(.5); transform-origin: left; }
+  #you, #server { left: .2rem; transform: none; }
+  #server { left: 4.2rem; }
+  #both, #hold { display: none; }
+  #inspector footer { height: auto; padding: .5rem .7rem; }
+  [role=tabpanel] { flex-wrap: wrap; }
+}
+"""
+
+INSPECTOR_JS = r"""// The WebSocket inspector: a connection, its messages as arrows and in words.
+// GET /ws shows it alone. The demo's page imports it.
+const MAX_ROWS = 300;
+// Messages of one kind become one row while they follow each other within so many milliseconds.
+const RUN_TIME = 2_000;
+// A run is looked for in so many rows. Further up, nobody would see its count change.
+const RUN_ROWS = 8;
+// Longer strings are cut.
+const MAX_STRING = 300;
+const MAX_WAIT = 4_000;
+
+export const $ = id => document.getElementById(id);
 // Children that are strings become text, never markup.
-const make = (tag, properties, ...children) => {
+export const make = (tag, properties, ...children) => {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
   return element;
 };
-const on = (id, type, action) => $(id).addEventListener(type, action);
-const onSubmit = (id, action) =>
-  on(id, "submit", event => {
+export const setAria = (element, name, value) => element.setAttribute(`aria-${name}`, value);
+export const onSubmit = (id, action) =>
+  $(id).addEventListener("submit", event => {
     event.preventDefault();
     action(Object.fromEntries(new FormData(event.target)), event);
   });
-const showState = (id, state) =>
-  Object.assign($(id), { textContent: state, className: `state ${state}` });
 
-// -- The inspector: a WebSocket of its own, and all of its messages --
+// -- Ids, patterns and words: pure functions --
 
-const MAX_MESSAGES = 500;
-// Of longer messages the rest is shown after a click.
-const MAX_LENGTH = 1_000;
-const DIRECTIONS = { in: "← in", out: "→ out", note: "•" };
-// Close codes that the browser reports without a reason.
-const CLOSE_REASONS = {
-  1000: "closed as asked",
-  1005: "closed without a code",
-  1006: "no close frame: the connection broke, or there was none",
+export function shortId(id) {
+  const [milliseconds, counter] = String(id).split("-");
+  return `…${milliseconds.slice(-4)}${counter > 0 ? `-${counter}` : ""}`;
+}
+const sortKey = id => id.replace(/\d+/g, digits => digits.padStart(20, "0"));
+export const isLater = (id, other) => !other || sortKey(id) > sortKey(other);
+const isMatch = (pattern, name) =>
+  pattern.endsWith("*") ? name.startsWith(pattern.slice(0, -1)) : name === pattern;
+const patternText = ({ type = "*", contentType = "*" }) => `${type} of ${contentType}`;
+
+// Why an event did not reach a connection that was in this state when the event came.
+export function whyNot(event, { isOpen, patterns, to }) {
+  if (to) return `it was for ${to} only`;
+  if (!isOpen) return "you were away";
+  if (!patterns.length) return "you have not subscribed to anything";
+  const near = patterns.find(({ type }) => isMatch(type, event.type)) ?? patterns[0];
+  if (!isMatch(near.type, event.type)) return `${patternText(near)} does not match ${event.type}`;
+  const doesMatch = each =>
+    isMatch(each.type, event.type) && isMatch(each.contentType, event.contentType);
+  if (patterns.some(doesMatch)) return "it was for one user, as whom you are not signed in here";
+  return `${patternText(near)} does not match ${event.contentType}`;
+}
+
+const nameOf = editor => editor?.userId ?? "somebody";
+const editorsText = ({ editors }) => `open at ${editors.map(nameOf).join(", ") || "nobody"}`;
+const singular = contentType => String(contentType).replace(/s$/, "");
+const entryText = ({ contentType, entryId }) => `${singular(contentType)} ${entryId}`;
+
+const OUT_WORDS = {
+  subscribe: ({ subscriptions, since, ...pattern }) =>
+    (since ? `since ${shortId(since)}: ` : "")
+    + (subscriptions ? `${subscriptions.length} patterns` : patternText(pattern)),
+  unsubscribe: ({ type, contentType }) =>
+    type || contentType ? patternText({ type, contentType }) : "from all",
+  authenticate: () => "with a token",
+  pong: () => "I am still here",
+  heartbeat: () => "are you still there?",
+  editStart: entryText,
+  editStop: entryText,
 };
-const address = new URL({{ ws_url | tojson }}, location);
-address.protocol = address.protocol.replace("http", "ws");
-let socket = null;
-// Messages to show in the next animation frame. A burst that is shown one by one blocks the page.
-let waiting = [];
-let isPaused = false;
+const IN_WORDS = {
+  "system.connected": ({ clientId, userId }) =>
+    `you are client …${clientId.slice(-4)}, user ${userId ?? "unknown"}`,
+  "system.subscribed": ({ recovered }) =>
+    recovered ? "from now on" : "but what you missed is gone: load the page’s data again",
+  "system.unsubscribed": ({ removed }) => `${removed} removed`,
+  "system.authenticated": ({ userId }) => `you are ${userId}`,
+  "system.heartbeat": ({ lastId }) => `I am still here, and sent all up to ${shortId(lastId)}`,
+  "system.error": ({ code, message }) => `${code}: ${message}`,
+  "system.editing": editorsText,
+  "user.editing": payload => `entry ${payload.entryId}, ${editorsText(payload)}`,
+  "user.stoppedEditing": payload => `entry ${payload.entryId}, ${editorsText(payload)}`,
+  "user.edited": ({ entryId, editor }) => `entry ${entryId}, ${nameOf(editor)} is typing`,
+  notification: ({ from, text }) => `from ${from}: ${text}`,
+  "demo.flood": ({ closed, unsent, limit }) =>
+    closed
+      ? `slow reader closed with ${closed}, not you`
+      : `${unsent >> 10} of ${limit >> 10} KiB wait for the slow reader`,
+};
+function eventWords({ contentType, payload }) {
+  const { title, updated_by: author } = payload ?? {};
+  const text = title === undefined ? JSON.stringify(payload) : `“${title}”`;
+  return `${singular(contentType)} ${text}${author ? ` by ${author}` : ""}`;
+}
 
-const embolden = text =>
-  text
-    .split(/("(?:action|type)": ?"[^"]*")/)
-    .map((part, index) => (index % 2 ? make("b", {}, part) : part));
-
-function log(direction, text, source = "") {
-  const now = new Date();
-  const milliseconds = String(now.getMilliseconds()).padStart(3, "0");
-  const time = `${now.toTimeString().slice(0, 8)}.${milliseconds}`;
-  const code = make("code", {}, ...embolden(text.slice(0, MAX_LENGTH)));
-  const heading = make("time", {}, `${DIRECTIONS[direction]} ${time} ${source}`);
-  const message = make("li", { className: direction }, heading, code);
-  message.classList.toggle("heartbeat", /"(system\.heartbeat|pong)"/.test(text));
-  if (text.length > MAX_LENGTH) {
-    const showAll = () => code.replaceChildren(...embolden(text));
-    const label = `… ${text.length - MAX_LENGTH} more characters`;
-    code.append(make("button", { onclick: showAll }, label));
+// {message, head, words} of a message's text. `message` is null if it is not understood.
+export function describe(isOut, text) {
+  try {
+    const message = JSON.parse(text);
+    const { action, type, payload } = message;
+    if (isOut)
+      return { message, head: String(action), words: OUT_WORDS[action]?.(message) ?? text };
+    const words = IN_WORDS[type]?.(payload) ?? eventWords(message);
+    return { message, head: type.replace("system.", ""), words };
+  } catch {
+    return { message: null, head: "not JSON", words: text };
   }
-  waiting.push(message);
-  if (waiting.length > MAX_MESSAGES) waiting.shift();
+}
+
+// Messages with the same key may become one row. Without a key, a message has a row of its own.
+export function runKey(isOut, message) {
+  const { action, type, contentType, payload } = message ?? {};
+  if (isOut) return ["pong", "heartbeat", "editChange"].includes(action) ? action : null;
+  if (type === "system.heartbeat") return type;
+  return type.startsWith("system.") || payload?.closed ? null : `${type} of ${contentType}`;
+}
+
+// The row that a further message with this key belongs to. A row without a key ends all runs.
+export function findRun(rows, key, now) {
+  for (const row of rows.slice(-RUN_ROWS).reverse()) {
+    const isFresh = now - row.seenAt <= RUN_TIME || /heartbeat|pong/.test(key);
+    if (row.key === null || row.key === key) return row.key && isFresh ? row : undefined;
+  }
+}
+
+const CLOSE_WORDS = {
+  1000: "as you asked",
+  1001: "the server is shutting down",
+  1006: "nobody said goodbye",
+  1013: "you read too slowly",
+  4401: "sign in again",
+  4408: "the server heard nothing from you for two heartbeats",
+};
+const FIELDS = {
+  GET: "The browser asks for this address, as for any page: a WebSocket begins as HTTP.",
+  Host: "Which site is meant: one server may have several.",
+  Origin: "The site of the page that asks. The server refuses pages of other sites.",
+  Upgrade: "The browser asks, and the server agrees, to go on as a WebSocket, not as HTTP.",
+  "Sec-WebSocket-Key": "Random. The server must answer with a number that is computed from it.",
+  "HTTP/1.1": "101: the server agrees, once. From now on both sides may send, at any time.",
+  "Sec-WebSocket-Accept": "Computed from the key: it proves that the server knows WebSockets.",
+  action: "What this browser wants from the server. A pong only says: I am still here.",
+  type: "What kind of message this is: words joined by dots. A pattern may end with *.",
+  contentType: "The kind of data that the event is about, such as posts.",
+  since: "The last id that this browser has. The server first sends all that came after it.",
+  ref: "Any value of the sender’s. The answer carries it back.",
+  token: "Says who you are. The server signed it: change a letter, and the signature is wrong.",
+  id: "The number of this event. They only grow. After a loss, a client sends the last, as since.",
+  timestamp: "When it happened, by the server’s clock, in universal time.",
+  payload: "The content, from the application.",
+  clientId: "The server’s name for this connection. The next connection gets another.",
+  userId: "Who is signed in on this connection; null: nobody.",
+  heartbeat: "So many seconds are between two heartbeats of the server.",
+  lastId: "The newest event’s id: all up to here that you asked for was sent to you.",
+  recovered: "true: you have missed nothing. false: the server does not have it any more.",
+  replayed: "So many events that you missed follow, in their order.",
+  code: "What went wrong, as a word for programs.",
+  message: "What went wrong, and what would be right, for people.",
+  editors: "All who have this entry open now.",
+  conflict: "true: more than one has this entry open.",
+  version: "Grows with each save. A save must name the version that it changed.",
+  unsent: "So many bytes wait in the server’s memory, because the slow reader does not read.",
+  limit: "If more bytes than this wait for a client, the server closes its connection.",
+  closed: "The close code. 1013: it read too slowly. It may come back, with since.",
+};
+export const explain = field => FIELDS[field] ?? "A field of the application’s.";
+
+// A frame is a message with a header of its own: 2 to 10 bytes, and 4 more if it is masked.
+export function frameText(isOut, text) {
+  const size = new TextEncoder().encode(text).length;
+  const header = (size < 126 ? 2 : size < 65_536 ? 4 : 10) + (isOut ? 4 : 0);
+  return `One frame: ${header} bytes of header${isOut ? ", masked" : ""}, and ${size} of text.`;
+}
+
+const shorten = (key, value) =>
+  value?.length > MAX_STRING && value.slice ? `${value.slice(0, MAX_STRING)}…` : value;
+const detailLines = ({ message, text }) =>
+  (message ? JSON.stringify(message, shorten, 2) : text).split("\n").slice(0, 100);
+// The field of a line of JSON, or the header of a line of HTTP. An entry has an id of its own.
+function fieldOf(line = "") {
+  const [, indent, name] = line.match(/^( +)"([^"]+)": /) ?? [];
+  if (!name) return Object.keys(FIELDS).find(each => line.startsWith(each));
+  return name === "id" && indent.length > 2 ? "payload.id" : name;
+}
+
+// -- The log --
+
+const list = $("log");
+let rows = [];
+// The row that was added or changed last, and when.
+let latest, lastAt;
+let selected, fieldIndex;
+let isHeld = false;
+let isFrameAsked = false;
+// Whether the log scrolls with its rows: it does unless the reader has scrolled up.
+let isFollowing = true;
+// Rows below what is shown, and rows removed above it since the last animation frame.
+let unseen = 0;
+// Of the last row. Ids of rows end with it.
+let number = 0;
+let height = 0;
+let removed = 0;
+const isInside = () => list.matches(":hover") || list.contains(document.activeElement);
+const isAtEnd = () => list.scrollHeight - list.scrollTop - list.clientHeight < 20;
+
+// row: {kind: its classes, head, words, text, and maybe key, id, message, isOut, note}
+export function addRow({ key = null, ...fields }) {
+  const now = performance.now();
+  let row = key && findRun(rows, key, now);
+  if (!row) rows.push((row = { key, count: 0, beganAt: now, gap: now - (lastAt ?? now) }));
+  Object.assign(row, fields, { count: row.count + 1, seenAt: now, isDirty: true });
+  [latest, lastAt] = [row, now];
+  for (; rows.length > MAX_ROWS; removed++) rows.shift().element?.remove();
   // A hidden page gets no animation frames, so it must not ask for more and more of them.
-  if (waiting.length === 1) requestAnimationFrame(showWaiting);
+  if (!isFrameAsked) requestAnimationFrame(render);
+  isFrameAsked = true;
 }
 
-function showWaiting() {
-  if (isPaused || !waiting.length) return;
-  const list = $("log");
-  const isAtEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 50;
-  list.append(...waiting);
-  waiting = [];
-  while (list.children.length > MAX_MESSAGES) list.firstChild.remove();
-  if (isAtEnd) list.scrollTop = list.scrollHeight;
+// The lifelines, and the arrow of a row between them.
+function rail(kind) {
+  const names = kind.split(" ").filter(name => /^(out|in|ghost|lost|cms)$/.test(name));
+  const drawn = $("rails").content.querySelector(`.${names.join(".") || "none"}`);
+  const [lifelines] = $("rails").content.querySelectorAll(".none");
+  const copies = [lifelines, drawn].map(svg => svg.cloneNode(true));
+  for (const svg of copies) svg.setAttribute("viewBox", "0 0 160 36");
+  return make("i", {}, ...copies);
 }
 
-function connect() {
-  const showConnection = () => {
-    const state = ["connecting", "online", "closing", "offline"][socket.readyState];
-    showState("state", state);
-    $("toggle").textContent = state === "offline" ? "Connect" : "Disconnect";
+function fill(row) {
+  const gap =
+    row.gap < 1_000 ? `${Math.round(row.gap)}ms` : `${+(row.gap / 1_000).toPrecision(2)}s`;
+  const seconds = Math.round((row.seenAt - row.beganAt) / 1_000);
+  const times = row.count > 1 ? `× ${row.count}${seconds ? ` in ${seconds} s` : ""} · ` : "";
+  row.element.className = row.kind;
+  row.element.replaceChildren(
+    make("time", {}, `+${gap}`),
+    rail(row.kind),
+    make("p", {}, make("b", {}, row.head), ` ${times}${row.words.slice(0, MAX_STRING)}`),
+    make("small", {}, row.id ? shortId(row.id) : ""),
+  );
+  row.isDirty = false;
+  if (row === selected) select(row);
+}
+
+function render() {
+  isFrameAsked = false;
+  if (isHeld) return;
+  if (!isFollowing || isInside()) list.scrollTop -= removed * (list.firstChild?.offsetHeight ?? 0);
+  removed = 0;
+  for (const row of rows.filter(({ isDirty }) => isDirty)) {
+    if (!row.element) {
+      row.element = make("li", { id: `row${++number}`, onclick: () => select(row) });
+      row.element.setAttribute("role", "option");
+      list.append(row.element);
+      unseen++;
+    }
+    fill(row);
+  }
+  $("empty").hidden = rows.length > 0;
+  follow();
+}
+
+// Show the newest rows, unless the reader has scrolled up, or rows would move under the pointer.
+function follow() {
+  if (isFollowing && !isInside()) list.scrollTop = list.scrollHeight;
+  if (isAtEnd()) unseen = 0;
+  height = list.clientHeight;
+  $("unseen").hidden = !unseen;
+  $("unseen").textContent = `${unseen} new ▾`;
+}
+
+export function clear() {
+  for (const { element } of rows) element?.remove();
+  rows = [];
+  lastAt = undefined;
+  render();
+}
+
+function select(row) {
+  if (row !== selected) fieldIndex = undefined;
+  if (selected?.element) setAria(selected.element, "selected", false);
+  selected = row;
+  setAria(row.element, "selected", true);
+  setAria(list, "activedescendant", row.element.id);
+  const lines = detailLines(row);
+  const codes = lines.map((line, index) =>
+    make("code", { onclick: () => focusField(lines, index) }, line),
+  );
+  $("json").replaceChildren(...codes);
+  const indexOf = name => lines.findIndex(line => fieldOf(line) === name);
+  const best = ["since", "code", "closed", "replayed", "id", "GET", "HTTP/1.1", "action", "type"];
+  focusField(lines, fieldIndex ?? best.map(indexOf).find(index => index >= 0) ?? 0);
+}
+
+// Select the row that was added or changed last, when it is drawn.
+export function selectLatest() {
+  latest.isDirty = true;
+  if (selected?.element) setAria(selected.element, "selected", false);
+  [selected, fieldIndex] = [latest, undefined];
+}
+
+function focusField(lines, index) {
+  fieldIndex = index;
+  const { note, isOut, text } = selected;
+  const field = fieldOf(lines[index]);
+  for (const [at, code] of [...$("json").children].entries())
+    code.classList.toggle("focused", at === index && Boolean(field));
+  $("json").children[index].scrollIntoView({ block: "nearest" });
+  $("explanation").replaceChildren(
+    make("p", {}, make("b", {}, field ?? ""), field ? ` ${explain(field)}` : ""),
+    make("small", {}, note ?? frameText(isOut, text)),
+  );
+}
+
+list.onkeydown = event => {
+  const steps = { ArrowDown: 1, ArrowUp: -1, End: MAX_ROWS, Home: -MAX_ROWS };
+  const shown = rows.filter(({ element }) => element);
+  const lines = selected ? detailLines(selected) : [];
+  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (event.key in steps && shown.length) {
+    const from = selected ? shown.indexOf(selected) : shown.length;
+    const row = shown[Math.min(Math.max(from + steps[event.key], 0), shown.length - 1)];
+    select(row);
+    row.element.scrollIntoView({ block: "nearest" });
+  } else if (step && selected) {
+    let index = fieldIndex + step;
+    while (lines[index] && !fieldOf(lines[index])) index += step;
+    if (lines[index]) focusField(lines, index);
+  } else return;
+  event.preventDefault();
+};
+list.onscroll = () => {
+  // If the height has changed, it was not the reader who scrolled.
+  if (list.clientHeight === height) isFollowing = isAtEnd();
+  follow();
+};
+list.onpointerleave = list.onblur = window.onresize = follow;
+$("unseen").onclick = () => {
+  isFollowing = true;
+  follow();
+};
+$("clear").onclick = clear;
+$("hold").onclick = ({ target }) => {
+  isHeld = !isHeld;
+  setAria(target, "pressed", isHeld);
+  render();
+};
+
+// -- The connection --
+
+// Called with each thing that happens: ("open" | "in" | "out" | "lost", message or close code).
+export const listeners = new Set();
+const emit = (...values) => listeners.forEach(listener => listener(...values));
+export const link = {
+  // The demo tells the server with it which page this is.
+  query: "",
+  isReady: false,
+  // From the greeting until the user closes it, with all losses in between.
+  isWanted: false,
+  userId: null,
+  // Accepted subscriptions: text -> {type, contentType}.
+  wanted: new Map(),
+};
+// The id up to which everything has arrived, to be sent as `since` after a loss.
+let place = null;
+let greetedId;
+let socket, retryTimer, askedSince, ownToken;
+// Of the messages authenticate that are not answered yet.
+let sentTokens = [];
+let attempts = 0;
+let replayLeft = 0;
+// It does not reconnect before this time, of performance.now().
+let awayUntil = 0;
+const address = new URL("../ws", import.meta.url);
+const REQUEST = `GET ${address.pathname} HTTP/1.1
+Host: ${address.host}
+Upgrade: websocket
+Connection: Upgrade
+Sec-WebSocket-Version: 13
+Sec-WebSocket-Key: (random)
+Origin: ${location.origin}`;
+const RESPONSE = `HTTP/1.1 101 Switching Protocols
+Upgrade: websocket
+Connection: Upgrade
+Sec-WebSocket-Accept: (computed from the key)`;
+
+function addHandshake(kind, head, words, text) {
+  const note = "Dashed: the browser does this. A page cannot see it; this is what it looks like.";
+  addRow({ kind: `${kind} dashed`, head, words, text, note });
+}
+
+function showState() {
+  const seconds = Math.ceil((awayUntil - performance.now()) / 1_000);
+  const isClosed = !retryTimer && !(socket?.readyState < WebSocket.CLOSING);
+  $("you").textContent = link.isReady ? "● You" : seconds > 0 ? `○ ${seconds} s` : "○ You";
+  $("toggle").textContent = isClosed ? "Open" : "Close";
+  if (seconds > 0) setTimeout(showState, 250);
+}
+
+export function open() {
+  retryTimer = clearTimeout(retryTimer);
+  const url = new URL(address);
+  url.protocol = url.protocol.replace("http", "ws");
+  url.search = link.query;
+  const own = (socket = new WebSocket(url));
+  const begin = () => addHandshake("out", "GET … Upgrade", "a request, once", REQUEST);
+  if (!attempts) begin();
+  own.onopen = () => {
+    if (attempts) begin();
+    addHandshake("in", "101", "Switching Protocols, once", RESPONSE);
+    attempts = awayUntil = 0;
+    emit("open");
   };
-  log("note", `connecting to ${address}`);
-  socket = new WebSocket(address);
-  socket.onopen = showConnection;
-  socket.onmessage = ({ data }) => log("in", data);
-  socket.onclose = ({ code, reason }) => {
-    const explanation = reason || CLOSE_REASONS[code] || "see RFC 6455 section 7.4";
-    log("note", `closed with ${code}: ${explanation}`);
-    showConnection();
-  };
-  showConnection();
+  own.onmessage = ({ data }) => own === socket && receive(data);
+  own.onclose = event => own === socket && lose(event);
+  showState();
 }
 
-function send(message) {
+// Close it as the user wishes: it does not reconnect.
+export function close() {
+  retryTimer = clearTimeout(retryTimer);
+  attempts = awayUntil = 0;
+  place = ownToken = null;
+  link.isWanted = false;
+  link.wanted.clear();
+  if (socket?.readyState < WebSocket.CLOSING) socket.close(1000);
+  showState();
+}
+
+// Reconnect so many milliseconds later than otherwise.
+export function stayAway(milliseconds) {
+  awayUntil = Math.max(awayUntil, performance.now()) + milliseconds;
+  if (retryTimer) retry();
+  showState();
+}
+
+function retry() {
+  clearTimeout(retryTimer);
+  const wait = Math.min(MAX_WAIT, 1_000 * 2 ** attempts++);
+  retryTimer = setTimeout(open, Math.max(wait, awayUntil - performance.now()));
+}
+
+function lose({ code, reason }) {
+  const text = `code: ${code}\nreason: ${reason || "none was given"}`;
+  const note = "A page learns no more than this. It has to reconnect by itself.";
+  const words = `${code}, ${CLOSE_WORDS[code] ?? (reason || "see RFC 6455 section 7.4")}`;
+  if (code === 1000) addRow({ kind: "lost", head: "closed", words, text, note });
+  else if (attempts && !link.isReady)
+    addRow({ kind: "away", key: "away", head: "no answer", words: "will try again", text, note });
+  else addRow({ kind: "lost err", head: "connection lost", words, text, note });
+  link.isReady = false;
+  link.userId = null;
+  sentTokens = [];
+  replayLeft = 0;
+  if (code !== 1000) retry();
+  showState();
+  emit("lost", code);
+}
+
+export function send(message) {
   const text = typeof message === "string" ? message : JSON.stringify(message);
-  if (socket.readyState !== WebSocket.OPEN) return log("note", "not sent: connect first");
+  if (!link.isReady)
+    return addRow({ kind: "note", head: "not sent", words: "open the connection first", text });
   socket.send(text);
-  log("out", text);
+  const { action, since, token } = show(true, text) ?? {};
+  askedSince = since ?? askedSince;
+  if (action === "authenticate") sentTokens.push(token);
 }
 
-onSubmit("subscriptions", (fields, { submitter }) => {
-  const filled = Object.entries(fields).filter(([, value]) => value);
-  send({ action: submitter.value, ...Object.fromEntries(filled) });
-});
-onSubmit("sign", ({ token }) => send({ action: "authenticate", token }));
-onSubmit("free", ({ text }) => send(text));
-on("toggle", "click", () =>
-  socket.readyState < WebSocket.CLOSING ? socket.close(1000) : connect(),
-);
-on("calm", "change", ({ target }) => $("log").classList.toggle("calm", target.checked));
-on("clear", "click", () => $("log").replaceChildren());
-on("pause", "click", ({ target }) => {
-  isPaused = !isPaused;
-  target.ariaPressed = isPaused;
-  showWaiting();
-});
-connect();
-log("note", "subscribe to see events");
-</script>
-{% if demo %}
-<script src="{{ client_js_url }}"></script>
-<script>
-"use strict";
-// -- The demo: a CMS. Only events change its lists, also if this page has changed an entry --
+// Add the row of a message, and return the message. `source` is "cms " for client.js's messages.
+export function show(isOut, text, source = "", more = {}) {
+  const described = describe(isOut, text);
+  const { message } = described;
+  const key = runKey(isOut, message);
+  let kind = source + (isOut ? "out" : "in");
+  if (message?.type === "system.error") kind += " err";
+  if (message?.since) kind += " since";
+  if (!link.isReady && source) kind += " away";
+  addRow({ kind, key: key && source + key, id: message?.id, isOut, text, ...described, ...more });
+  if (!source) emit(isOut ? "out" : "in", message);
+  return message;
+}
 
-// The server cuts the connection with this name.
-const connectionName = Math.random().toString(36).slice(2);
-// "posts/7" -> {entry, element, …}
-const rows = new Map();
-// Keys of deleted entries, which a late response must not bring back.
-const deleted = new Set();
+const pairsOf = payload => payload.subscriptions ?? [payload];
+const keyOf = ({ type, contentType }) => `${type} ${contentType}`;
+// What a message changes. It returns what its row shows otherwise than usual.
+const EFFECTS = {
+  "system.connected"({ userId, lastId }) {
+    Object.assign(link, { userId, isReady: true, isWanted: true });
+    greetedId = lastId;
+    // After the row of this message.
+    queueMicrotask(() => resume(lastId));
+  },
+  "system.subscribed"(payload) {
+    for (const { type, contentType } of pairsOf(payload))
+      link.wanted.set(keyOf({ type, contentType }), { type, contentType });
+    // Ids may begin again after a restart. Only then the place moves back.
+    if (!payload.recovered) place = greetedId;
+    replayLeft = payload.replayed;
+    if (!replayLeft) return {};
+    const words = `since ${shortId(askedSince)}`;
+    return { kind: "in replay", head: `${replayLeft} you missed`, words };
+  },
+  "system.unsubscribed"(payload) {
+    if (payload.removed === link.wanted.size) link.wanted.clear();
+    for (const pair of pairsOf(payload)) link.wanted.delete(keyOf(pair));
+  },
+  "system.authenticated"({ userId }) {
+    ownToken = sentTokens.shift();
+    link.userId = userId;
+  },
+  "system.heartbeat"({ lastId }) {
+    if (!replayLeft && isLater(lastId, place)) place = lastId;
+  },
+  "system.error"({ action, code, message }) {
+    if (action !== "authenticate") return {};
+    sentTokens.shift();
+    return { words: `${code}: you are still ${link.userId ?? "unknown"}; ${message}` };
+  },
+};
+
+function receive(text) {
+  const { type, payload, id, ref } = JSON.parse(text);
+  let more = EFFECTS[type]?.(payload);
+  if (id && replayLeft) {
+    replayLeft--;
+    more = { kind: "in replay", key: null };
+    place = id;
+  } else if (id && isLater(id, place)) place = id;
+  show(false, text, "", more);
+  if (type === "system.heartbeat" && ref === undefined) send({ action: "pong" });
+  showState();
+}
+
+function resume(lastId) {
+  if (ownToken) send({ action: "authenticate", token: ownToken });
+  const subscriptions = [...link.wanted.values()];
+  const patterns = subscriptions.length === 1 ? subscriptions[0] : { subscriptions };
+  if (subscriptions.length) send({ action: "subscribe", ...patterns, since: place });
+  else place = lastId;
+}
+
+// -- The forms --
+
+const tabs = [...document.querySelectorAll("[role=tab]")];
+const showTab = shown => {
+  for (const tab of tabs) {
+    setAria(tab, "selected", tab === shown);
+    tab.tabIndex = tab === shown ? 0 : -1;
+    $(tab.getAttribute("aria-controls")).hidden = tab !== shown;
+  }
+};
+for (const [index, tab] of tabs.entries()) {
+  tab.onclick = () => showTab(tab);
+  tab.onkeydown = ({ key }) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[key];
+    if (step) tabs.at((index + step) % tabs.length).focus();
+  };
+}
+onSubmit("ask", (pattern, { submitter }) => send({ action: submitter.value, ...pattern }));
+onSubmit("write", ({ text }) => send(text));
+$("toggle").onclick = ({ target }) => (target.textContent === "Open" ? open() : close());
+// It is answered more slowly than it is sent: the server reads no faster than it wants to.
+$("fast").onclick = () => {
+  for (let ref = link.isReady ? 1 : 300; ref <= 300; ref++) send({ action: "heartbeat", ref });
+};
+showTab(tabs[0]);
+showState();
+if (!document.body.classList.contains("demo")) {
+  onSubmit("sign-in", ({ token }) => send({ action: "authenticate", token }));
+  $("forge").onclick = () => send({ action: "authenticate", token: "not.a.token" });
+  open();
+}
+"""
+
+DEMO_JS = r"""// The demo's page: a lesson, and a small CMS that only events change.
+import * as inspector from "./ws/inspector.js";
+
+const { $, make, setAria, onSubmit, link, send, listeners } = inspector;
+let storage = {};
+try {
+  storage = window.sessionStorage;
+} catch {
+  // It is blocked: a reload asks for the name again.
+}
+// The server knows this page by this key, and no other page knows it.
+const key = (storage.page ??= Math.random().toString(36).slice(2));
 let cms, user, token;
-// The entry in the editor: {key, version, theirs, presence, typed, focused}
-let opened = null;
 
-const showNews = text => {
+async function api(method, path, body, bearer = token) {
+  const headers = { "Content-Type": "application/json" };
+  if (bearer) headers.Authorization = `Bearer ${bearer}`;
+  const response = await fetch(`api/${path}`, { method, headers, body: JSON.stringify(body) });
+  const answer = await response.json();
+  if (!response.ok) throw Object.assign(new Error(answer.message), answer);
+  return answer;
+}
+const say = text => {
   $("news").textContent = text;
 };
 const attempt =
   action =>
   async (...values) => {
+    say("");
     try {
-      await action(...values);
+      return await action(...values);
     } catch (error) {
-      showNews(error.message);
+      say(error.message);
     }
   };
+const tokenOf = async name => (await api("GET", `token?user=${encodeURIComponent(name)}`)).token;
+const asNeighbour = () => tokenOf("A neighbour");
+const poll = async () => {
+  // The server may be away.
+  const { people, lastId } = await api("GET", "poll").catch(() => ({ people: "…" }));
+  $("people").textContent = `${people} here`;
+  return lastId;
+};
 
-async function api(method, path, body) {
-  const headers = { "Content-Type": "application/json" };
-  if (token) headers.Authorization = `Bearer ${token}`;
-  const response = await fetch(`/api/${path}`, { method, headers, body: JSON.stringify(body) });
-  const answer = await response.json();
-  if (!response.ok) throw Object.assign(new Error(answer.message), answer);
-  return answer;
+// -- The name, and the CMS's own connection --
+
+async function signIn() {
+  ({ token, name: user } = await api("POST", "name", { key, name: user }, null));
+  storage.name = $("sign-in").elements.name.value = user;
+  $("rename").textContent = `You: ${user} ✎`;
+  return token;
 }
-const getToken = async name => (await api("GET", `token?user=${encodeURIComponent(name)}`)).token;
 
-function signIn(name) {
-  leave();
+function start(name) {
+  user = name;
   cms?.close();
-  user = sessionStorage.user = $("sign-in").elements.user.value = name;
-  cms = new SwiftCMS({
-    url: `{{ ws_url }}?line=${connectionName}`,
-    token: async () => (token = await getToken(user)),
-  });
-  let isFirst = true,
-    hasGap = false,
-    replayed = 0;
-  cms.subscribe("content.*", "*", take);
-  cms.subscribe("notification", "users", ({ payload }) => notify(payload));
+  cms = new SwiftCMS({ url: `ws?cms=${key}`, token: signIn });
+  cms.subscribe("*", "*", take);
+  let isStale = true;
   cms.ongap = () => {
-    hasGap = true;
-  };
-  cms.onframe = (direction, text) => {
-    if ($("both").checked) log(direction, text, "client.js");
-    const { type, payload } = JSON.parse(text);
-    if (type === "system.subscribed") replayed = payload.replayed;
+    isStale = true;
   };
   cms.onstatus = state => {
-    showState("line", state);
-    if (state === "offline")
-      showNews("The connection is lost. Changes made now will arrive when it is back.");
+    say(state === "offline" ? "The server is away. This page will try again." : "");
     if (state !== "online") return;
-    if (isFirst || hasGap) load();
-    const count = `${replayed} event${replayed === 1 ? "" : "s"} replayed`;
-    if (isFirst) showNews("");
-    else if (hasGap) showNews("Connected again: some events are lost, so everything was reloaded.");
-    else showNews(`Connected again: ${count}.`);
-    isFirst = hasGap = false;
+    if (isStale) load();
+    isStale = false;
+  };
+  cms.onframe = (direction, text) => {
+    if (document.body.classList.contains("both")) inspector.show(direction === "out", text, "cms ");
+    if (text.includes('"system.heartbeat"')) poll();
   };
 }
-
-// -- Lists --
-
-const load = attempt(async () => {
-  for (const { element } of rows.values()) element.remove();
-  rows.clear();
-  deleted.clear();
-  for (const contentType of ["posts", "pages"])
-    for (const entry of await api("GET", contentType)) put(contentType, entry);
+onSubmit("name", ({ name }) => {
+  start(name.trim());
+  $("welcome").close();
 });
+$("welcome").onclose = () => user || $("welcome").showModal();
+$("rename").onclick = () => $("welcome").showModal();
+$("both").onclick = ({ target }) => {
+  setAria(target, "pressed", document.body.classList.toggle("both"));
+};
 
-function take({ type, contentType, payload: entry }) {
-  const key = `${contentType}/${entry.id}`;
-  if (type === "content.deleted") {
-    rows.get(key)?.element.remove();
-    rows.delete(key);
-    deleted.add(key);
-  } else {
-    put(contentType, entry);
-    rows.get(key)?.element.animate([{ background: "var(--notice)" }, {}], 3_000);
+// -- Events that the inspector's connection did not get --
+
+// Ids that it got, and {event, state, at} for events of which this is not known yet.
+const received = new Set();
+const undecided = [];
+
+function decide(newest) {
+  const isLate = ({ event, at }) =>
+    received.has(event.id)
+    || (newest && inspector.isLater(newest, event.id))
+    || performance.now() - at > 990;
+  while (undecided.length && isLate(undecided[0])) {
+    const { event, state } = undecided.shift();
+    if (received.has(event.id)) continue;
+    const text = JSON.stringify(event);
+    const { message, words } = inspector.describe(false, text);
+    const reason = inspector.whyNot(event, state);
+    const kind = state.isOpen ? "ghost" : "ghost away";
+    const note = `Not sent to you: ${reason}. This page got it by the CMS’s own connection.`;
+    const runKey = `${event.type} ${event.contentType} ${reason}`;
+    const head = `${words.replace(/ by [^”]*$/, "")}:`;
+    inspector.addRow({ kind, head, words: reason, text, message, key: runKey, note });
+    watch("ghost", event);
   }
 }
 
-function put(contentType, entry) {
-  const key = `${contentType}/${entry.id}`;
-  if (deleted.has(key) || rows.get(key)?.entry.version > entry.version) return;
-  if (!rows.has(key)) addRow(contentType, key);
-  const row = rows.get(key);
+function consider(event, to) {
+  if (!link.isWanted) return;
+  const state = { isOpen: link.isReady, patterns: [...link.wanted.values()], to };
+  undecided.push({ event, state, at: performance.now() });
+  setTimeout(decide, 1_000);
+}
+
+function take(event) {
+  const { id, type, contentType, payload } = event;
+  news.told++;
+  watch("told", event);
+  if (id) consider(event);
+  if (type === "class.reset") {
+    delete storage.name;
+    location.replace(location.pathname);
+  } else if (type === "notification") say(`${payload.from}: ${payload.text}`);
+  else if (type.startsWith("content."))
+    put(`${contentType}/${payload.id}`, type === "content.deleted" ? null : payload);
+}
+
+listeners.add((name, message) => {
+  watch(name, message);
+  if (name !== "in" || !message.id) return;
+  received.add(message.id);
+  if (received.size > 1_000) received.delete(received.values().next().value);
+  decide(message.id);
+});
+
+// -- The list. No row moves while the pointer or the focus is inside --
+
+const list = $("entries");
+const SHOWN = 5;
+// "posts/7" -> {entry, element}. Without an element, it waits; without an entry, it was deleted.
+const rows = new Map();
+
+const load = attempt(async () => {
+  list.replaceChildren();
+  rows.clear();
+  for (const type of ["posts", "pages"])
+    for (const entry of await api("GET", type)) put(`${type}/${entry.id}`, entry);
+  poll();
+});
+
+function put(name, entry) {
+  const row = rows.get(name) ?? {};
+  // An answer may be older than an event that has come meanwhile.
+  if (row.entry === null || row.entry?.version > entry?.version) return;
   row.entry = entry;
-  row.title.textContent = `${entry.title} `;
-  row.state.textContent = entry.state;
-  row.state.className = `state ${entry.state}`;
-  row.about.textContent = `version ${entry.version}, by ${entry.updated_by}`;
+  rows.set(name, row);
+  if (row.element && entry) show(name, row);
+  else arrange();
 }
 
-function addRow(contentType, key) {
-  const button = (label, action) => make("button", { onclick: attempt(action) }, label);
-  const row = { title: make("b"), state: make("span"), about: make("small") };
-  row.element = make(
-    "li",
-    {},
-    make("div", {}, row.title, row.state, row.about),
-    make(
-      "div",
-      {},
-      button("Edit", () => openEditor(key, row.entry)),
-      " ",
-      button("Publish", () => api("POST", `${key}/publish`, {})),
-      " ",
-      button("Delete", () => api("DELETE", key)),
-    ),
-  );
-  rows.set(key, row);
-  $(contentType).prepend(row.element);
+function arrange() {
+  const isFixed = list.matches(":hover, :focus-within");
+  let [count, waiting] = [0, 0];
+  for (const [name, row] of rows) {
+    if (row.entry) count++;
+    if (row.entry && !row.element && isFixed) waiting++;
+    else if (row.entry) show(name, row);
+    else if (isFixed) row.element?.classList.add("gone");
+    else {
+      row.element?.remove();
+      row.element = null;
+      // Late answers about the oldest are not expected any more.
+      if (rows.size > 300) rows.delete(name);
+    }
+  }
+  $("fresh").hidden = !waiting;
+  $("fresh").textContent = `${waiting} new`;
+  $("more").hidden = count <= SHOWN;
+  $("more").textContent = list.classList.contains("all") ? "fewer" : `${count - SHOWN} more`;
 }
 
-// -- Editor --
+function show(name, row) {
+  const { id, title, state, updated_by: author } = row.entry;
+  if (!row.element) {
+    row.element = make("li", { value: id }, make("b"), make("small"), make("button", {}, "Edit"));
+    row.element.lastChild.onclick = () => edit(name);
+    list.insertBefore(row.element, [...list.children].find(each => each.value < id) ?? null);
+  }
+  row.element.children[0].textContent = title;
+  const kind = name.startsWith("pages") ? "page · " : "";
+  row.element.children[1].textContent = `${kind}${state} · ${author}`;
+}
 
-function openEditor(key, entry) {
+list.onpointerleave = arrange;
+list.addEventListener("focusout", () => setTimeout(arrange));
+$("fresh").onclick = arrange;
+$("more").onclick = () => {
+  list.classList.toggle("all");
+  arrange();
+};
+const create = attempt((type, title, bearer) => api("POST", type, { title }, bearer));
+onSubmit("create", ({ title }, { submitter, target }) => {
+  create(submitter.value, title);
+  target.reset();
+});
+
+// -- The editor --
+
+const editor = $("editor");
+// {name, version, theirs, presence, typed}
+let opened = null;
+const written = () => Object.fromEntries(new FormData(editor));
+
+function edit(name) {
   leave();
-  const presence = cms.edit(...key.split("/"));
-  opened = { key, presence, typed: new Map(), focused: document.activeElement };
+  const presence = cms.edit(...name.split("/"));
+  opened = { name, presence, typed: new Map() };
   presence.oneditors = showOthers;
   presence.onchange = (change, { clientId }) => {
-    // A change that was sent from the inspector may be any JSON.
-    const isText = typeof change?.title === "string";
-    const text = isText ? `${change.title}\n${change.body}` : JSON.stringify(change);
-    opened.typed.set(clientId, text);
+    opened.typed.set(clientId, change?.title ?? JSON.stringify(change));
     showOthers();
   };
   showOthers();
-  fill(entry);
-  $("editor").hidden = false;
-  $("editor").elements.title.focus();
+  fill(rows.get(name).entry);
+  $("cms").classList.add("editing");
+  editor.elements.title.focus();
 }
 
-function leave() {
-  if (!opened) return;
-  opened.presence.stop();
-  $("editor").hidden = true;
-  opened.focused.focus();
-  opened = null;
-}
-
-function fill(entry) {
-  opened.version = entry.version;
-  $("editor").elements.title.value = entry.title;
-  $("editor").elements.body.value = entry.body;
+function fill({ version, title, body }) {
+  opened.version = version;
+  editor.elements.title.value = title;
+  editor.elements.body.value = body;
   $("conflict").hidden = true;
 }
 
-const written = () => Object.fromEntries(new FormData($("editor")));
+function leave() {
+  opened?.presence.stop();
+  opened = null;
+  $("cms").classList.remove("editing");
+}
+
+function showOthers() {
+  const texts = opened.presence.editors
+    .filter(({ clientId }) => clientId !== cms.clientId)
+    .map(({ clientId, userId }) => {
+      const typed = opened.typed.get(clientId);
+      return typed ? `${userId}, who is typing “${typed}”` : userId;
+    });
+  $("others").textContent = texts.length ? `Also here: ${texts.join("; ")}` : "Only you are here.";
+}
 
 const save = attempt(async () => {
   const saved = opened;
   try {
-    await api("PUT", saved.key, { ...written(), version: saved.version });
-    // The user may have opened another entry meanwhile.
+    await api("PUT", saved.name, { ...written(), version: saved.version });
     if (opened === saved) leave();
   } catch (error) {
     if (!error.entry || opened !== saved) throw error;
     saved.theirs = error.entry;
-    $("refusal").textContent = `Not saved: ${error.message}. That version is:`;
-    $("theirs").textContent = `${error.entry.title}\n${error.entry.body}`;
+    $("refusal").textContent = `Not saved: ${error.message}: “${error.entry.title}”.`;
     $("conflict").hidden = false;
+    watch("refused");
   }
 });
-
-const nameOf = ({ userId, clientId }) => {
-  const hue = parseInt(clientId.slice(-4), 16) % 360;
-  const style = `background: hsl(${hue} 70% 28%)`;
-  return make("span", { className: "name", style }, userId ?? "somebody");
-};
-
-function showOthers() {
-  const others = opened.presence.editors.filter(({ clientId }) => clientId !== cms.clientId);
-  $("editors").className = others.length ? "notice row" : "row";
-  $("editors").replaceChildren(
-    ...(others.length
-      ? ["Also editing this:", ...others.map(nameOf), "The second to save will be asked."]
-      : ["Nobody else is editing this."]),
-  );
-  const typing = others.filter(({ clientId }) => opened.typed.has(clientId));
-  $("typing").replaceChildren(
-    ...typing.map(other =>
-      make("li", {}, nameOf(other), ` is typing:\n${opened.typed.get(other.clientId)}`),
-    ),
-  );
-}
-
 onSubmit("editor", save);
-on("editor", "input", () => opened.presence.send(written()));
-on("leave", "click", leave);
-on("take", "click", () => {
-  fill(opened.theirs);
-  opened.presence.send(written());
-});
-on("keep", "click", () => {
+editor.oninput = () => opened.presence.send(written());
+$("leave").onclick = leave;
+$("theirs").onclick = () => fill(opened.theirs);
+$("mine").onclick = () => {
   opened.version = opened.theirs.version;
   save();
-});
+};
+$("publish").onclick = attempt(() => api("POST", `${opened.name}/publish`, {}).then(leave));
+$("delete").onclick = attempt(() => api("DELETE", opened.name).then(leave));
 
-// -- Other forms --
+// -- What the lesson's button and the dock do --
 
-function notify({ from, text }) {
-  $("notices").prepend(make("li", { className: "notice" }, make("b", {}, from), `: ${text}`));
-  while ($("notices").children.length > 3) $("notices").lastChild.remove();
+// Tests of things that happen: (name, message) => whether it is what is awaited.
+const is = wanted => name => name === wanted;
+const got =
+  (type, test = () => true) =>
+  (name, message) =>
+    name === "in" && message.type === type && test(message.payload, message);
+
+const happens = test =>
+  new Promise(resolve => {
+    listeners.add(function listener(...values) {
+      if (!test(...values)) return;
+      listeners.delete(listener);
+      resolve();
+    });
+  });
+
+async function connect() {
+  if (link.isReady) return;
+  inspector.open();
+  await happens(got("system.connected"));
+}
+const sendAfterwards = async message => connect().then(() => send(message));
+
+async function subscribe() {
+  await sendAfterwards({ action: "subscribe", type: "content.*", contentType: "posts" });
+  await happens(got("system.subscribed"));
+}
+const authenticate = async () =>
+  sendAfterwards({
+    action: "authenticate",
+    token: await tokenOf($("sign-in").elements.name.value),
+  });
+const forge = async () => {
+  const letter = token.at(-9) === "A" ? "B" : "A";
+  const changed = token.slice(0, -9) + letter + token.slice(-8);
+  await sendAfterwards({ action: "authenticate", token: changed });
+};
+const cut = async () => {
+  // A second time, it is lost already, and stays away longer.
+  if (link.isReady || !link.isWanted) await api("POST", "cut", { key });
+  inspector.stayAway(5_000);
+};
+const flood = async () => {
+  await connect();
+  await api("POST", "flood", { key });
+};
+
+// For "Ask, or be told?": what the questions since the first one have brought.
+const NO_NEWS = { asked: 0, vain: 0, told: 0, id: null, toldId: null };
+const news = { ...NO_NEWS };
+const addNews = (kind, head, words, note) =>
+  inspector.addRow({ kind, head, words, text: `${head}: ${words}`, note, key: head + words });
+async function askOnce() {
+  const note = "An ordinary HTTP request and its answer, without a WebSocket.";
+  addNews("out dashed", "GET api/poll", "anything new?", note);
+  const id = (await poll()) ?? news.id;
+  // Of the first answer it is not known what is new in it, unless the page was told meanwhile.
+  const isFirst = news.id === null && (!news.toldId || inspector.isLater(news.toldId, id));
+  const isVain = id === news.id || isFirst;
+  addNews("in dashed", "200", isVain ? "no" : "yes", note);
+  Object.assign(news, { id, asked: news.asked + 1, vain: news.vain + isVain });
+  hint(`Asked ${news.asked} times, ${news.vain} in vain; told ${news.told} times.`);
+  watch("asked", id);
+}
+function ask() {
+  news.timer = clearInterval(news.timer);
+  Object.assign(news, NO_NEWS, { timer: setInterval(askOnce, 1_000) });
+  askOnce();
+}
+const isTold = (name, event) => {
+  if (name !== "told" || !event.id || !news.timer) return false;
+  Object.assign(news, { toldId: event.id, toldAt: performance.now() });
+  addNews("in", "told", inspector.describe(false, JSON.stringify(event)).words);
+  return true;
+};
+const isHeard = (name, id) => name === "asked" && !inspector.isLater(news.toldId, id);
+const newsText = () => {
+  const late = Math.round(performance.now() - news.toldAt);
+  return `Told ${late} ms earlier; ${news.vain} of ${news.asked} questions in vain. `;
+};
+
+// -- The lesson: for each step its actions, and what proves, in this order, that it was done --
+
+const STEPS = [
+  {
+    acts: { "Start asking": ask, "Create a post": () => create("posts", `Hello from ${user}`) },
+    proof: [isTold, isHeard],
+    result: newsText,
+  },
+  {
+    acts: { "Open the connection": () => [inspector.close(), inspector.open()] },
+    proof: [is("open"), got("system.connected")],
+    shown: 0,
+  },
+  {
+    acts: {
+      Subscribe: subscribe,
+      "Create a post and a page": async () => {
+        await create("posts", "A post");
+        await create("pages", "A page");
+      },
+    },
+    proof: [
+      got("content.created", (payload, { contentType }) => contentType === "posts"),
+      (name, event) => name === "ghost" && event.contentType === "pages",
+    ],
+  },
+  {
+    acts: { "Wait, and watch": connect },
+    proof: [
+      got("system.heartbeat", (payload, { ref }) => ref === undefined),
+      (name, message) => name === "out" && message?.action === "pong",
+    ],
+  },
+  {
+    acts: {
+      "Send “subscrbe”": () => sendAfterwards({ action: "subscrbe" }),
+      "Send what is not JSON": () => sendAfterwards("this is not JSON"),
+    },
+    proof: ["unknown_action", "invalid_json"].map(wanted =>
+      got("system.error", ({ code }) => code === wanted),
+    ),
+  },
+  {
+    acts: { "Show a token": authenticate, "Show a changed token": forge },
+    proof: [
+      got("system.authenticated"),
+      got("system.error", ({ code }) => code === "invalid_token"),
+    ],
+  },
+  {
+    acts: {
+      "Lose it for 5 s": async () => {
+        if (!link.wanted.has("content.* posts")) await subscribe();
+        await cut();
+      },
+      "Create two posts": async () => {
+        for (const title of ["While you were away", "And another"])
+          await create("posts", title, await asNeighbour());
+      },
+    },
+    proof: [
+      is("lost"),
+      (name, message) => name === "out" && message?.since,
+      got("system.subscribed", ({ replayed }) => replayed),
+    ],
+    shown: 1,
+  },
+  {
+    acts: {
+      "Open a post": () => edit([...rows.keys()].findLast(name => rows.get(name).entry)),
+      "Let a neighbour save first": async () => {
+        const { entry } = rows.get(opened.name);
+        const changed = { ...entry, title: `${entry.title}!` };
+        await api("PUT", opened.name, changed, await asNeighbour());
+      },
+      "Save yours": save,
+    },
+    proof: [is("refused")],
+  },
+  {
+    acts: { "Start a slow reader": flood },
+    proof: [got("demo.flood"), got("demo.flood", ({ closed }) => closed === 1013)],
+  },
+];
+const articles = [...document.querySelectorAll("#lesson article")];
+const chips = STEPS.map((step, index) =>
+  make("button", { title: `Step ${index}`, onclick: () => go(index) }),
+);
+$("steps").append(...chips);
+const done = new Set();
+// The step, the index of the expected answer, and how many acts and proofs there were.
+let current, expected, acted, proved;
+const go = number => {
+  location.hash = `lesson-${number}`;
+};
+const hint = text => done.has(current) || $("verdict").replaceChildren(text);
+
+function showStep() {
+  const number = Number(location.hash.match(/^#lesson-([0-8])$/)?.[1] ?? 0);
+  if (number === current) return;
+  news.timer = clearInterval(news.timer);
+  [current, expected, acted, proved] = [number, null, 0, 0];
+  done.delete(current);
+  const { options } = articles[current].querySelector("[data-options]").dataset;
+  const buttons = options
+    .split("|")
+    .map((text, index) => make("button", { onclick: () => expect(index) }, text));
+  $("expect").replaceChildren(...buttons);
+  hint("First: what do you expect?");
+  showLesson();
 }
 
-onSubmit("sign-in", ({ user: name }) => signIn(name));
-onSubmit(
-  "create",
-  attempt(async ({ contentType, title }, { target }) => {
-    await api("POST", contentType, { title });
-    target.elements.title.value = "";
-  }),
-);
+function expect(index) {
+  expected = index;
+  hint("Now press the button, and watch.");
+  showLesson();
+}
+
+function showLesson() {
+  const isDone = done.has(current);
+  $("lesson").classList.toggle("done", isDone);
+  for (const [index, article] of articles.entries()) article.hidden = index !== current;
+  for (const [index, button] of [...$("expect").children].entries())
+    setAria(button, "pressed", index === expected);
+  for (const [index, chip] of chips.entries()) {
+    chip.textContent = done.has(index) ? "✓" : index;
+    chip.className = done.has(index) ? "done" : "";
+    setAria(chip, "current", index === current ? "step" : false);
+  }
+  $("act").textContent = Object.keys(STEPS[current].acts)
+    .slice(0, acted + 1)
+    .at(-1);
+  $("act").disabled = expected === null;
+  $("act").classList.toggle("filled", !isDone);
+  $("next").classList.toggle("filled", isDone);
+  $("next").textContent = current + 1 < STEPS.length ? "Next →" : "Finish";
+}
+
+// Something has happened: does it prove that the current step was done?
+function watch(...values) {
+  if (expected === null || done.has(current)) return;
+  const { proof, result, shown = proof.length - 1 } = STEPS[current];
+  if (proof[proved](...values)) {
+    if (proved === shown) inspector.selectLatest();
+    proved++;
+  } else if (values[0] === "lost") proved = Number(Boolean(proof[0](...values)));
+  if (proved < proof.length) return;
+  news.timer = clearInterval(news.timer);
+  const [right, answers] = [Number(articles[current].dataset.right), $("expect").children];
+  const judged = expected === right ? "Right" : `Not “${answers[expected].textContent}”`;
+  const meaning = (result?.() ?? "") + articles[current].lastElementChild.textContent;
+  const verdict = `✓ ${judged}: ${answers[right].textContent}. `;
+  $("verdict").replaceChildren(make("b", {}, verdict), meaning);
+  done.add(current);
+  showLesson();
+}
+
+$("act").onclick = attempt(async () => {
+  const [step, acts] = [current, Object.values(STEPS[current].acts)];
+  await acts[Math.min(acted, acts.length - 1)]();
+  if (step === current) acted++;
+  showLesson();
+});
+$("next").onclick = () => (current + 1 < STEPS.length ? go(current + 1) : $("dismiss").click());
+$("dismiss").onclick = $("reopen").onclick = () => {
+  $("reopen").hidden = !document.body.classList.toggle("no-lesson");
+};
+addEventListener("hashchange", showStep);
+onSubmit("sign-in", attempt(authenticate));
 onSubmit(
   "tell",
-  attempt(async ({ to, text }, { target }) => {
-    await api("POST", "notices", { to, text });
-    target.elements.text.value = "";
-    showNews(`Sent to ${to}, in every window where ${to} is signed in.`);
+  attempt(async ({ to, text }) => {
+    const { id } = await api("POST", "notices", { to, text });
+    const event = { id, type: "notification", contentType: "users", payload: { from: user, text } };
+    // The others do not hear of it: `to` is known only to this page.
+    if (to !== user) consider(event, to);
   }),
 );
-on(
-  "cut",
+for (const [id, action] of Object.entries({ forge, cut, flood })) $(id).onclick = attempt(action);
+$("reset")?.addEventListener(
   "click",
-  attempt(async () => {
-    const { seconds } = await api("POST", "cut", { line: connectionName });
-    showNews(
-      `The connection is cut for ${seconds} seconds. Changes made now will arrive after it.`,
-    );
-  }),
+  attempt(() => confirm("Put everything back, on all pages?") && api("POST", "reset", {})),
 );
-on(
-  "get-token",
-  "click",
-  attempt(async () => {
-    $("sign").elements.token.value = await getToken($("whose").value);
-  }),
-);
-const NAMES = ["ana", "ben", "cleo", "dario", "eva"];
-signIn(sessionStorage.user ?? NAMES[Math.floor(Math.random() * NAMES.length)]);
-</script>
-{% endif %}
-</body>
-</html>
+link.query = `?page=${key}`;
+showStep();
+if (storage.name) start(storage.name);
+else $("welcome").showModal();
 """
 
 
