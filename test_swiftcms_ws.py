@@ -8381,7 +8381,8 @@ def test_broken_json_is_answered_and_the_connection_stays(caplog: pytest.LogCapt
                 assert answer["type"] != "system.error" or isinstance(code, str), message
             client.messages.clear()
         assert editor.ask("heartbeat")["type"] == "system.heartbeat"
-        assert {message["type"] for message in editor.messages} == {"user.edited"}
+        kinds = {message["type"] for message in editor.messages}
+        assert kinds - {"system.heartbeat"} == {"user.edited"}
         client.close()
         editor.close()
 
@@ -11647,6 +11648,8 @@ def test_file_kills_and_restarts_under_gunicorn_lose_nothing(path: Path, tmp_pat
     (tmp_path / "chaos_app.py").write_text(CHAOS_SITE)
     port = free_port()
     gunicorn = [sys.executable, "-m", "gunicorn", "chaos_app:app", "--workers", "4"]
+    # A worker that has just been forked loses the signal that should end it.
+    gunicorn += ["--graceful-timeout", "3"]
     gunicorn += ["--bind", f"127.0.0.1:{port}", "--backlog", "1024"]
     with Hub(database=path) as hub:
         first = hub.publish("content.created", "posts", "first")
@@ -13308,7 +13311,7 @@ class Note(Base):
     text = orm.mapped_column(sqlalchemy.String)
 
 
-CONTENT_TYPES: dict[type, Any] = {
+TRACKED_TYPES: dict[type, Any] = {
     Post: "posts", Article: "articles", Comment: "comments", Reply: "replies", Seat: "seats"
 }  # fmt: skip
 
@@ -13491,7 +13494,7 @@ def test_track_publishes_the_net_effect(tracked: Tracked, name: str) -> None:
     with tracked.sessions.begin() as session:
         session.add_all([Post(id=1, title="one", comments=comments), Article(id=2), Seat(row=1, number=2, post=Post(id=6))])
     for _ in range(2):
-        tracked.hub.track(tracked.sessions, CONTENT_TYPES)
+        tracked.hub.track(tracked.sessions, TRACKED_TYPES)
     with tracked.sessions() as session:
         work(session)
         session.rollback()
@@ -13607,7 +13610,7 @@ def test_track_mistake_of_a_function(tracked: Tracked, name: str) -> None:
 
 def test_track_publishes_once_after_commit(tracked: Tracked, caplog: pytest.LogCaptureFixture) -> None:
     """When an event is published, others can read the data; what fails then does not fail commit()."""
-    tracked.hub.track(tracked.sessions, CONTENT_TYPES)
+    tracked.hub.track(tracked.sessions, TRACKED_TYPES)
     drafts: list[int] = []
     publish = Engine.publish
 
@@ -13646,7 +13649,7 @@ def test_track_listeners_that_raise(tracked: Tracked) -> None:
     for number, name in enumerate(names, 1):
         sessions = orm.sessionmaker(tracked.engine)
         sqlalchemy.event.listen(sessions, name, fail)
-        tracked.hub.track(sessions, CONTENT_TYPES)
+        tracked.hub.track(sessions, TRACKED_TYPES)
         with sessions() as session:
             session.add(Post(id=number))
             with pytest.raises(ZeroDivisionError):
@@ -13728,7 +13731,7 @@ def test_track_app_and_refresh(tracked: Tracked) -> None:
 
 def test_track_stale_list(tracked: Tracked) -> None:
     """Without expire_on_commit, a list keeps a deleted comment, which SQLAlchemy deletes again."""
-    tracked.hub.track(tracked.sessions, CONTENT_TYPES)
+    tracked.hub.track(tracked.sessions, TRACKED_TYPES)
     with tracked.sessions(expire_on_commit=False) as session:
         post = Post(id=1, comments=[Comment(id=1), Comment(id=2)])
         session.add(post)
@@ -13924,7 +13927,7 @@ def test_track_random(tracked: Tracked) -> None:
     """Two sessions in each of two threads: what is published is what each commit has changed."""
     seed = int(os.environ.get("TRACK_SEED", "0")) or random.randrange(1, 2**32)
     print(f"TRACK_SEED={seed}")
-    tracked.hub.track(tracked.sessions, CONTENT_TYPES)
+    tracked.hub.track(tracked.sessions, TRACKED_TYPES)
     deadline = time.monotonic() + float(os.environ.get("TRACK_SECONDS", "3"))
     chances = random.Random(seed)
 
@@ -16299,11 +16302,10 @@ def test_oldest_browsers(demo: Process) -> None:
     assert "Chrome or Edge 98, Firefox 104, Safari 16.4" in README
     linter = (HERE / ".ci" / "embedded" / "eslint.config.js").read_text()
     assert "ecmaVersion: 2022" in linter
-    page = http(f"http://127.0.0.1:{demo.port}/")[2].decode()
-    paths = re.findall(r'<script src="(/[^"]+)"', page)
-    assert paths
-    scripts = [http(f"http://127.0.0.1:{demo.port}{path}")[2].decode() for path in paths]
-    assert [re.search(TOO_NEW, text) for text in (page, *scripts)] == [None] * (1 + len(paths))
+    paths = ("", "demo.js", "ws/inspector.js", "ws/client.js")
+    for path in paths:
+        status, _, text = http(f"http://127.0.0.1:{demo.port}/{path}")
+        assert (status, re.search(TOO_NEW, text.decode())) == (200, None), path
 
 
 def test_requests_of_the_blueprint_can_be_left_out_of_before_request() -> None:
