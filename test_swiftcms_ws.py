@@ -12102,6 +12102,8 @@ def test_spread_grows_with_the_time_of_a_refresh_and_the_connections() -> None:
             assert one.ask("heartbeat")["payload"]["spread"] == spread
 
 
+# Flask-Login calls datetime.utcnow(), of which Python 3.12 and newer warn.
+@pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
 @pytest.mark.core
 @pytest.mark.parametrize("is_permanent", [False, True])
 def test_refresh_with_flask_login(bare_site: tuple[Flask, Hub], is_permanent: bool) -> None:
