@@ -3955,20 +3955,17 @@ def readme_example(name: str) -> str:
 
 
 @needs_chromium
-@pytest.mark.parametrize(
-    ("name", "place"), [("raw", "#news"), ("client.js", "#posts"), ("events", "#feed")]
-)
-def test_readme_browser_examples(browser: Browser, name: str, place: str) -> None:
-    """README's pages show what is published, and leave the console empty."""
+def test_readme_event_source_example(browser: Browser) -> None:
+    """README's page with EventSource shows an event, and leaves the console empty."""
 
     def configure(app: Flask, hub: Hub) -> None:
-        app.add_url_rule("/", view_func=lambda: readme_example(name))
+        app.add_url_rule("/", view_func=lambda: readme_example("events"))
 
     with Server(configure, HEARTBEAT=0.5) as server:
         page = browser.page(f"http://localhost:{server.port}/")
         until(lambda: server.hub.stats()["subscriptions"] == 1)
         server.publish(title="Good news")
-        page.wait(f"document.querySelector('{place}').textContent.includes('Good news')")
+        page.wait("document.querySelector('#feed').textContent.includes('Good news')")
         assert page.complaints() == []
         page.close()
 
@@ -3993,32 +3990,18 @@ def test_readme_python_blocks(
         if "hub.track" in code:
             # It needs a database: test_readme_models runs it.
             continue
-        # The factory's site has names of its own.
-        names = dict(found) if "create_app" in code else found
-        exec(compile(code, "README.md", "exec"), names)
-        if "create_app" in names:
-            factory_client = names["create_app"]().test_client()
-            assert factory_client.get("/live/ws/client.js").status_code == 200
+        exec(compile(code, "README.md", "exec"), found)
     assert len(stored_ids(tmp_path / "live.sqlite3")) == 1
     found["app"].instance_path = str(tmp_path)
     with found["app"].app_context():
         found["test_creating_a_post_is_published"]()
-        found["test_a_visitor_receives_the_post"]()
         client = found["app"].test_client()
         assert 'name="version" value="1"' in client.get("/posts/1/edit").text
         assert client.post("/posts/1/edit", data={"title": "A", "version": "1"}).status_code == 302
         late = client.post("/posts/1/edit", data={"title": "B", "version": "1"})
         assert (late.status_code, 'value="B"' in late.text, "“A”" in late.text) == (409, True, True)
-        found["tell"]("content.created", "posts", {})
-        assert found["hub"].stats()["published"] == 4
-        assert len(stored_ids(tmp_path / "live.sqlite3")) == 5
-
-        def refuse(*event: Any) -> str:
-            raise swiftcms_ws.PublishError("Redis is away")
-
-        found["publish"] = refuse
-        found["tell"]("content.created", "posts", {})
-        assert "the event was not published" in caplog.text
+        assert found["hub"].stats()["published"] == 2
+        assert len(stored_ids(tmp_path / "live.sqlite3")) == 3
         found["hub"].close()
 
 
@@ -4786,10 +4769,9 @@ def readme_block(language: str, words: str) -> str:
     return str(found)
 
 
-def readme_site(tmp_path: Path, count: int = 1) -> None:
+def readme_site(tmp_path: Path) -> None:
     """Write the first of README's blocks of Python to app.py."""
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
-    (tmp_path / "app.py").write_text("".join(blocks[:count]))
+    (tmp_path / "app.py").write_text(readme_block("python", "LIST_PAGE = "))
 
 
 def post_form(port: int, path: str = "/", **fields: str) -> None:
@@ -4801,8 +4783,8 @@ def post_form(port: int, path: str = "/", **fields: str) -> None:
 def test_every_readme_block_is_run() -> None:
     """A block that is added to README without a test that runs it is noticed here."""
     blocks = re.findall(r"^ *```(\w+)\n(.*?)^ *```", README, re.S | re.M)
-    own_tests = ["bin/swiftcms-ws\n", "bin/pytest", "flask run", "pip install gunicorn", "[Service]", "proxy_pass"]
-    own_tests += ["curl -N", "edit.stop()", "Y.Doc", "swiftcms-ws listen", "[[tool.mypy.overrides]]"]
+    own_tests = ["bin/swiftcms-ws\n", "bin/pytest", "flask run", "[Service]", "proxy_pass"]
+    own_tests += ["edit.stop()", "Y.Doc", "swiftcms-ws listen"]
     others = [block for language, block in blocks if language not in ("python", "html")]
     assert [[words in block for words in own_tests].count(True) for block in others] == [1] * len(own_tests)
     assert README.count("<!-- browser example:") == [language for language, _ in blocks].count("html")
@@ -4874,8 +4856,8 @@ def test_readme_maintainer_listens_and_creates_a_post(tmp_path: Path) -> None:
 
     The thread of its sensor goes on after an error, and runs once under the reloader.
     """
-    readme_site(tmp_path, 3)
-    code = (tmp_path / "app.py").read_text()
+    readme_site(tmp_path)
+    code = (tmp_path / "app.py").read_text() + readme_block("python", "watch_sensor")
     for old, new in (("10)", "0.1)"), ("21.5", "read_sensor()"), ("\ndef watch_sensor", SENSOR)):
         assert code.count(old) == 1
         code = code.replace(old, new)
@@ -4915,22 +4897,17 @@ def test_readme_flask_login(tmp_path: Path) -> None:
                 assert client.hello["payload"]["userId"] == user_id
 
 
-@pytest.mark.parametrize("block", ["sh", "ini"])
-def test_readme_gunicorn_commands(tmp_path: Path, block: str) -> None:
-    """README's gunicorn line, and the one in its systemd unit, serve WebSockets as they stand."""
+def test_readme_systemd_unit(tmp_path: Path) -> None:
+    """The gunicorn command of README's systemd unit serves WebSockets as it stands."""
     readme_site(tmp_path)
     (tmp_path / "instance").mkdir()
-    environ = {"SWIFTCMS_WS_DATABASE": str(tmp_path / "instance" / "live.sqlite3")}
-    if block == "sh":
-        line = readme_block("sh", "gunicorn app:app").splitlines()[-1]
-    else:
-        unit = configparser.ConfigParser()
-        unit.optionxform = str  # type: ignore[assignment,method-assign]
-        unit.read_string(readme_block("ini", "[Service]"))
-        line = unit["Service"]["ExecStart"].replace(unit["Service"]["WorkingDirectory"] + "/.venv/bin/", "")
-        assert list(unit) == ["DEFAULT", "Unit", "Service", "Install"]
-        name, _, value = unit["Service"]["Environment"].partition("=")
-        environ = {name: value.replace(unit["Service"]["WorkingDirectory"], str(tmp_path))}
+    unit = configparser.ConfigParser()
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read_string(readme_block("ini", "[Service]"))
+    line = unit["Service"]["ExecStart"].replace(unit["Service"]["WorkingDirectory"] + "/.venv/bin/", "")
+    assert list(unit) == ["DEFAULT", "Unit", "Service", "Install"]
+    name, _, value = unit["Service"]["Environment"].partition("=")
+    environ = {name: value.replace(unit["Service"]["WorkingDirectory"], str(tmp_path))}
     port = free_port()
     line = line.replace("8000", str(port))
     environ |= {"PATH": PATH, "SECRET_KEY": KEY}
@@ -9282,10 +9259,7 @@ def test_client_js_readme_gap_recipe_cannot_loop(browser: Browser) -> None:
                 "posts": [{"id": 1, "title": f"fetched {len(fetches)}"}],
             }
 
-    # When this is part of the suite, README has the example.
-    part = HERE / "README_part.md"
-    recipe = (part if part.exists() else HERE / "README.md").read_text()
-    (example,) = re.findall(r"<!-- browser example: gap -->\n```html\n(.*?)```", recipe, re.S)
+    (example,) = re.findall(r"<!-- browser example: gap -->\n```html\n(.*?)```", README, re.S)
     with serving("", configure, HISTORY=3, HEARTBEAT=0.2) as server:
         old = server.publish(0)
         for number in range(10):
@@ -10667,7 +10641,9 @@ def test_site_type_checks_where_the_package_is_installed(tmp_path: Path) -> None
     subprocess.run(install, check=True, timeout=180)
     (tmp_path / "site_app.py").write_text(TYPED_SITE)
     (tmp_path / "mistakes.py").write_text("\n".join(["from site_app import hub", *MISTAKES]))
-    (tmp_path / "pyproject.toml").write_text(readme_block("toml", "[[tool.mypy.overrides]]"))
+    lines = ["[[tool.mypy.overrides]]", 'module = "swiftcms_ws"', "follow_untyped_imports = true"]
+    assert all(f"`{line}`" in README for line in lines)
+    (tmp_path / "pyproject.toml").write_text("\n".join(lines))
 
     def check(*arguments: str) -> list[str]:
         """Return the codes of mypy's errors."""
@@ -12311,10 +12287,11 @@ def test_two_hundred_live_pages_on_four_sync_workers(tmp_path: Path) -> None:
 @needs_chromium
 def test_readme_live_site_in_two_windows(browser: Browser) -> None:
     """README's first page: what one window adds, the other shows, and typed text stays."""
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
-    code = "".join([*blocks[:2], readme_block("python", "EDIT_PAGE")])
+    code = "".join(readme_block("python", f"{name}_PAGE = ") for name in ("LIST", "POST", "EDIT"))
     assert code.count("data-live=") == 3
     names: dict[str, Any] = {"__name__": "readme_live_site"}
+    # The app of another test of README may still be alive, in a cycle, and have the same hub.
+    gc.collect()
     exec(compile(code, "README.md", "exec"), names)
     app, hub = names["app"], names["hub"]
     app.add_url_rule("/favicon.ico", "icon", lambda: Response(status=204))
@@ -13231,22 +13208,6 @@ def test_live_page_that_arrives_slowly(
     page.close()
 
 
-@needs_chromium
-def test_readme_refresh_example(browser: Browser, live: LivePageSite) -> None:
-    """Its style shows that the page is offline, and its script writes the times after a refresh."""
-    example = re.search(r"<!-- browser example: refresh -->\n```html\n(.*?)```", README, re.S)
-    assert example is not None
-    live.head += example[1]
-    item = "<li><time datetime={0}>{0}</time></li>"
-    page = live.open(browser, UL.format(item.format("2026-11-27T10:00Z")))
-    live.change(page, UL.format("".join(item.format(f"2026-11-2{day}T10:00Z") for day in (7, 8))))
-    assert page.js("[...document.querySelectorAll('time')].map(time => time.textContent.length > 18)")
-    assert page.js("document.body.innerText.includes('Z')") is False
-    page.be_offline(True)
-    page.wait("getComputedStyle(document.body, '::before').content.includes('Offline')")
-    page.close()
-
-
 # -- track -----------------------------------------------------------------------------------------
 
 
@@ -13949,8 +13910,7 @@ def test_track_random(tracked: Tracked) -> None:
 @needs_chromium
 def test_readme_models(browser: Browser, tmp_path: Path) -> None:
     """README's first page with a database: what one window saves, the other shows."""
-    pages = re.findall(r'^\w+_PAGE = """.*?"""$', "".join(README.split("```python\n")[1:3]), re.S | re.M)
-    assert len(pages) == 2
+    pages = re.findall(r'^LIST_PAGE = """.*?"""$', README, re.S | re.M)
     lines = [*pages, readme_block("python", "hub.track"), "app.get('/stats')(hub.stats)"]
     lines.append("app.get('/favicon.ico')(lambda: ('', 204))")
     (tmp_path / "app.py").write_text("\n".join(lines))
@@ -13973,13 +13933,6 @@ def test_readme_models(browser: Browser, tmp_path: Path) -> None:
         one.js("document.querySelector('input').value = '<b>New</b>'; document.forms[0].submit()")
         rows(two, "Hello", "<b>New</b>")
         rows(one, "Hello", "<b>New</b>")
-        for page in (one, two):
-            page.js("document.querySelector('#post-2 a').click()")
-            page.wait("location.pathname === '/posts/2' && !!document.querySelector('#comments')")
-        until(lambda: is_live(4), "the subscriptions of both pages of the post")
-        one.call("Page.bringToFront")
-        two.js("document.querySelector('input').value = 'Nice'; document.forms[0].submit()")
-        rows(one, "Nice")
         assert one.complaints() == two.complaints() == []
         one.close()
         two.close()
@@ -14957,7 +14910,8 @@ def test_readme_curl_shows_a_stream(tmp_path: Path) -> None:
     port = free_port()
     run = (sys.executable, "-m", "flask", "run", "--port", str(port))
     with Process(*run, cwd=tmp_path, port=port) as process:
-        line = readme_block("sh", "curl -N").replace("5000", str(port)).strip()
+        (line,) = re.findall(r"`(curl -N [^`]+)`", README)
+        line = line.replace("5000", str(port))
         with subprocess.Popen(["bash", "-c", f"exec {line} 2>&-"], stdout=subprocess.PIPE, text=True) as curl:
             assert curl.stdout is not None
             # Otherwise the test would wait for ever for a line that does not come.
