@@ -31,7 +31,8 @@ Glossary
     replay        the missed events, sent in answer to a subscribe with `since`
     slot          one of the MAX_CONNECTIONS places for a connection or a handshake
     hook          a function of the site: identify, authorize, or a receiver of a signal
-    shared log    Redis: all processes of a site append their events to it and read it
+    shared log    an SQLite file or Redis: all processes of a site append their events to it and
+                  read it
     engine        everything that runs for one app in one process
     hub           the public API: publish(), the hooks, and the blueprint with the /ws route
 
@@ -48,7 +49,7 @@ From publish() to the socket                      From the handshake to an answe
       |                                                 |  (a hook runs in a worker meanwhile)
     History.add         keeps the event               Session.answer   the answer's frame
 
-With a shared log, RedisLog.append gives the ids in place of Loop.publish, and the follower of each
+With a shared log, SharedLog.append gives the ids in place of Loop.publish, and the follower of each
 process queues the events with Loop.submit.
 
 Threads of each engine, started by its first connection or, without a shared log, its first event
@@ -64,8 +65,10 @@ Locks (each is documented where it is created)
     EventQueue._lock ids and the queue              Registry._lock   connections, subscriptions
     Workers._lock    tasks and threads              Editing._lock    editors of entries
     Counters._lock   the numbers of stats()         Lane._lock       one ordered queue of tasks
+    LogFile._queue   one connection to the file of a shared log
 A thread holds one lock at a time, except that it may take others while it holds Hub._starting.
-No code of the site, no logging and no network I/O runs while a lock is held.
+No code of the site, no logging and no network I/O runs while a lock is held. Only while it is first
+in LogFile._queue, a thread reads and writes a file.
 
 Sections
          1 Map
@@ -74,7 +77,7 @@ Sections
     II   From the handshake to an answer
          8 Endpoint  9 Tokens  10 Session and workers
     III  Further parts
-         11 Heartbeat  12 Editing  13 Shared log  14 Live pages and track  15 Plain HTTP
+         11 Heartbeat  12 Editing  13 Shared logs  14 Live pages and track  15 Plain HTTP
          16 The ready-made hub
     IV   Around it
          17 Command line  18 Demo  19 client.js and pages
@@ -115,10 +118,11 @@ import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import Enum, IntEnum
+from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -127,6 +131,11 @@ try:
     import resource
 except ImportError:  # Windows: sockets go through the relay, and limits of files do not exist
     fcntl = resource = None  # type: ignore[assignment]
+
+try:
+    import sqlite3
+except ImportError:  # a Python that was built without it
+    sqlite3 = None  # type: ignore[assignment]
 
 try:
     import jwt
@@ -210,7 +219,7 @@ client_connected = _signals.signal("client-connected")
 #: Sent with `hub`, `client_id` and `user`, in a worker, after the connection is closed.
 client_disconnected = _signals.signal("client-disconnected")
 #: Sent with `hub`, `id`, `type`, `content_type`, `payload` and `to`, in the thread that published,
-#: after the event is queued or, with Redis, stored. The sender of all three is the app.
+#: after the event is queued or, with a shared log, stored. The sender of all three is the app.
 event_published = _signals.signal("event-published")
 
 
@@ -302,6 +311,15 @@ def _is_key(value: Any) -> bool:
     return isinstance(value, (str, bytes)) and len(value) > 0
 
 
+def _is_path(value: Any) -> bool:
+    if not isinstance(value, (str, os.PathLike)):
+        return False
+    path = os.fspath(value)
+    # A URL of SQLAlchemy would become the name of a file. In memory, processes share nothing.
+    is_file = isinstance(path, str) and not path.startswith((":", "sqlite:", "file:"))
+    return is_file and path.strip() != "" and "\0" not in path
+
+
 def _are_strings(value: object) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
 
@@ -344,6 +362,11 @@ class Settings:
     inspector: bool | None = _setting(
         None, "True or False", lambda value: isinstance(value, bool)
     )
+    database: str | os.PathLike[str] | None = _setting(
+        None,
+        'the path of a file such as "live.sqlite3"; a relative one is inside app.instance_path',
+        _is_path,
+    )
     redis_url: str | None = _text(
         None, "a URL such as redis://localhost:6379/0", r"(rediss?|unix)://.+"
     )
@@ -375,6 +398,7 @@ class Settings:
                 values[fields[key].name] = value
         settings = cls(**values)
         settings.check_key()
+        settings.check_log()
         return settings
 
     @staticmethod
@@ -398,21 +422,36 @@ class Settings:
                 key = f"{CONFIG_PREFIX}JWT_KEY"
                 raise ValueError(f"config key {key} must be a key for {name}: {error}") from error
 
+    def check_log(self) -> None:
+        """Raise ValueError if it is not clear which shared log is meant."""
+        if self.database is not None and not _is_path(self.database):
+            # The argument of a hub, or an environment variable.
+            raise ValueError(f"the database must be the path of a file, not {self.database!r}")
+        if self.database is not None and self.redis_url is not None:
+            raise ValueError(
+                f"{CONFIG_PREFIX}DATABASE and {CONFIG_PREFIX}REDIS_URL are both set: choose the"
+                " file if the site runs on one machine, or Redis if it runs on several"
+            )
+
     @classmethod
-    def of_app(cls, app: Flask | None, redis_url: str | None) -> Settings:
+    def of_app(cls, app: Flask | None, logs: Mapping[str, Any]) -> Settings:
         """Return the settings of an app, or of a script without one.
 
-        The environment variable SWIFTCMS_WS_REDIS_URL stands in for the config key.
+        logs: the arguments `database` and `redis_url` of Hub(). If neither config key is set, they
+            stand in for both, or else the environment variables SWIFTCMS_WS_DATABASE and
+            SWIFTCMS_WS_REDIS_URL do.
         """
         settings = cls() if app is None else cls.from_config(app.config)
         changes: dict[str, Any] = {}
+        if settings.database is None and settings.redis_url is None:
+            environ = {key: os.environ.get(CONFIG_PREFIX + key.upper()) or None for key in logs}
+            changes |= logs if any(value is not None for value in logs.values()) else environ
         if app is not None and settings.jwt_key is None and app.secret_key:
             changes["jwt_key"] = app.secret_key
             changes["old_keys"] = tuple(app.config.get("SECRET_KEY_FALLBACKS") or ())
-        if settings.redis_url is None:
-            changes["redis_url"] = redis_url or os.environ.get(f"{CONFIG_PREFIX}REDIS_URL") or None
         settings = dataclasses.replace(settings, **changes)
         settings.check_key()
+        settings.check_log()
         return settings
 
 
@@ -430,18 +469,26 @@ class Hub:
     the engine of that app. Outside one it uses the only app that has served a connection, or
     else the only app.
 
-    A script or a task queue has no app and gives `redis_url` instead, or sets the environment
-    variable SWIFTCMS_WS_REDIS_URL. It then publishes without starting a thread:
+    A script or a task queue has no app and names the site's shared log instead, as an argument or
+    in the environment variable SWIFTCMS_WS_DATABASE or SWIFTCMS_WS_REDIS_URL. It then publishes
+    without starting a thread:
 
-        with Hub(redis_url="redis://localhost:6379/0") as hub:
+        with Hub(database="/srv/site/instance/live.sqlite3") as hub:
             hub.publish("content.created", "posts", {"id": 7})
+
+    database:  the path of the file; without an app it must be absolute
+    redis_url: such as "redis://localhost:6379/0"
     """
 
-    def __init__(self, redis_url: str | None = None) -> None:
+    def __init__(
+        self,
+        redis_url: str | None = None,
+        database: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.blueprint: Blueprint = Endpoint(self).blueprint
         self.identify_hook: Callable[[], Any] | None = None
         self.authorize_hook: Callable[[User | None, str, str], Any] | None = None
-        self._redis_url = redis_url
+        self._logs = {"database": database, "redis_url": redis_url}
         # Weak, so that an app which a job or a test created can be freed.
         self._app_refs: list[weakref.ref[Flask]] = []
         # The engine of a hub without an app.
@@ -476,9 +523,9 @@ class Hub:
     ) -> str:
         """Send an event to all clients that subscribe to it, and return its id.
 
-        The event is queued, so the number of clients makes no difference. With Redis the call takes
-        one round trip. It waits only while 8 MiB of events are queued. It needs no context. Call it
-        after the commit, because a client may ask for the data at once.
+        The event is queued, so the number of clients makes no difference. With a shared log it is
+        stored there, in one step. It waits only while 8 MiB of events are queued. It needs no
+        context. Call it after the commit, because a client may ask for the data at once.
 
         event_type:   such as "content.created": words joined by dots, none under "system."
         content_type: such as "posts"
@@ -496,7 +543,7 @@ class Hub:
     def publish_many(self, events: Iterable[tuple[Any, ...]]) -> list[str]:
         """Send events, each a tuple of publish()'s arguments in their order; return their ids.
 
-        Raises as publish() does, and then sends none of them. With Redis they take one round trip.
+        Raises as publish() does, and then sends none of them. A shared log takes them in one step.
         """
         engine = self._engine()
         events = [(*event[:3], *map(_keep_iterator, event[3:])) for event in events]
@@ -563,7 +610,8 @@ class Hub:
     def stats(self) -> dict[str, int]:
         """Return numbers of this process for a status page, by name.
 
-        Now: `connections`, `subscriptions`, `queue_length` (events not delivered yet) and
+        Each process of a site has its own numbers, also if the processes share a log. Now:
+        `connections`, `subscriptions`, `queue_length` (events not delivered yet) and
         `waiting_bytes` (not accepted yet by the sockets of slow clients). Since the start:
         `published`, `delivered`, `replayed`, `slow_clients` (closed with 1013), `throttled`
         (pauses of clients that sent too fast), `errors`, and, if there was one, `error_CODE`,
@@ -595,8 +643,8 @@ class Hub:
 
         Log the user out first. Otherwise the client reconnects, and the identify hook accepts it.
 
-        Raises PublishError if Redis is away. Then no connection is closed, because those in other
-        processes would stay open.
+        Raises PublishError if the shared log is away. Then no connection is closed, because those
+        in other processes would stay open.
         """
         user = check_user_id(user_id, "user_id")
         session = None if session is None else check_user_id(session, "session")
@@ -660,18 +708,18 @@ class Hub:
             with self._starting_guard, self._starting:
                 engine = engines[self]
                 if engine is None:
-                    engine = engines[self] = Engine(self, app, self._redis_url)
+                    engine = engines[self] = Engine(self, app, self._logs)
         return engine
 
     def _engine_without_app(self) -> Engine:
         with self._starting_guard, self._starting:
             if self._script_engine is None:
-                engine = Engine(self, None, self._redis_url)
+                engine = Engine(self, None, self._logs)
                 if engine.log is None:
                     raise RuntimeError(
                         "this hub is not registered with an app, so no client could receive the"
                         " event: call app.register_blueprint(blueprint) first, or use the hub that"
-                        " is registered; a script gives Hub(redis_url=…)"
+                        " is registered; a script gives Hub(database=…)"
                     )
                 self._script_engine = engine
             return self._script_engine
@@ -693,6 +741,8 @@ class Hub:
         The configuration is checked here too, so that mistakes show early.
         """
         settings = Settings.from_config(app.config)
+        if settings.database is not None:
+            check_sqlite()
         if settings.redis_url is not None:
             import_redis()
         engines = app.extensions.setdefault("swiftcms_ws", {})
@@ -713,7 +763,8 @@ class Hub:
         if parent_process is not None and parent_process() is not None:
             engine.warn(
                 "an event was published by a child process of multiprocessing: it reaches no client"
-                " of the parent. Set SWIFTCMS_WS_REDIS_URL, or publish in the parent",
+                " of the parent. Set SWIFTCMS_WS_DATABASE or SWIFTCMS_WS_REDIS_URL, or publish in"
+                " the parent",
                 once=True,
             )
         if not engine.has_served and any(other.has_served for other in self._engines()):
@@ -785,11 +836,11 @@ class Engine:
     its methods, except those marked "Loop only". A forked child creates a new one.
     """
 
-    def __init__(self, hub: Hub, app: Flask | None, redis_url: str | None) -> None:
+    def __init__(self, hub: Hub, app: Flask | None, logs: Mapping[str, Any]) -> None:
         self.hub = hub
         # Weak, so that an app which a job has created can be freed. Its threads stop then.
         self._app_ref = None if app is None else weakref.ref(app)
-        self.settings = Settings.of_app(app, redis_url)
+        self.settings = Settings.of_app(app, logs)
         # The name of this process among the others; client ids begin with it.
         self.process = secrets.token_hex(PROCESS_LENGTH // 2)
         self.counters = Counters()
@@ -798,9 +849,7 @@ class Engine:
         self.workers = Workers()
         self.editing = Editing(self)
         self.exchange = EditorExchange(self)
-        self.log: RedisLog | None = None
-        if self.settings.redis_url is not None:
-            self.log = RedisLog(self.settings, is_trimming=app is not None)
+        self.log = create_log(self.settings, app, self.report)
         self._create_threads()
         # NaN is not JSON: every browser that received it would throw.
         json_provider = (app or Flask(__name__)).json
@@ -921,7 +970,8 @@ class Engine:
         if count:
             self.warn(
                 "this process published %s events and served no client, so they reached nobody: if"
-                " another process serves the site, set SWIFTCMS_WS_REDIS_URL in both",
+                " another process serves the site, set SWIFTCMS_WS_DATABASE in both (or, on several"
+                " machines, SWIFTCMS_WS_REDIS_URL)",
                 count,
             )
 
@@ -929,9 +979,11 @@ class Engine:
         """Return the id of the newest event. Starts no thread."""
         if self.follower is not None and self.follower.newest_id is not None:
             return self.follower.newest_id
-        if self.log is not None:
+        if self.log is None:
+            return self.loop.last_id
+        with suppress(LogUnavailable):
             return self.log.newest_id() or (0, 0)
-        return self.loop.last_id
+        return (0, 0)
 
     # -- signing out -------------------------------------------------------------------------------
 
@@ -1041,6 +1093,8 @@ class Engine:
     def close_copies(self) -> None:
         """Close a forked child's copies of sockets and descriptors; the parent keeps its own."""
         self.loop.close_copies()
+        if self.log is not None:
+            self.log.close_copies()
         for connection in (*self.registry.connections_after_fork(), *self.loop.closing):
             connection.close_copy()
 
@@ -2750,7 +2804,8 @@ class HandshakeCheck:
         if request.environ.get("wsgi.multiprocess") and self._engine.log is None:
             self._engine.warn(
                 "the web server has several processes, and an event reaches only the clients of"
-                " the process that publishes it: set SWIFTCMS_WS_REDIS_URL, or run one process",
+                " the process that publishes it: set SWIFTCMS_WS_DATABASE (or, on several machines,"
+                " SWIFTCMS_WS_REDIS_URL), or run one process",
                 once=True,
             )
 
@@ -4424,6 +4479,8 @@ class Heartbeat:
         engine = self._engine
         if number == 0:
             engine.exchange.beat()
+            if engine.follower is not None:
+                engine.follower.check()
         connections = list(self._slices[number])
         if connections:
             message = message_frame("system.heartbeat", place_fields(engine))
@@ -4647,7 +4704,7 @@ class EditorExchange:
         message = {"do": do, "process": self._engine.process, **fields}
         log_ = self._engine.log
         if log_ is not None:
-            self._outbox.put(lambda: send_quietly(log_, message))
+            self._outbox.put(lambda: log_.send_quietly(message))
 
     def _send_list(self) -> None:
         """Run by a worker."""
@@ -4657,7 +4714,7 @@ class EditorExchange:
         assert engine.log is not None
         own = engine.editing.of_process(engine.process)
         editors = [(*entry, dataclasses.asdict(editor)) for entry, editor in own]
-        send_quietly(engine.log, {"do": "editors", "process": engine.process, "editors": editors})
+        engine.log.send_quietly({"do": "editors", "process": engine.process, "editors": editors})
 
     def beat(self) -> None:
         """Once a heartbeat: send our list if it is not empty, and forget silent processes."""
@@ -4817,12 +4874,747 @@ def entry_of(message: Mapping[str, Any]) -> Entry:
     return content_type, entry_id
 
 
-# == 13. Shared log: Redis, for several processes and machines ===================================
+# == 13. Shared logs: SQLite on one machine, Redis on several ====================================
 
-# A position in the shared log: the last event that was read, and the last control message.
+# A position in a shared log: the last event that was read, and the last control message.
 Place = tuple[EventId, str]
 # An event without recipients. It is appended to an empty log, to have a position to continue from.
 MARKER = Draft("system.marker", "system", "{}", frozenset())
+# The type of an event that signs a user out in all processes; no client receives it. Unlike control
+# messages, events cannot be lost without notice: the follower then disconnects all clients.
+SIGN_OUT = "system.disconnect"
+
+
+class SharedLog:
+    """A log that all processes append to and read: the interface of SqliteLog and RedisLog.
+
+    It gives the ids, and one order, to the events of all processes. It also carries control
+    messages between processes: lists of editors and changes, which are never replayed. Any thread
+    may call append(), send(), newest_id() and read_after(), which give up within two seconds. Only
+    the follower calls find_end(), read_on() and stop_reading(). If the log is away, append() and
+    send() raise PublishError, and the others LogUnavailable.
+    """
+
+    # The most entries that are read at once.
+    READ_SIZE = 256
+    # The log keeps this many events more than the history, so that a slow follower misses none.
+    FOLLOWER_ROOM = 10_000
+    # How many control messages the log keeps, and about how many bytes of them.
+    MAX_MESSAGES = 1000
+    MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+    # The least time between two log records about failures of append(), in seconds.
+    LOG_INTERVAL = 60.0
+
+    # What log records call it, and how it may have lost events.
+    name: str
+    loss_hint: str
+
+    def __init__(self, settings: Settings, is_trimming: bool, report: Callable[..., None]) -> None:
+        self._history = settings.history
+        # Only a process with an app trims: a script does not know the site's HISTORY.
+        self._max_events = settings.history + self.FOLLOWER_ROOM if is_trimming else None
+        self._report = report
+        # The newest event of this process, for flush(). Setting it is atomic.
+        self.last_appended: EventId = (0, 0)
+        # When a failure was last logged. Setting it is atomic.
+        self._logged_at = float("-inf")
+
+    def append(self, drafts: Sequence[Draft]) -> list[EventId]:
+        """Add events, all or none of them, in one step; return their ids.
+
+        Raises PublishError within two seconds if the log does not store them.
+        """
+        if not drafts:
+            return []
+        try:
+            event_ids = self._add_events(drafts)
+        except LogUnavailable as error:
+            # A site may catch PublishError, and the follower may be able to read all the same.
+            if time.monotonic() > self._logged_at + self.LOG_INTERVAL:
+                self._logged_at = time.monotonic()
+                log(logging.WARNING, "publish() failed: %s", error)
+            message = f"the event is not stored; publish it again later: {error}"
+            raise PublishError(message) from error
+        self.last_appended = max(self.last_appended, event_ids[-1])
+        return event_ids
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a control message to the other processes."""
+        text = json.dumps(message)
+        most = max(1, min(self.MAX_MESSAGES, self.MAX_MESSAGE_BYTES // len(text)))
+        try:
+            self._add_message(text, most)
+        except LogUnavailable as error:
+            raise PublishError(f"the message is not sent: {error}") from error
+
+    def send_quietly(self, message: Mapping[str, Any]) -> None:
+        """Send a control message that may be lost. Lists of editors are sent again."""
+        with suppress(PublishError):
+            self.send(message)
+
+    def _add_events(self, drafts: Sequence[Draft]) -> list[EventId]:
+        raise NotImplementedError
+
+    def _add_message(self, text: str, most: int) -> None:
+        """Add a control message, and keep the newest `most` of them."""
+        raise NotImplementedError
+
+    def newest_id(self) -> EventId | None:
+        """Return the id of the newest event, or None if there is none."""
+        raise NotImplementedError
+
+    def read_after(self, since: EventId) -> list[Event] | None:
+        """Return the events after `since`; None if some of them are not kept any more."""
+        raise NotImplementedError
+
+    def find_end(self) -> Place:
+        """Return the newest position. An empty log gets a marker event first."""
+        raise NotImplementedError
+
+    def read_on(self, place: Place) -> tuple[list[Event], list[str], Place] | None:
+        """Wait about a second for new entries; return events, messages, and the place after them.
+
+        None if the place is not in the log any more: it was trimmed, or this is another log.
+        """
+        raise NotImplementedError
+
+    def parse_event(self, event_id: EventId, fields: Mapping[str, Any]) -> Event:
+        """Return an event of the log. Otherwise a stranger's entry would stop the follower."""
+        try:
+            to = None if fields.get("to") is None else frozenset(json.loads(fields["to"]))
+            draft = Draft(fields["type"], fields["contentType"], fields["payload"], to)
+            return Event(event_id, draft)
+        except (KeyError, ValueError, TypeError):
+            message = "ignored the entry %s in %s, which swiftcms_ws did not write"
+            self._report(logging.ERROR, message, format_event_id(event_id), self.name)
+            return Event(event_id, MARKER)
+
+    def stop_reading(self) -> None:
+        """Free what the follower alone uses. Its thread calls this last."""
+
+    def close_copies(self) -> None:
+        """Close a forked child's copies of descriptors."""
+
+    def close(self) -> None:
+        """Close connections, and let read_on() return soon. A later call opens them again."""
+        raise NotImplementedError
+
+
+def create_log(
+    settings: Settings, app: Flask | None, report: Callable[..., None]
+) -> SharedLog | None:
+    """Return the shared log of the settings, or None. It is opened at its first use."""
+    if settings.redis_url is not None:
+        return RedisLog(settings, app is not None, report)
+    if settings.database is None:
+        return None
+    path = os.fspath(settings.database)
+    if app is None and not os.path.isabs(path):
+        raise ValueError(
+            f"without an app, the path of the database must be absolute: {os.path.abspath(path)!r}"
+            f" instead of {path!r}? In a site's configuration, {path!r} is inside app.instance_path"
+        )
+    if app is not None and not os.path.isabs(path):
+        # If this fails, the first publish() says why.
+        with suppress(OSError):
+            os.makedirs(app.instance_path, exist_ok=True)
+        path = os.path.join(app.instance_path, path)
+    return SqliteLog(path, settings, app is not None, report)
+
+
+# -- SQLite ----------------------------------------------------------------------------------------
+
+
+def check_sqlite() -> None:
+    """Raise ImportError if this Python was built without SQLite."""
+    if sqlite3 is None:
+        raise ImportError(
+            "SWIFTCMS_WS_DATABASE needs the module sqlite3, and this Python was built without it"
+        )
+
+
+class LogFile:
+    """One connection to the file of a SqliteLog. Any thread may use it, one at a time.
+
+    It creates a missing file, and notices if the file was deleted or replaced. After an error it
+    closes the connection, so that the next use shows whether the fault is gone.
+    """
+
+    # One database in WAL mode has three files.
+    SUFFIXES = ("", "-wal", "-shm")
+    # SQLite must not create the file itself, because other users of the machine could read it.
+    URI_OPTIONS = "mode=rw"
+    # How long a fork waits for a thread that uses the connection, in seconds.
+    FORK_TIMEOUT = 2.5
+    # By words of an error's message.
+    HINTS: ClassVar[dict[str, str]] = {
+        "locked": "Another program holds it; `sqlite3 FILE '.backup COPY'` copies it and does not.",
+        "readonly": "This process must be able to write the file and its directory.",
+        "unable to open": "This process must be able to read and write the file and its directory.",
+        "Permission denied": "This process must be able to read and write the directory.",
+        "temporarily unavailable": "Other processes take too long to open it.",
+        "full": "Free some space.",
+        "disk I/O": "Is the disk full or broken, or was its -wal deleted?",
+        "malformed": "It is damaged: delete it with its -wal and -shm, and clients load again.",
+        "not a database": "It is damaged, or another file: delete it, or choose another name.",
+        "No such file": "Create the directory.",
+        "locking protocol": "Is it on a network file system? Choose a local disk, or use Redis.",
+    }
+    # Connections that a forked child has inherited while another thread used them. Closing them
+    # would damage the file, and this process cannot use SQLite any more.
+    inherited: ClassVar[list[sqlite3.Connection | None]] = []
+
+    def __init__(self, path: str, timeout: float) -> None:
+        """timeout: for waiting for other threads, and then for other processes, in seconds."""
+        self._path = path
+        self._timeout = timeout
+        self._directory = os.path.dirname(path)
+        # The thread that uses the connection, and those that wait for it. (A connection for each
+        # thread would need no lock, but Werkzeug starts a thread for each request.) This list is
+        # the lock. A threading.Lock with a timeout would stay locked for ever if a signal handler
+        # raised an exception, such as Celery's time limit, just when acquire() returns.
+        self._queue = list[int]()
+        self._fork_turn: AbstractContextManager[None] | None = None
+        # Only for the first in the queue: the connection, and device and number of the three files.
+        self._connection: sqlite3.Connection | None = None
+        self._identity: list[tuple[int, int] | None] = []
+        _log_files.add(self)
+
+    def __del__(self) -> None:
+        self._close()
+
+    @contextmanager
+    def use(self) -> Iterator[sqlite3.Connection]:
+        """Yield the connection to the file that has the path now; open it if need be.
+
+        Raises LogUnavailable if the file cannot be used.
+        """
+        with self._turn(self._timeout):
+            try:
+                if self._connection is None or self._find_identity() != self._identity:
+                    self._open()
+                yield cast("sqlite3.Connection", self._connection)
+            except BaseException as error:
+                connection = self._connection
+                # A transaction that stays open would lock out all other processes.
+                if not is_locked(error) or (connection is not None and connection.in_transaction):
+                    self._close()
+                if isinstance(error, (sqlite3.Error, OSError)):
+                    raise self._unavailable(str(error)) from error
+                raise
+
+    @contextmanager
+    def _turn(self, timeout: float) -> Iterator[None]:
+        """Wait until this thread may use the connection. Each step on the queue is atomic."""
+        thread, deadline = threading.get_ident(), time.monotonic() + timeout
+        if thread in self._queue:
+            raise RuntimeError(SIGNAL_HINT)
+        try:
+            self._queue.append(thread)
+            while self._queue[0] != thread:
+                if time.monotonic() >= deadline:
+                    raise self._unavailable("other threads of this process still wait for it")
+                time.sleep(0.0002)
+            yield
+        finally:
+            self._queue.remove(thread)
+
+    def _unavailable(self, problem: str) -> LogUnavailable:
+        hints = [hint for words, hint in self.HINTS.items() if words in problem]
+        return LogUnavailable(" ".join([f"cannot use {self._path}: {problem}.", *hints[:1]]))
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """As use(), for one transaction that writes. At the end it is stored, all or nothing."""
+        with self.use() as connection:
+            self._begin(connection)
+            yield connection
+            connection.execute("COMMIT")
+
+    def close(self) -> None:
+        """Close the connection, unless a thread uses it for longer than the timeout."""
+        with suppress(LogUnavailable), self._turn(self._timeout):
+            self._close()
+
+    # -- for the first in the queue ----------------------------------------------------------------
+
+    def _begin(self, connection: sqlite3.Connection) -> None:
+        """Begin a transaction that writes, as soon as no other process writes.
+
+        SQLite itself would pause for up to 100 ms between two attempts. If other processes publish
+        all the time, the file is free for microseconds only, and this process would starve.
+        """
+        deadline = time.monotonic() + self._timeout
+        connection.execute("PRAGMA busy_timeout = 0")
+        try:
+            while True:
+                try:
+                    connection.execute("BEGIN IMMEDIATE")
+                    return
+                except sqlite3.OperationalError as error:
+                    if not is_locked(error) or time.monotonic() >= deadline:
+                        raise
+                time.sleep(random.uniform(0.0002, 0.002))
+        finally:
+            connection.execute(f"PRAGMA busy_timeout = {round(self._timeout * 1000)}")
+
+    def _close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(sqlite3.Error):
+                connection.close()
+
+    def _find_identity(self) -> list[tuple[int, int] | None]:
+        found: list[tuple[int, int] | None] = []
+        for suffix in self.SUFFIXES:
+            try:
+                status = os.stat(self._path + suffix)
+                found.append((status.st_dev, status.st_ino))
+            except OSError:
+                found.append(None)
+        return found
+
+    def _open(self) -> None:
+        if self.inherited:
+            raise self._unavailable(
+                "this process was forked while another thread wrote to it; start the process in"
+                " another way, such as multiprocessing with the method spawn"
+            )
+        # Otherwise two processes could create the file, or remove its journal, at the same time.
+        with self._locked_directory():
+            self._forget_old_files()
+            if not os.path.lexists(self._path):
+                self._create()
+            created = self._find_identity()[0]
+            uri = f"{Path(self._path).as_uri()}?{self.URI_OPTIONS}"
+            self._connection = sqlite3.connect(
+                uri, self._timeout, isolation_level=None, check_same_thread=False, uri=True
+            )
+            problem = prepare_database(self._connection)
+            self._identity = self._find_identity()
+            if self._identity[0] != created or None in self._identity:
+                problem = problem or "it was deleted while it was opened"
+            if problem:
+                raise self._unavailable(problem)
+
+    @contextmanager
+    def _locked_directory(self) -> Iterator[None]:
+        """Hold a lock on the directory, against other processes that open the file."""
+        if fcntl is None:
+            yield
+            return
+        deadline = time.monotonic() + self._timeout / 2
+        descriptor = os.open(self._directory, os.O_RDONLY)
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(0.005)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _forget_old_files(self) -> None:
+        """Close connections to files that were deleted or replaced, and remove an old journal.
+
+        Otherwise SQLite would use the journal of another file, and lose events or damage the file.
+        """
+        now, before, is_open = self._find_identity(), self._identity, self._connection is not None
+        for number, suffix in enumerate(self.SUFFIXES[1:], 1):
+            # While the connection is open, no other file can have the same device and number.
+            is_old = is_open and now[0] != before[0] and now[number] == before[number]
+            if now[0] is None or is_old:
+                with suppress(FileNotFoundError):
+                    os.unlink(self._path + suffix)
+        self._close()
+        # If only the -wal or the -shm is gone, SQLite shares the old one between all connections of
+        # this process. So all must be closed before one is opened.
+        for other in list(_log_files):
+            is_open = other is not self and other._connection is not None
+            if is_open and other._identity[0] == now[0] and other._identity != now:
+                with other._turn(0):
+                    other._close()
+
+    def _create(self) -> None:
+        """Create an empty file, with mode 0600 and the group's bits of its directory."""
+        directory = os.stat(self._directory)
+        descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            # The site, which runs as another user, must be able to use a file of the superuser.
+            if hasattr(os, "geteuid") and os.geteuid() == 0:
+                os.fchown(descriptor, directory.st_uid, directory.st_gid)
+            # SQLite gives the other two files the same mode. Their group may be another one.
+            if hasattr(os, "fchmod") and os.fstat(descriptor).st_gid == directory.st_gid:
+                os.fchmod(descriptor, 0o600 | directory.st_mode & 0o060)
+        finally:
+            os.close(descriptor)
+
+    # -- forks -------------------------------------------------------------------------------------
+
+    def begin_fork(self) -> None:
+        """Close the connection, and let no thread open it until the fork is over.
+
+        A child that inherits one would believe that it holds the locks of its parent.
+        """
+        self._fork_turn = self._turn(self.FORK_TIMEOUT)
+        try:
+            self._fork_turn.__enter__()
+            self._close()
+        except (LogUnavailable, RuntimeError):
+            self._fork_turn = None
+
+    def end_fork(self, is_child: bool) -> None:
+        turn, self._fork_turn = self._fork_turn, None
+        if turn is not None:
+            turn.__exit__(None, None, None)
+        elif is_child and self._connection is not None:
+            self.inherited.append(self._connection)
+
+
+_log_files: weakref.WeakSet[LogFile] = weakref.WeakSet()
+# Held during a fork, because two threads may fork at the same time.
+_fork_lock = threading.Lock()
+
+
+def _begin_fork() -> None:
+    _fork_lock.acquire()
+    for file in list(_log_files):
+        file.begin_fork()
+
+
+def _end_fork(is_child: bool) -> None:
+    for file in list(_log_files):
+        file.end_fork(is_child)
+    if is_child:
+        # The child forgets its engines, and their queues may have threads of the parent.
+        _log_files.clear()
+    _fork_lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_begin_fork,
+        after_in_parent=functools.partial(_end_fork, is_child=False),
+        after_in_child=functools.partial(_end_fork, is_child=True),
+    )
+
+
+def is_locked(error: BaseException) -> bool:
+    """Return whether SQLite waited in vain for the lock of another connection."""
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+
+
+APPLICATION_ID = 0x53574653
+FORMAT_VERSION = 1
+SCHEMA = (
+    # `position` counts all events that ever were in this file, and `bytes` their payloads. So the
+    # difference between two rows is the size of what lies between.
+    "CREATE TABLE events (id INTEGER PRIMARY KEY, position INTEGER NOT NULL,"
+    " bytes INTEGER NOT NULL, type TEXT NOT NULL, content_type TEXT NOT NULL,"
+    " payload TEXT NOT NULL, receivers TEXT)",
+    "CREATE TABLE messages (id INTEGER PRIMARY KEY, message TEXT NOT NULL)",
+    # The UDP ports of followers, and when each was last confirmed (seconds since 1970).
+    "CREATE TABLE listeners (port INTEGER PRIMARY KEY, confirmed_at INTEGER NOT NULL)",
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {FORMAT_VERSION}",
+)
+
+
+def prepare_database(connection: sqlite3.Connection) -> str:
+    """Create the tables in an empty database. Return why it cannot be used, or an empty string."""
+
+    def ask(statement: str) -> Any:
+        return connection.execute(statement).fetchone()[0]
+
+    # One damaged string must not stop the follower.
+    connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
+    has_tables = ask("SELECT count(*) FROM sqlite_master") > 0
+    if has_tables and ask("PRAGMA application_id") != APPLICATION_ID:
+        return "it is the database of another program. Set SWIFTCMS_WS_DATABASE to another file"
+    if has_tables and ask("PRAGMA user_version") > FORMAT_VERSION:
+        return (
+            "a newer version of swiftcms_ws has written it. Update this installation, or delete the"
+            " file with its -wal and -shm"
+        )
+    if ask("PRAGMA journal_mode = WAL") != "wal":
+        return (
+            "its file system does not support SQLite's WAL mode, as network file systems do not."
+            " Choose a directory on a local disk, or use Redis"
+        )
+    # After a power failure the last events may be missing. A crash of a process loses none.
+    connection.execute("PRAGMA synchronous = NORMAL")
+    # If there is a follower, it moves the journal into the file before it has so many pages.
+    connection.execute("PRAGMA wal_autocheckpoint = 4000")
+    connection.execute("PRAGMA journal_size_limit = 4194304")
+    if not has_tables:
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in SCHEMA:
+            connection.execute(statement)
+        connection.execute("COMMIT")
+    # From now on all three files exist.
+    ask("SELECT count(*) FROM listeners")
+    return ""
+
+
+class SqliteLog(SharedLog):
+    """A log in an SQLite file, for the processes of one machine.
+
+    The follower has a connection of its own, so that it does not wait for publish(); the other
+    threads share one. A publisher wakes all followers with a UDP datagram on 127.0.0.1, and each of
+    them looks once a second anyway: a container may share the file, but not the network.
+    """
+
+    # How long to wait for other threads, and then for other processes, in seconds.
+    TIMEOUT = 0.9
+    # The same for the follower. Clients wait for it meanwhile.
+    FOLLOWER_TIMEOUT = 0.5
+    POLL_INTERVAL = 1.0
+    # An id is one number: milliseconds << COUNTER_BITS | counter.
+    COUNTER_BITS = 16
+    # The most bytes of payloads: those of the history, and as many for a slow follower.
+    MAX_BYTES = 2 * History.MAX_BYTES
+    # After so many events, old ones are deleted and the journal is moved into the file.
+    TIDY_STEP = 256
+    # The most events that one transaction deletes, because publish() waits for it.
+    MAX_DELETED = 2000
+    # The journal is kept below about so many pages.
+    MAX_JOURNAL = 1000
+    # How often a follower confirms its port, and when others remove it, in seconds.
+    CONFIRM_INTERVAL = 60.0
+    PORT_LIFETIME = 200.0
+
+    loss_hint = "was it deleted or replaced?"
+
+    def __init__(
+        self, path: str, settings: Settings, is_trimming: bool, report: Callable[..., None]
+    ) -> None:
+        check_sqlite()
+        super().__init__(settings, is_trimming, report)
+        self.name = f"the file {path}"
+        self._file = LogFile(path, self.TIMEOUT)
+        # The newest id, as a number, that this process has given or read. Ids stay above it, also
+        # if the file is replaced and the clock is wrong. Setting it is atomic.
+        self._newest_number = 0
+        # The rest is for the follower's thread, which alone opens the socket.
+        self._own_file = LogFile(path, self.FOLLOWER_TIMEOUT)
+        self._listener: socket.socket | None = None
+        self._port = 0
+        self._confirm_at = 0.0
+        # Events that were read since _tidy() ran; and whether there may be more of them now.
+        self._untidy = 0
+        self._has_more = False
+
+    # -- any thread --------------------------------------------------------------------------------
+
+    def _add_events(self, drafts: Sequence[Draft]) -> list[EventId]:
+        with self._file.write() as connection:
+            newest, position, size = self._last_row(connection) or (0, 0, 0)
+            # Ids never go back, also if the clock does.
+            clock = now_milliseconds() << self.COUNTER_BITS
+            first = max(clock, newest + 1, self._newest_number + 1)
+            rows = []
+            for index, draft in enumerate(drafts):
+                size += utf8_length(draft.payload)
+                receivers = None if draft.to is None else json.dumps(sorted(draft.to))
+                rows.append((first + index, position + 1 + index, size, *draft[:3], receivers))
+            connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            # Followers trim too, but there may be none.
+            if position // self.TIDY_STEP < (position + len(rows)) // self.TIDY_STEP:
+                self._trim(connection)
+            self._newest_number = rows[-1][0]
+            ports = self._ports(connection)
+        self._wake(ports)
+        return [self._to_id(row[0]) for row in rows]
+
+    def _add_message(self, text: str, most: int) -> None:
+        with self._file.write() as connection:
+            connection.execute("INSERT INTO messages (message) VALUES (?)", (text,))
+            connection.execute(
+                "DELETE FROM messages WHERE id <= (SELECT max(id) FROM messages) - ?", (most,)
+            )
+            ports = self._ports(connection)
+        self._wake(ports)
+
+    def newest_id(self) -> EventId | None:
+        with self._file.use() as connection:
+            row = self._last_row(connection)
+        return None if row is None else self._to_id(row[0])
+
+    def read_after(self, since: EventId) -> list[Event] | None:
+        events: list[Event] = []
+        number = self._to_number(since)
+        # In several steps, because publish() waits meanwhile.
+        while len(events) <= self._history:
+            with self._file.use() as connection:
+                rows = self._read_rows(connection, number)
+            if not rows:
+                return None if rows is None else events
+            events += map(self._parse_row, rows)
+            number = rows[-1][0]
+        return None
+
+    def close(self) -> None:
+        self._file.close()
+        self._wake([self._port])
+
+    @staticmethod
+    def _last_row(connection: sqlite3.Connection) -> tuple[int, int, int] | None:
+        """Return number, position and bytes of the newest event."""
+        statement = "SELECT id, position, bytes FROM events ORDER BY id DESC LIMIT 1"
+        return cast("tuple[int, int, int] | None", connection.execute(statement).fetchone())
+
+    def _read_rows(self, connection: sqlite3.Connection, number: int) -> list[Any] | None:
+        """Return the next rows after an event; None if the event is not in the file any more."""
+        rows = connection.execute(
+            "SELECT id, type, content_type, payload, receivers FROM events WHERE id >= ?"
+            " ORDER BY id LIMIT ?",
+            (number, self.READ_SIZE + 1),
+        ).fetchall()
+        return rows[1:] if rows and rows[0][0] == number else None
+
+    def _parse_row(self, row: tuple[Any, ...]) -> Event:
+        fields = dict(zip(("type", "contentType", "payload", "to"), row[1:], strict=True))
+        return self.parse_event(self._to_id(row[0]), fields)
+
+    def _to_id(self, number: int) -> EventId:
+        return number >> self.COUNTER_BITS, number & (1 << self.COUNTER_BITS) - 1
+
+    def _to_number(self, event_id: EventId) -> int:
+        """Return the number of an id. -1, which no event has, stands for an impossible one."""
+        milliseconds, counter = event_id
+        if milliseconds >> 47 or counter >> self.COUNTER_BITS:
+            return -1
+        return milliseconds << self.COUNTER_BITS | counter
+
+    def _trim(self, connection: sqlite3.Connection) -> bool:
+        """Delete events that are too old, in a process with an app. Return whether it did."""
+        newest = self._last_row(connection)
+        if self._max_events is None or newest is None:
+            return False
+        limits = (newest[1] - self._max_events, newest[2] - self.MAX_BYTES)
+        found = connection.execute(
+            "SELECT max(id) FROM (SELECT id, position, bytes FROM events ORDER BY id LIMIT ?)"
+            " WHERE position <= ? OR bytes <= ?",
+            (self.MAX_DELETED, *limits),
+        ).fetchone()
+        if found[0] is None:
+            return False
+        connection.execute("DELETE FROM events WHERE id <= ?", found)
+        return True
+
+    @staticmethod
+    def _ports(connection: sqlite3.Connection) -> list[int]:
+        return [port for (port,) in connection.execute("SELECT port FROM listeners")]
+
+    @staticmethod
+    def _wake(ports: Iterable[int]) -> None:
+        # A process that is not woken looks at the file within a second.
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            for port in ports:
+                sock.sendto(b"\0", ("127.0.0.1", port))
+
+    # -- the follower's thread ---------------------------------------------------------------------
+
+    def find_end(self) -> Place:
+        if self._listener is None:
+            self._listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self._listener.bind(("127.0.0.1", 0))
+            self._port = self._listener.getsockname()[1]
+        # Before the end is read: a datagram follows each later event.
+        self._confirm_port()
+        with self._own_file.use() as connection:
+            row = self._last_row(connection)
+            message = connection.execute("SELECT max(id) FROM messages").fetchone()[0] or 0
+        newest = self._to_id(row[0]) if row is not None else self.append([MARKER])[0]
+        return newest, str(message)
+
+    def read_on(self, place: Place) -> tuple[list[Event], list[str], Place] | None:
+        is_woken = self._has_more or self._wait()
+        if time.monotonic() > self._confirm_at:
+            # If another process writes for long, the next call does it.
+            with suppress(LogUnavailable):
+                self._confirm_port()
+        number, message_number = self._to_number(place[0]), int(place[1])
+        with self._own_file.use() as connection:
+            rows = self._read_rows(connection, number)
+            messages = connection.execute(
+                "SELECT id, message FROM messages WHERE id > ? ORDER BY id LIMIT ?",
+                (message_number, self.READ_SIZE),
+            ).fetchall()
+        self._has_more = bool(rows or messages)
+        if rows is None:
+            return None
+        if self._has_more and not is_woken:
+            # The publisher does not know our port, or cannot reach it.
+            self._confirm_at = 0
+        self._untidy += len(rows)
+        # Not while there is more to read, because it would delete what is not read yet.
+        if not rows and self._untidy and (self._untidy >= self.TIDY_STEP or not is_woken):
+            self._tidy()
+        if rows:
+            number = rows[-1][0]
+            self._newest_number = max(self._newest_number, number)
+        if messages:
+            message_number = messages[-1][0]
+        place = (self._to_id(number), str(message_number))
+        return list(map(self._parse_row, rows)), [text for _, text in messages], place
+
+    def _wait(self) -> bool:
+        """Wait for a datagram, for a second at most. Return whether one came."""
+        assert self._listener is not None
+        self._listener.settimeout(self.POLL_INTERVAL)
+        try:
+            self._listener.recv(16)
+            # One look at the file serves all datagrams that have come.
+            self._listener.settimeout(0)
+            while True:
+                self._listener.recv(16)
+        except TimeoutError:
+            return False
+        except BlockingIOError:
+            return True
+
+    def _confirm_port(self) -> None:
+        """Write our port into the file, and remove those of processes that are gone."""
+        now = int(time.time())
+        with self._own_file.write() as connection:
+            oldest = now - self.PORT_LIFETIME
+            connection.execute("DELETE FROM listeners WHERE confirmed_at < ?", (oldest,))
+            connection.execute("INSERT OR REPLACE INTO listeners VALUES (?, ?)", (self._port, now))
+        self._confirm_at = time.monotonic() + self.CONFIRM_INTERVAL
+
+    def _tidy(self) -> None:
+        """Delete old events, and move the journal into the file. If it fails, it is done later.
+
+        Otherwise publish() would do the latter from time to time, and take a hundred times as long.
+        """
+        self._untidy = 0
+        with suppress(LogUnavailable), self._own_file.use() as connection:
+            while self._trim(connection):
+                pass
+            _, pages, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            if pages > self.MAX_JOURNAL:
+                # If events are published all the time, the journal would grow for ever.
+                connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+
+    def stop_reading(self) -> None:
+        with suppress(LogUnavailable), self._own_file.write() as connection:
+            connection.execute("DELETE FROM listeners WHERE port = ?", (self._port,))
+        self._own_file.close()
+        self.close_copies()
+
+    def close_copies(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
+
+
+# -- Redis -----------------------------------------------------------------------------------------
 
 
 def import_redis() -> Any:
@@ -4835,11 +5627,6 @@ def import_redis() -> Any:
             "SWIFTCMS_WS_REDIS_URL needs the package redis: pip install redis"
         ) from error
     return redis
-
-
-# The type of an event that signs a user out in all processes; no client receives it. Unlike control
-# messages, events cannot be lost without notice: the follower then disconnects all clients.
-SIGN_OUT = "system.disconnect"
 
 
 class AppendGuard:
@@ -4864,30 +5651,25 @@ class AppendGuard:
         self._entered.pop(threading.get_ident(), None)
 
 
-class RedisLog:
-    """A Redis stream that gives the ids and the one order to the events of all processes.
+class RedisLog(SharedLog):
+    """A log in Redis: a stream of events, and a second one of control messages.
 
-    A second stream carries control messages between processes: lists of editors and changes. They
-    are never replayed. Any thread may call the methods, because the client of the package redis is
-    safe to share. If Redis does not answer, they give up after about two seconds.
+    Threads may share the client of the package redis.
     """
 
     # How many seconds Redis has to accept a connection, and to answer.
     TIMEOUT = 1.0
     # How long one XREAD of the follower waits for new entries, in milliseconds.
     BLOCK = 500
-    # The most entries of one XREAD.
-    READ_SIZE = 256
-    # Redis keeps this many events more than the history, so that a slow follower misses none.
-    FOLLOWER_ROOM = 10_000
-    # How many control messages Redis keeps, and about how many bytes of them.
-    MAX_MESSAGES = 1000
-    MAX_MESSAGE_BYTES = 16 * 1024 * 1024
     # A connection that was idle for this many seconds is tested, because a firewall may have
     # dropped it.
     MAX_IDLE = 5.0
 
-    def __init__(self, settings: Settings, is_trimming: bool) -> None:
+    name = "Redis"
+    loss_hint = "does it keep them on disk?"
+
+    def __init__(self, settings: Settings, is_trimming: bool, report: Callable[..., None]) -> None:
+        super().__init__(settings, is_trimming, report)
         redis = import_redis()
         from redis.backoff import NoBackoff  # noqa: PLC0415
         from redis.retry import Retry  # noqa: PLC0415
@@ -4902,35 +5684,28 @@ class RedisLog:
             # A page waits for publish(): it fails soon.
             retry=Retry(NoBackoff(), 0),
         )
-        self.errors: tuple[type[Exception], ...] = (redis.RedisError, OSError)
+        self._redis_errors: tuple[type[Exception], ...] = (redis.RedisError, OSError)
         self._read_only_error: type[Exception] = redis.ReadOnlyError
         self._events = f"{settings.redis_prefix}:events"
         self._messages = f"{settings.redis_prefix}:messages"
-        self._history = settings.history
-        # Only a process with an app trims: a script does not know the site's HISTORY.
-        self._max_events = settings.history + self.FOLLOWER_ROOM if is_trimming else None
         self._guard = AppendGuard()
         # When publish() or send() last used Redis. Setting it is atomic.
         self._used_at = time.monotonic()
-        # The newest event of this process, for flush(). Setting it is atomic.
-        self.last_appended: EventId = (0, 0)
 
-    def append(self, drafts: Sequence[Draft]) -> list[EventId]:
-        """Add events, all or none of them, in one round trip; return their ids.
-
-        Raises PublishError within two seconds if Redis does not store them.
-        """
-        if not drafts:
-            return []
+    @contextmanager
+    def _translated_errors(self) -> Iterator[None]:
+        """Raise LogUnavailable instead of the errors of the package redis."""
         try:
-            with self._guard:
-                ids: list[EventId] = self._write(lambda: self._add(drafts))
-        except self.errors as error:
-            raise PublishError(
-                f"Redis did not store the event; publish it again later: {error}"
+            yield
+        except self._redis_errors as error:
+            raise LogUnavailable(
+                f"cannot use Redis: {error} Is it running, and is SWIFTCMS_WS_REDIS_URL right?"
             ) from error
-        self.last_appended = max(self.last_appended, ids[-1])
-        return ids
+
+    def _add_events(self, drafts: Sequence[Draft]) -> list[EventId]:
+        with self._guard:
+            event_ids: list[EventId] = self._write(lambda: self._add(drafts))
+        return event_ids
 
     def _add(self, drafts: Sequence[Draft]) -> list[EventId]:
         with self._redis.pipeline(transaction=True) as pipe:
@@ -4947,96 +5722,63 @@ class RedisLog:
 
     def _write(self, write: Callable[[], Any]) -> Any:
         """Call a function that writes to Redis, over a connection that is likely to work."""
-        self._test_idle_connections()
-        try:
-            return write()
-        except self._read_only_error:
-            # After a failover the name leads to a new primary, but the pooled connections lead to
-            # the old one, which is a replica now and has not stored the entry.
-            self._redis.connection_pool.disconnect()
-            return write()
+        with self._translated_errors():
+            self._test_idle_connections()
+            try:
+                return write()
+            except self._read_only_error:
+                # After a failover the name leads to a new primary, but the pooled connections lead
+                # to the old one, which is a replica now and has not stored the entry.
+                self._redis.connection_pool.disconnect()
+                return write()
 
     def _test_idle_connections(self) -> None:
         """If Redis was not used for MAX_IDLE seconds, drop pooled connections that are dead."""
         if time.monotonic() - self._used_at > self.MAX_IDLE:
             try:
                 self._redis.ping()
-            except self.errors:
+            except self._redis_errors:
                 self._redis.connection_pool.disconnect(inuse_connections=False)
         self._used_at = time.monotonic()
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message to the other processes. Raises PublishError if Redis is away."""
-        text = json.dumps(message)
-        most = max(1, min(self.MAX_MESSAGES, self.MAX_MESSAGE_BYTES // len(text)))
-        try:
-            self._write(lambda: self._redis.xadd(self._messages, {"message": text}, maxlen=most))
-        except self.errors as error:
-            raise PublishError(f"Redis did not take the message: {error}") from error
-
-    def close(self) -> None:
-        """Close the pooled connections."""
-        self._redis.close()
+    def _add_message(self, text: str, most: int) -> None:
+        self._write(lambda: self._redis.xadd(self._messages, {"message": text}, maxlen=most))
 
     def newest_id(self) -> EventId | None:
-        """Return the id of the newest event; None if there is none or Redis is away."""
-        with suppress(*self.errors):
-            return self._newest()
-        return None
-
-    def _newest(self) -> EventId | None:
-        newest = self._redis.xrevrange(self._events, count=1)
+        with self._translated_errors():
+            newest = self._redis.xrevrange(self._events, count=1)
         return parse_event_id(newest[0][0]) if newest else None
 
     def read_after(self, since: EventId) -> list[Event] | None:
-        """Return the events after `since`; None if some of them are not kept any more.
-
-        Raises LogUnavailable if Redis is away.
-        """
         start = format_event_id(since)
-        try:
+        with self._translated_errors():
             # The history may be long: first look whether `since` is in it at all.
             if not self._redis.xrange(self._events, start, start):
                 return None
             entries = self._redis.xrange(self._events, start, count=self._history + 2)
-        except self.errors as error:
-            raise LogUnavailable(f"cannot read the history from Redis: {error}") from error
-        events = [self._parse_event(*entry) for entry in entries]
+        events = [self._parse_entry(*entry) for entry in entries]
         if not events or events[0].id != since or len(events) > self._history + 1:
             return None
         return events[1:]
 
-    @staticmethod
-    def _parse_event(event_id: str, fields: dict[str, str]) -> Event:
-        draft = MARKER
-        try:
-            to = frozenset(json.loads(fields["to"])) if "to" in fields else None
-            draft = Draft(fields["type"], fields["contentType"], fields["payload"], to)
-        except (KeyError, ValueError, TypeError):
-            log(
-                logging.ERROR,
-                "ignored the entry %s of the Redis stream, which swiftcms_ws did not write; set"
-                " SWIFTCMS_WS_REDIS_PREFIX to a name of its own",
-                event_id,
-            )
-        return Event(parse_event_id(event_id), draft)
+    def _parse_entry(self, event_id: str, fields: dict[str, str]) -> Event:
+        return self.parse_event(parse_event_id(event_id), fields)
 
-    # -- for the follower --------------------------------------------------------------------------
+    def close(self) -> None:
+        self._redis.close()
+
+    # -- the follower's thread ---------------------------------------------------------------------
 
     def find_end(self) -> Place:
-        """Return the newest position of both streams. An empty log gets a marker event first."""
-        newest = self._newest() or self.append([MARKER])[0]
-        messages = self._redis.xrevrange(self._messages, count=1)
+        newest = self.newest_id() or self.append([MARKER])[0]
+        with self._translated_errors():
+            messages = self._redis.xrevrange(self._messages, count=1)
         return newest, messages[0][0] if messages else "0-0"
 
-    def read_on(self, place: Place) -> tuple[list[Event], list[dict[str, Any]], Place] | None:
-        """Wait for new entries; return events, messages, and the place after them.
-
-        None if the place is not in the stream any more: it was trimmed, or this is another Redis.
-        """
+    def read_on(self, place: Place) -> tuple[list[Event], list[str], Place] | None:
         event_id, message_id = place
         here = format_event_id(event_id)
-        with self._redis.pipeline(transaction=False) as pipe:
+        with self._translated_errors(), self._redis.pipeline(transaction=False) as pipe:
             streams = {self._events: here, self._messages: message_id}
             pipe.xread(streams, count=self.READ_SIZE, block=self.BLOCK)
             pipe.xrange(self._events, here, here)
@@ -5044,14 +5786,15 @@ class RedisLog:
         if not still_here:
             return None
         found = self._as_dict(answer)
-        events = [self._parse_event(*entry) for entry in found.get(self._events, [])]
-        messages = []
-        for number, fields in found.get(self._messages, []):
-            message_id = number
-            # Another program may have written something else.
-            with suppress(KeyError, ValueError):
-                messages.append(json.loads(fields["message"]))
-        return events, messages, (events[-1].id if events else event_id, message_id)
+        events = [self._parse_entry(*entry) for entry in found.get(self._events, [])]
+        entries = found.get(self._messages, [])
+        if events:
+            event_id = events[-1].id
+        if entries:
+            message_id = entries[-1][0]
+        # Another program may have written other fields.
+        messages = [fields.get("message", "") for _, fields in entries]
+        return events, messages, (event_id, message_id)
 
     @staticmethod
     def _as_dict(answer: Any) -> dict[str, list[Any]]:
@@ -5061,16 +5804,13 @@ class RedisLog:
         return dict(answer or [])
 
 
-def send_quietly(log_: RedisLog, message: Mapping[str, Any]) -> None:
-    """Send a control message that may be lost. Lists of editors are sent again; changes are not."""
-    with suppress(PublishError):
-        log_.send(message)
+# -- the follower ----------------------------------------------------------------------------------
 
 
 class Follower:
     """A thread that reads the shared log, and queues the events of all processes for the loop.
 
-    It owns the position up to which this process has read. If Redis is away, it tries again and
+    It owns the position up to which this process has read. If the log is away, it tries again and
     continues there. If the position is not in the log any more, events may be lost. All clients
     are then disconnected, and learn it when they resume.
     """
@@ -5080,8 +5820,10 @@ class Follower:
     LAST_PAUSE = 1.0
     # How long a greeting waits for the id of the newest event, in seconds.
     BEGIN_TIMEOUT = 1.0
+    # After so many seconds without reading, the heartbeat logs it once a minute.
+    MAX_SILENCE = 30.0
 
-    def __init__(self, engine: Engine, log_: RedisLog) -> None:
+    def __init__(self, engine: Engine, log_: SharedLog) -> None:
         self._engine = engine
         self._log = log_
         self._stopped = threading.Event()
@@ -5091,16 +5833,22 @@ class Follower:
         # Set by the loop: the history has begun at the end of the log.
         self._has_begun = threading.Event()
         self._begin_until = 0.0
+        # When the log was last read. Setting it is atomic.
+        self._read_at = 0.0
         # Thread only.
         self._place: Place | None = None
 
     def start(self) -> None:
-        self._begin_until = time.monotonic() + self.BEGIN_TIMEOUT
+        self._read_at = time.monotonic()
+        self._begin_until = self._read_at + self.BEGIN_TIMEOUT
         self._thread = threading.Thread(target=self._run, name="swiftcms-ws follower", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         self._stopped.set()
+        self._log.close()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(1.0)
 
     def wait_for_begin(self) -> None:
         """Wait until this process knows the newest event, but only in the second after the start.
@@ -5113,55 +5861,69 @@ class Follower:
     def _run(self) -> None:
         """Thread body: read the log until stopped. An error is logged, and it tries again."""
         pause = self.FIRST_PAUSE
-        while not self._stopped.is_set() and not self._engine.is_closing:
+        while not self._is_stopping():
             try:
                 self._read()
+            except BaseException as error:
+                if not self._is_stopping():
+                    self._report_error(error, is_first=pause == self.FIRST_PAUSE)
+                    pause = min(pause * 2, self.LAST_PAUSE)
+                    self._stopped.wait(pause * random.uniform(0.5, 1))
+            else:
+                self._read_at = time.monotonic()
                 if pause != self.FIRST_PAUSE:
-                    log(logging.WARNING, "Redis is back")
+                    self._engine.report(logging.WARNING, "%s is back", self._log.name)
                 pause = self.FIRST_PAUSE
-                continue
-            except Exception as error:
-                if self._stopped.is_set():
-                    # The log was closed while it was read.
-                    return
-                self._log_error(error, is_first=pause == self.FIRST_PAUSE)
-            pause = min(pause * 2, self.LAST_PAUSE)
-            self._stopped.wait(pause * random.uniform(0.5, 1))
+        self._log.stop_reading()
 
-    def _log_error(self, error: Exception, is_first: bool) -> None:
-        """Log an error. If Redis is away, log only the first of many."""
-        if not isinstance(error, (PublishError, *self._log.errors)):
-            log(logging.ERROR, "following Redis failed; retrying", exc_info=error)
+    def _is_stopping(self) -> bool:
+        return self._stopped.is_set() or self._engine.is_closing
+
+    def _report_error(self, error: BaseException, is_first: bool) -> None:
+        """Log an error. If the log is away, log only the first of many."""
+        if not isinstance(error, (PublishError, LogUnavailable)):
+            message = "following %s failed; retrying"
+            self._engine.report(logging.ERROR, message, self._log.name, exc_info=error)
         elif is_first:
-            log(
+            self._engine.report(
                 logging.WARNING,
-                "cannot reach Redis (%s). Until it is back, publish() raises PublishError"
-                " and clients of this process get no new events. Is it running, and is"
-                " SWIFTCMS_WS_REDIS_URL right? Retrying",
+                "%s Until %s is back, publish() raises PublishError, and clients of this process"
+                " get no new events. Retrying",
                 error,
+                self._log.name,
             )
 
     def _read(self) -> None:
         """Read what is new and give it to the loop, in order."""
         loop = self._engine.loop
         if self._place is None:
-            self._place = self._log.find_end()
-            loop.call(self._restart_history, self._place[0])
-            self.newest_id = self._place[0]
-            send_quietly(self._log, {"do": "hello", "process": self._engine.process})
+            place = self._log.find_end()
+            loop.call(self._restart_history, place[0])
+            self._place, self.newest_id = place, place[0]
+            self._log.send_quietly({"do": "hello", "process": self._engine.process})
         found = self._log.read_on(self._place)
         if found is None:
             self._place = None
             return
         events, messages, self._place = found
-        sign_outs = [json.loads(event.payload) for event in events if event.type == SIGN_OUT]
+        sign_outs = [event.payload for event in events if event.type == SIGN_OUT]
         if events:
             loop.submit(events)
             self.newest_id = events[-1].id
-        for message in (*sign_outs, *messages):
-            loop.call(self._receive, message)
+        for text in (*sign_outs, *messages):
+            loop.call(self._receive, text)
 
     # -- the loop's thread -------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Log if the follower hangs. Called once a heartbeat."""
+        silence = time.monotonic() - self._read_at
+        if silence > self.MAX_SILENCE:
+            self._engine.warn(
+                "%s could not be read for %d seconds: clients of this process get no new events",
+                self._log.name,
+                silence,
+            )
 
     def _restart_history(self, newest: EventId) -> None:
         """Begin at the end of the log. Connected clients may have missed events before it."""
@@ -5172,13 +5934,16 @@ class Follower:
         if connections:
             engine.report(
                 logging.WARNING,
-                "Redis lost events (does it keep them on disk?), or was away too long: %s clients"
-                " are disconnected, and reconnect",
+                "%s lost events (%s), or was away too long: %s clients are disconnected, and"
+                " reconnect",
+                self._log.name,
+                self._log.loss_hint,
                 len(connections),
             )
         engine.loop.close_all(CloseCode.GOING_AWAY, "events may be lost; reconnect with since")
 
-    def _receive(self, message: dict[str, Any]) -> None:
+    def _receive(self, text: str) -> None:
+        message = json.loads(text)
         if message["process"] == self._engine.process:
             return
         if message["do"] == "disconnect":
@@ -5463,16 +6228,22 @@ def _check_processes(clients: list[Client]) -> Finding:
     of_process = {client.greeting["clientId"][:PROCESS_LENGTH]: client for client in clients}
     one_each = list(of_process.values())
     seen = f"server processes seen: {len(one_each)}"
-    # No process has such an old event in memory, so it looks into Redis, if it has one.
+    # No process has such an old event in memory, so it looks into the shared log, if it has one.
     is_answered = [_is_known(client, "1-0") is not None for client in one_each]
     # Ask each process for the newest event of the next one. A single process is asked for its own.
     neighbours = zip(one_each, one_each[1:] + one_each[:1], strict=True)
     is_known = [_is_known(client, next_one.greeting["lastId"]) for client, next_one in neighbours]
     if not all(is_answered):
-        hint = "Is Redis running, and is SWIFTCMS_WS_REDIS_URL right? The site's log has more."
-        return Finding(False, f"{seen}; they cannot reach Redis, so no event arrives", hint)
+        hint = (
+            "The site's log says what is wrong with the file of SWIFTCMS_WS_DATABASE. With"
+            " SWIFTCMS_WS_REDIS_URL: Is Redis running, and is the URL right?"
+        )
+        return Finding(False, f"{seen}; they cannot read the shared log, so no event arrives", hint)
     if not all(is_known):
-        hint = "Set SWIFTCMS_WS_REDIS_URL, or run one process."
+        hint = (
+            "Set SWIFTCMS_WS_DATABASE (or, on several machines, SWIFTCMS_WS_REDIS_URL), or run one"
+            " process."
+        )
         return Finding(False, f"{seen}; an event reaches only the clients of one", hint)
     return Finding(True, f"{seen}; an event reaches the clients of all of them", "")
 
@@ -5686,7 +6457,8 @@ def demo_app() -> Flask:
         # A new key, so that tokens of other sites are not accepted here.
         SWIFTCMS_WS_JWT_KEY=secrets.token_hex(),
         SWIFTCMS_WS_INSPECTOR=True,
-        # The demo must not join the Redis of a site.
+        # The demo must not join the shared log of a site.
+        SWIFTCMS_WS_DATABASE=None,
         SWIFTCMS_WS_REDIS_URL=None,
     )
     # Fields in their own order are easier to read in the inspector.
@@ -5787,8 +6559,9 @@ def serve_demo(options: argparse.Namespace) -> int:
         print(f"swiftcms-ws cannot listen on {host} port {port}: {reason}", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Otherwise the hub would use the Redis that the environment names.
-    os.environ.pop(f"{CONFIG_PREFIX}REDIS_URL", None)
+    # Otherwise the hub would use the shared log that the environment names.
+    for key in ("DATABASE", "REDIS_URL"):
+        os.environ.pop(CONFIG_PREFIX + key, None)
     with listener:
         server = make_server(host, port, demo_app(), threaded=True, fd=listener.fileno())
     shown_host = f"[{host}]" if ":" in host else host

@@ -2021,7 +2021,7 @@ def publish_over_http(process: Process, **payload: Any) -> str:
 
 
 def test_several_processes_without_redis_are_logged(tmp_path: Path) -> None:
-    """If an event cannot reach all clients, each process says so once, and what to set."""
+    """If an event cannot reach all clients, each process says so once, and what to set: a file first."""
     with site(tmp_path, GTHREAD, "--workers", "2") as process:
         for _ in range(12):
             with process.client() as client:
@@ -2029,7 +2029,7 @@ def test_several_processes_without_redis_are_logged(tmp_path: Path) -> None:
         log = process.output()
     lines = [line for line in log.splitlines() if "several processes" in line]
     assert 1 <= len(lines) <= 2, log
-    assert all("SWIFTCMS_WS_REDIS_URL" in line for line in lines)
+    assert all(re.search("SWIFTCMS_WS_DATABASE.*SWIFTCMS_WS_REDIS_URL", line) for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2220,11 +2220,34 @@ def redis(tmp_path: Path) -> Iterator[Redis]:
     server.kill()
 
 
+class Shared:
+    """A shared log of either kind: its configuration for Server(), and as environment variables."""
+
+    def __init__(self, **config: str) -> None:
+        self.config: dict[str, Any] = config
+        self.environ = {f"SWIFTCMS_WS_{key}": value for key, value in config.items()}
+
+    def hub(self) -> Hub:
+        """Return a hub without an app, as a script has it."""
+        return Hub(**{key.lower(): value for key, value in self.config.items()})
+
+
+@pytest.fixture(params=["file", "redis"])
+def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shared]:
+    if request.param == "file":
+        yield Shared(DATABASE=str(tmp_path / "live.sqlite3"))
+        return
+    if REDIS is None:
+        pytest.skip("there is no redis-server on this machine")
+    server = Redis(tmp_path)
+    yield Shared(REDIS_URL=server.url)
+    server.kill()
+
+
 @pytest.mark.core
-@needs_redis
-def test_redis_one_order_for_two_processes(redis: Redis) -> None:
+def test_shared_log_one_order_for_two_processes(shared: Shared) -> None:
     """What either publishes reaches the clients of both, once, in one order; `to=` and lists too."""
-    with Server(REDIS_URL=redis.url) as first, Server(REDIS_URL=redis.url) as second:
+    with Server(**shared.config) as first, Server(**shared.config) as second:
         servers = (first, second)
         with first.client() as one, second.client() as two:
             for client in (one, two):
@@ -2247,12 +2270,11 @@ def test_redis_one_order_for_two_processes(redis: Redis) -> None:
 
 
 @pytest.mark.core
-@needs_redis
-def test_redis_resume_after_every_process_was_restarted(redis: Redis) -> None:
-    """`since` is answered from the stream where no process remembers it; and no further than HISTORY."""
-    with Server(REDIS_URL=redis.url, HISTORY=50) as server:
+def test_shared_log_resume_after_every_process_was_restarted(shared: Shared) -> None:
+    """`since` is answered from the log where no process remembers it; and no further than HISTORY."""
+    with Server(**shared.config, HISTORY=50) as server:
         ids = [server.publish(n) for n in range(60)]
-    with Server(REDIS_URL=redis.url, HISTORY=50) as server:
+    with Server(**shared.config, HISTORY=50) as server:
         with server.client() as client:
             assert client.hello["payload"]["lastId"] == ids[-1]
             for since, missed in ((ids[20], 39), (ids[9], 50), (ids[59], 0)):
@@ -2262,18 +2284,17 @@ def test_redis_resume_after_every_process_was_restarted(redis: Redis) -> None:
                     assert (answer["recovered"], answer["replayed"]) == (True, missed if missed < 50 else 0) or (
                         since == ids[9] and answer["recovered"] is False
                     )
-        for unknown in (ids[0], "5-5", "99999999999999-0"):
+        for unknown in (ids[0], "5-5", "99999999999999-0", f"{10**20 - 1}-{10**20 - 1}"):
             with server.client() as back:
                 assert back.subscribe(since=unknown)["recovered"] is False
 
 
-@needs_redis
-def test_redis_hopping_between_processes_under_load_loses_nothing(redis: Redis) -> None:
+def test_shared_log_hopping_between_processes_under_load_loses_nothing(shared: Shared) -> None:
     """A client that changes process 30 times while both publish has every event once, in order."""
     stop, published = threading.Event(), []
     got: list[tuple[int, int]] = []
     chance = random.Random(3)
-    with Server(REDIS_URL=redis.url) as first, Server(REDIS_URL=redis.url) as second:
+    with Server(**shared.config) as first, Server(**shared.config) as second:
         servers = (first, second)
         last = first.publish(-1)
 
@@ -2305,7 +2326,7 @@ def test_redis_hopping_between_processes_under_load_loses_nothing(redis: Redis) 
 
 @needs_redis
 def test_redis_dies_and_comes_back_with_its_data(redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
-    """publish() raises soon, clients stay and miss nothing, and the log has two lines."""
+    """publish() raises soon, clients stay and miss nothing, and the log has three lines."""
     with Server(REDIS_URL=redis.url) as server, server.client() as client:
         client.subscribe()
         server.publish(1)
@@ -2326,7 +2347,7 @@ def test_redis_dies_and_comes_back_with_its_data(redis: Redis, caplog: pytest.Lo
             server.publish(3)
             assert patient.receive()["payload"] == {"n": 3}
     complaints = [record.message for record in caplog.records if record.name == "swiftcms_ws"]
-    assert len(complaints) == 2, complaints
+    assert len(complaints) == 3, complaints
 
 
 @needs_redis
@@ -2433,10 +2454,9 @@ def test_redis_log_handlers_that_fail_stop_nothing(
         assert client.receive()["payload"] == {"n": 2}
 
 
-@needs_redis
-def test_redis_nonsense_between_processes_is_logged(redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
+def test_shared_log_nonsense_between_processes_is_logged(shared: Shared, caplog: pytest.LogCaptureFixture) -> None:
     """What another engine tells, and this one cannot carry out, is logged with its traceback; the rest goes on."""
-    with Server(REDIS_URL=redis.url) as server, server.client() as client:
+    with Server(**shared.config) as server, server.client() as client:
         client.subscribe()
         log = engine_of(server).log
         assert log is not None
@@ -2454,14 +2474,13 @@ def test_redis_nonsense_between_processes_is_logged(redis: Redis, caplog: pytest
         assert client.receive()["payload"] == {"n": 1}
 
 
-@needs_redis
-def test_redis_an_editor_who_left_does_not_come_back(
-    redis: Redis, monkeypatch: pytest.MonkeyPatch
+def test_shared_log_an_editor_who_left_does_not_come_back(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A list of editors that was made before one of them left, and arrives late, is overtaken."""
     with (
-        Server(REDIS_URL=redis.url) as first,
-        Server(REDIS_URL=redis.url) as second,
+        Server(**shared.config) as first,
+        Server(**shared.config) as second,
         first.client() as ana,
         second.client() as bob,
     ):
@@ -2495,10 +2514,9 @@ def test_redis_an_editor_who_left_does_not_come_back(
         ]
 
 
-@needs_redis
-def test_redis_presence_and_disconnect_across_processes(redis: Redis) -> None:
+def test_shared_log_presence_and_disconnect_across_processes(shared: Shared) -> None:
     """Editors of another process count, are told of, and get what is typed; so does a sign-out."""
-    config = {"REDIS_URL": redis.url, "HEARTBEAT": 1}
+    config = {**shared.config, "HEARTBEAT": 1}
     with Server(**config) as first, Server(**config) as second, first.client() as ana, second.client() as bob:
         for client, name in ((ana, "ana"), (bob, "bob")):
             client.authenticate(token(name))
@@ -2519,13 +2537,12 @@ def test_redis_presence_and_disconnect_across_processes(redis: Redis) -> None:
         assert (left["type"], names(left), left["payload"]["conflict"]) == ("user.stoppedEditing", ["bob"], False)
 
 
-@needs_redis
-def test_redis_editors_of_a_killed_process_vanish(redis: Redis, tmp_path: Path) -> None:
+def test_shared_log_editors_of_a_killed_process_vanish(shared: Shared, tmp_path: Path) -> None:
     """Soon after a kill -9 of a process its editors are gone for the other processes."""
     heartbeat = 0.5
-    environ = {"SWIFTCMS_WS_REDIS_URL": redis.url, "TEST_HEARTBEAT": str(heartbeat)}
+    environ = {**shared.environ, "TEST_HEARTBEAT": str(heartbeat)}
     with (
-        Server(REDIS_URL=redis.url, HEARTBEAT=heartbeat) as server,
+        Server(**shared.config, HEARTBEAT=heartbeat) as server,
         site(tmp_path, WERKZEUG, **environ) as process,
         # Only now, because it must answer heartbeats.
         server.client() as watcher,
@@ -2540,45 +2557,43 @@ def test_redis_editors_of_a_killed_process_vanish(redis: Redis, tmp_path: Path) 
         assert time.monotonic() - killed < 4 * heartbeat + 0.5 * SLOWNESS
 
 
-@needs_redis
-def test_redis_a_process_that_was_held_up_misses_nothing(redis: Redis, tmp_path: Path) -> None:
+def test_shared_log_a_process_that_was_held_up_misses_nothing(shared: Shared, tmp_path: Path) -> None:
     """A process stopped for a while (SIGSTOP) delivers on return all that others published meanwhile."""
-    with Server(REDIS_URL=redis.url) as server:
-        environ = {"SWIFTCMS_WS_REDIS_URL": redis.url}
-        with site(tmp_path, WERKZEUG, **environ) as process, process.client() as client:
-            client.subscribe()
-            process.popen.send_signal(signal.SIGSTOP)
-            stop = threading.Event()
-            threading.Timer(5, stop.set).start()
-            numbers = publish_steadily(server.publish, stop, rate=400)
-            process.popen.send_signal(signal.SIGCONT)
-            assert [message["payload"]["n"] for message in client.receive_many(len(numbers))] == numbers
+    with (
+        Server(**shared.config) as server,
+        site(tmp_path, WERKZEUG, **shared.environ) as process,
+        process.client() as client,
+    ):
+        client.subscribe()
+        process.popen.send_signal(signal.SIGSTOP)
+        stop = threading.Event()
+        threading.Timer(1.5, stop.set).start()
+        numbers = publish_steadily(server.publish, stop, rate=400)
+        process.popen.send_signal(signal.SIGCONT)
+        assert [message["payload"]["n"] for message in client.receive_many(len(numbers))] == numbers
 
 
 @pytest.mark.core
-@needs_redis
-def test_redis_without_flask(redis: Redis) -> None:
+def test_shared_log_without_flask(shared: Shared) -> None:
     """A script or a task queue publishes with a hub that has no app, and without a thread."""
     script = f"""
 import threading
 from swiftcms_ws import Hub
-with Hub(redis_url={redis.url!r}) as hub:
+with Hub(**{ {key.lower(): value for key, value in shared.config.items()} }) as hub:
     print(hub.publish('content.created', 'posts', 1))
     assert threading.active_count() == 1
 """
-    with Server(REDIS_URL=redis.url) as server, server.client() as client:
+    with Server(**shared.config) as server, server.client() as client:
         client.subscribe()
         command = [sys.executable, "-c", script]
         run = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=PATIENCE, check=True)
         assert client.receive()["id"] == run.stdout.strip()
 
 
-@needs_redis
-def test_redis_under_gunicorn_with_two_workers_and_preload(redis: Redis, tmp_path: Path) -> None:
+def test_shared_log_under_gunicorn_with_two_workers_and_preload(shared: Shared, tmp_path: Path) -> None:
     """The deployment recipe: clients spread over two workers each get what a view in either publishes."""
-    environ = {"SWIFTCMS_WS_REDIS_URL": redis.url}
     command = (*GTHREAD, "--workers", "2", "--preload")
-    with site(tmp_path, command, **environ) as process, contextlib.ExitStack() as stack:
+    with site(tmp_path, command, **shared.environ) as process, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(process.client()) for _ in range(12)]
         for client in clients:
             client.subscribe()
@@ -3939,7 +3954,7 @@ def test_readme_browser_examples(browser: Browser, name: str, place: str) -> Non
 
 @pytest.mark.core
 def test_readme_python_blocks(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """README's Python runs, one block after the other, and its test of a site passes."""
     # Its hooks belong to the ready-made hub, which other tests use too.
@@ -3950,12 +3965,15 @@ def test_readme_python_blocks(
     found: dict[str, Any] = {"__name__": "readme"}
     for indent, block in blocks:
         code = "\n".join(line.removeprefix(indent) for line in block.splitlines())
+        code = code.replace("/srv/site/instance", str(tmp_path))
         # The factory's site has names of its own.
         names = dict(found) if "create_app" in code else found
         exec(compile(code, "README.md", "exec"), names)
         if "create_app" in names:
             factory_client = names["create_app"]().test_client()
             assert factory_client.get("/live/ws/client.js").status_code == 200
+    assert len(stored_ids(tmp_path / "live.sqlite3")) == 1
+    found["app"].instance_path = str(tmp_path)
     with found["app"].app_context():
         found["test_creating_a_post_is_published"]()
         client = found["app"].test_client()
@@ -3965,6 +3983,7 @@ def test_readme_python_blocks(
         assert client.get("/posts").json["lastId"]
         found["tell"]("content.created", "posts", {})
         assert found["hub"].stats()["published"] == 3
+        assert len(stored_ids(tmp_path / "live.sqlite3")) == 4
 
         def refuse(*event: Any) -> str:
             raise swiftcms_ws.PublishError("Redis is away")
@@ -4450,12 +4469,15 @@ def test_client_js_warns_if_messages_stay_unsent(browser: Browser) -> None:
         page.close()
 
 
-def test_demo_ignores_redis_of_environment(tmp_path: Path) -> None:
-    """The demo does not join a site's Redis, also if the environment names one."""
+def test_demo_ignores_shared_logs_of_environment(tmp_path: Path) -> None:
+    """The demo does not join a site's shared log, also if the environment names one."""
     port = free_port()
     run = (sys.executable, str(HERE / "swiftcms_ws.py"), "--port", str(port))
-    url = f"redis://127.0.0.1:{free_port()}/0"
-    with Process(*run, cwd=tmp_path, port=port, SWIFTCMS_WS_REDIS_URL=url) as process:
+    environ = {
+        "SWIFTCMS_WS_REDIS_URL": f"redis://127.0.0.1:{free_port()}/0",
+        "SWIFTCMS_WS_DATABASE": str(tmp_path / "live.sqlite3"),
+    }
+    with Process(*run, cwd=tmp_path, port=port, **environ) as process:
         with process.client() as client:
             client.subscribe("content.*")
             assert demo_api(process, "POST", "posts", {"title": "Here"})[0] == 201
@@ -4729,11 +4751,12 @@ def test_check_other_websocket() -> None:
 
 
 def test_check_processes_without_redis(tmp_path: Path) -> None:
-    """Several processes that do not share their events are a cross that names the key to set."""
+    """Several processes that do not share their events are a cross that names the keys to set."""
     with site(tmp_path, SYNC, "--workers", "4") as process:
         url = f"ws://127.0.0.1:{process.port}/ws"
         # The clients of one run may all be accepted by the same process.
-        until(lambda: "SWIFTCMS_WS_REDIS_URL" in command("check", url).stdout, "the cross")
+        found = until(lambda: re.search("SWIFTCMS_WS_.*", command("check", url).stdout), "the cross")
+        assert re.match("SWIFTCMS_WS_DATABASE.*SWIFTCMS_WS_REDIS_URL", found[0])
 
 
 @needs_redis
@@ -4846,6 +4869,8 @@ def test_readme_maintainer_listens_and_creates_a_post(tmp_path: Path) -> None:
 def test_readme_gunicorn_commands(tmp_path: Path, block: str) -> None:
     """README's gunicorn line, and the one in its systemd unit, serve WebSockets as they stand."""
     readme_site(tmp_path)
+    (tmp_path / "instance").mkdir()
+    environ = {"SWIFTCMS_WS_DATABASE": str(tmp_path / "instance" / "live.sqlite3")}
     if block == "sh":
         line = readme_block("sh", "gunicorn app:app").splitlines()[-1]
     else:
@@ -4853,12 +4878,16 @@ def test_readme_gunicorn_commands(tmp_path: Path, block: str) -> None:
         unit.optionxform = str  # type: ignore[assignment,method-assign]
         unit.read_string(readme_block("ini", "[Service]"))
         line = unit["Service"]["ExecStart"].replace(unit["Service"]["WorkingDirectory"] + "/.venv/bin/", "")
+        name, _, value = unit["Service"]["Environment"].partition("=")
+        environ = {name: value.replace(unit["Service"]["WorkingDirectory"], str(tmp_path))}
     port = free_port()
     line = line.replace("8000", str(port))
-    with Process("bash", "-c", f"exec {line}", cwd=tmp_path, port=port, PATH=PATH) as process, process.client() as client:
+    environ["PATH"] = PATH
+    with Process("bash", "-c", f"exec {line}", cwd=tmp_path, port=port, **environ) as process, process.client() as client:
         client.subscribe()
         assert http(f"http://127.0.0.1:{port}/posts", "POST", {"title": "Hi"})[0] == 200
         assert client.receive()["payload"]["title"] == "Hi"
+        assert "several processes" not in process.output()
 
 
 def test_readme_command_lines(tmp_path: Path) -> None:
@@ -10003,8 +10032,7 @@ def test_redis_sign_out_while_a_process_is_held_up(redis: Redis, tmp_path: Path)
         assert ana.closing().code == 4401
 
 
-@needs_redis
-def test_redis_sign_out_during_the_first_handshake_of_a_process(redis: Redis) -> None:
+def test_shared_log_sign_out_during_the_first_handshake_of_a_process(shared: Shared) -> None:
     """A process that is about to serve its first client must learn of a sign-out in another."""
     is_asked, may_answer = threading.Event(), threading.Event()
 
@@ -10017,8 +10045,8 @@ def test_redis_sign_out_during_the_first_handshake_of_a_process(redis: Redis) ->
 
     clients: list[Client] = []
     with (
-        Server(configure, REDIS_URL=redis.url) as first,
-        Server(REDIS_URL=redis.url) as second,
+        Server(configure, **shared.config) as first,
+        Server(**shared.config) as second,
         second.client(),
     ):
         with running([lambda: clients.append(first.client())]):
@@ -10029,9 +10057,8 @@ def test_redis_sign_out_during_the_first_handshake_of_a_process(redis: Redis) ->
             assert client.closing().code == 4401
 
 
-@needs_redis
-def test_redis_sign_in_before_the_own_sign_out_is_read_back(
-    redis: Redis, monkeypatch: pytest.MonkeyPatch
+def test_shared_log_sign_in_before_the_own_sign_out_is_read_back(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process reads its own sign-out from the log, and must not apply it for a second time.
 
@@ -10039,16 +10066,17 @@ def test_redis_sign_in_before_the_own_sign_out_is_read_back(
     """
     may_read = threading.Event()
     may_read.set()
-    read_on = swiftcms_ws.RedisLog.read_on
+    kind: Any = swiftcms_ws.SqliteLog if "DATABASE" in shared.config else swiftcms_ws.RedisLog
+    read_on = kind.read_on
 
-    def late(log: swiftcms_ws.RedisLog, *place: Any) -> Any:
+    def late(log: Any, *place: Any) -> Any:
         found = read_on(log, *place)
         if found is not None and (found[0] or found[1]):
             may_read.wait(PATIENCE)
         return found
 
-    monkeypatch.setattr(swiftcms_ws.RedisLog, "read_on", late)
-    with Server(sign_everyone_in_as_ana, REDIS_URL=redis.url, HEARTBEAT=NEVER) as server:
+    monkeypatch.setattr(kind, "read_on", late)
+    with Server(sign_everyone_in_as_ana, **shared.config, HEARTBEAT=NEVER) as server:
         with server.client() as old:
             may_read.clear()
             assert server.hub.disconnect("ana") == 1
@@ -10175,27 +10203,26 @@ def test_flush_that_gave_up_is_forgotten() -> None:
         assert flushes == []
 
 
-@needs_redis
-def test_redis_list_of_editors_that_the_outbox_dropped(
-    redis: Redis, monkeypatch: pytest.MonkeyPatch
+def test_shared_log_list_of_editors_that_the_outbox_dropped(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If Redis is slow and an editor types, the list of editors may be pushed out of the outbox.
+    """If the log is slow and an editor types, the list of editors may be pushed out of the outbox.
 
     A later heartbeat must send it, or other processes never learn of the editors.
     """
     may_send = threading.Event()
     is_sending = threading.Event()
-    send = swiftcms_ws.RedisLog.send
+    send = swiftcms_ws.SharedLog.send
 
-    def slow(log: swiftcms_ws.RedisLog, message: Any) -> None:
+    def slow(log: swiftcms_ws.SharedLog, message: Any) -> None:
         if message["do"] == "change":
             is_sending.set()
             may_send.wait(PATIENCE)
         else:
             send(log, message)
 
-    monkeypatch.setattr(swiftcms_ws.RedisLog, "send", slow)
-    config = {"REDIS_URL": redis.url, "HEARTBEAT": 1, "RATE": 10**9}
+    monkeypatch.setattr(swiftcms_ws.SharedLog, "send", slow)
+    config = {**shared.config, "HEARTBEAT": 1, "RATE": 10**9}
     with (
         Server(**config) as first,
         Server(**config) as second,
@@ -10424,14 +10451,13 @@ def test_redis_script_does_not_trim_the_history(redis: Redis) -> None:
             assert int(sock.recv(100)[1:].split()[0]) >= 12_001
 
 
-@needs_redis
-def test_redis_scripts_leave_no_threads_and_descriptors(redis: Redis) -> None:
+def test_shared_log_scripts_leave_no_threads_and_descriptors(shared: Shared) -> None:
     """A task that publishes with a hub of its own starts no thread and keeps no descriptor."""
-    with Hub(redis_url=redis.url) as first:
+    with shared.hub() as first:
         first.publish("content.created", "posts", 0)
     threads, files = threading.active_count(), open_files()
     for number in range(10):
-        with Hub(redis_url=redis.url) as task:
+        with shared.hub() as task:
             task.publish("content.created", "posts", number)
     assert threading.active_count() == threads
     assert open_files() <= files
@@ -10478,7 +10504,7 @@ def test_publish_in_a_process_without_clients_is_logged(tmp_path: Path) -> None:
         check=True,
     )
     assert "child process of multiprocessing" in run.stderr
-    assert "published 1 events and served no client" in run.stderr
+    assert re.search("published 1 events and served no client.*_DATABASE.*_REDIS_URL", run.stderr)
 
 
 @pytest.mark.parametrize(
@@ -10716,6 +10742,878 @@ def test_serves_without_fcntl_resource_and_unix_sockets(tmp_path: Path) -> None:
 
 
 # -- Shared log: SQLite ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "live.sqlite3"
+
+
+def files_of(path: Path) -> list[Path]:
+    return [path.with_name(path.name + suffix) for suffix in swiftcms_ws.LogFile.SUFFIXES]
+
+
+def delete(path: Path) -> None:
+    for file in files_of(path):
+        file.unlink(missing_ok=True)
+
+
+def query(path: Path, statement: str, *values: Any) -> Any:
+    """Execute one statement in another connection, and return the first column of its rows."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        return [row[0] for row in connection.execute(statement, values)]
+
+
+def stored_ids(path: Path) -> list[str]:
+    return [f"{number >> 16}-{number & 0xFFFF}" for number in query(path, "SELECT id FROM events ORDER BY id")]
+
+
+def is_intact(path: Path) -> bool:
+    return query(path, "PRAGMA integrity_check") == ["ok"]
+
+
+def file_of(hub: Hub) -> swiftcms_ws.LogFile:
+    log = hub._engine().log
+    assert isinstance(log, swiftcms_ws.SqliteLog)
+    return log._file
+
+
+def script_of(code: str, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=HERE,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def failure_of(publish: Callable[[], object], words: str) -> None:
+    """Call a function that must raise PublishError with these words, within two seconds."""
+    began = time.monotonic()
+    with pytest.raises(swiftcms_ws.PublishError, match=words):
+        publish()
+    assert time.monotonic() - began < 2 * SLOWNESS
+
+
+@pytest.mark.core
+def test_database_relative_path_is_inside_the_instance_path(tmp_path: Path) -> None:
+    """The instance path is created at the first use and not before; nothing is without the key."""
+    for config in ({}, {"SWIFTCMS_WS_DATABASE": Path("live.sqlite3")}):
+        app, hub = Flask("site", instance_path=str(tmp_path / "instance")), Hub()
+        app.config.update(config)
+        hub.init_app(app)
+        assert list(tmp_path.iterdir()) == []
+        with hub:
+            hub.publish("content.created", "posts", {})
+            assert (tmp_path / "instance" / "live.sqlite3").exists() is bool(config)
+
+
+@pytest.mark.parametrize("source", ["argument", "environment"])
+def test_database_relative_path_without_an_app(
+    source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The error shows the absolute path, and no file is created."""
+    monkeypatch.chdir(tmp_path)
+    if source == "environment":
+        monkeypatch.setenv("SWIFTCMS_WS_DATABASE", "live.sqlite3")
+    hub = Hub(database="live.sqlite3" if source == "argument" else None)
+    with pytest.raises(ValueError, match=str(tmp_path / "live.sqlite3")):
+        hub.publish("content.created", "posts", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [" ", ":memory:", "sqlite:///a.db", "file:a.db", 5, b"x", "a\0b"])
+def test_database_wrong_value(value: Any) -> None:
+    """What is not the path of a file is an error, at registration or at the first use."""
+    app = Flask("site")
+    app.config["SWIFTCMS_WS_DATABASE"] = value
+    with pytest.raises(ValueError, match="SWIFTCMS_WS_DATABASE must be the path of a file"):
+        Hub().init_app(app)
+    with pytest.raises(ValueError, match="must be the path of a file"):
+        Hub(database=value).publish("a", "b", 1)
+
+
+def test_database_together_with_redis_url(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Both in the configuration, or both in the environment, are an error; one stands for both."""
+    app = Flask("site")
+    app.config.update(SWIFTCMS_WS_DATABASE=str(path), SWIFTCMS_WS_REDIS_URL="redis://localhost")
+    with pytest.raises(ValueError, match="both set"):
+        Hub().init_app(app)
+    with pytest.raises(ValueError, match="both set"):
+        Hub(database=path, redis_url="redis://localhost").publish("a", "b", 1)
+    monkeypatch.setenv("SWIFTCMS_WS_REDIS_URL", "redis://localhost")
+    with Hub(database=path) as hub:
+        hub.publish("content.created", "posts", 1)
+    monkeypatch.setenv("SWIFTCMS_WS_DATABASE", str(path))
+    with pytest.raises(ValueError, match="both set"):
+        Hub().publish("content.created", "posts", 1)
+
+
+@pytest.mark.parametrize(
+    ("directory", "expected"), [(0o700, 0o600), (0o750, 0o640), (0o775, 0o660)], ids=oct
+)
+def test_database_mode_of_the_files(path: Path, directory: int, expected: int) -> None:
+    """Other users of the machine must not read private events; the directory's group may."""
+    path.parent.chmod(directory)
+    with Hub(database=path) as hub:
+        hub.publish("content.created", "posts", {})
+        assert [file.stat().st_mode & 0o777 for file in files_of(path)] == [expected] * 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can give a directory away")
+def test_database_of_the_superuser_in_a_directory_of_the_site(path: Path) -> None:
+    """A cron job of root that creates the file must not lock out the site, which is another user."""
+    os.chown(path.parent, 1234, 1235)
+    path.parent.chmod(0o770)
+    with Hub(database=path) as hub:
+        hub.publish("content.created", "posts", {})
+        for file in files_of(path):
+            assert (file.stat().st_uid, file.stat().st_gid) == (1234, 1235)
+
+
+@pytest.mark.core
+def test_database_ids_never_go_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a wrong clock nor a file that was deleted makes an id smaller than one before."""
+    now = [2_000_000_000_000]
+    monkeypatch.setattr(swiftcms_ws, "now_milliseconds", lambda: now[0])
+    ids: list[tuple[int, ...]] = []
+
+    def publish(hub: Hub) -> None:
+        found = hub.publish_many([("a", "b", 1)] * 3)
+        ids.extend(tuple(map(int, event_id.split("-"))) for event_id in found)
+
+    with Hub(database=path) as hub:
+        for clock in (2_000_000_000_000, 1_000_000_000_000, 0, 2_000_000_000_001):
+            now[0] = clock
+            with Hub(database=path) as other:
+                publish(hub)
+                publish(other)
+                publish(hub)
+        now[0] = 1_000_000_000_000
+        delete(path)
+        publish(hub)
+    assert ids == sorted(set(ids))
+
+
+def test_database_does_not_grow_without_bound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Followers delete old events and keep the journal short; so does an app without a client.
+
+    A script deletes nothing, because it does not know the site's HISTORY.
+    """
+    monkeypatch.setattr(swiftcms_ws.SqliteLog, "FOLLOWER_ROOM", 500)
+    monkeypatch.setattr(swiftcms_ws.SqliteLog, "POLL_INTERVAL", 0.1)
+    events = [("content.created", "posts", {"pad": "x" * 280})] * 100
+
+    def count() -> int:
+        return int(query(path, "SELECT count(*) FROM events")[0])
+
+    with Hub(database=path) as script:
+        for _ in range(40):
+            script.publish_many(events)
+        assert count() == 4000
+        with Server(DATABASE=str(path), HISTORY=500) as server:
+            for _ in range(20):
+                server.hub.publish_many(events)
+            assert count() <= 1000 + 256 + 100
+            with server.client():
+                for _ in range(40):
+                    script.publish_many(events)
+                until(lambda: script.publish("a", "b", 1) and count() <= 1300, "the deletion")
+                monkeypatch.setattr(swiftcms_ws.SqliteLog, "MAX_BYTES", 100_000)
+                script.publish_many(events * 3)
+                until(lambda: script.publish_many(events[:1]) and count() <= 600, "that by size")
+                assert path.stat().st_size + files_of(path)[1].stat().st_size < 10_000_000
+
+
+def test_database_without_sqlite(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some builds of Python have no SQLite: the error says so, at registration."""
+    monkeypatch.setattr(swiftcms_ws, "sqlite3", None)
+    app = Flask("site")
+    app.config["SWIFTCMS_WS_DATABASE"] = str(path)
+    with pytest.raises(ImportError, match="SWIFTCMS_WS_DATABASE needs the module sqlite3"):
+        Hub().init_app(app)
+
+
+def test_database_of_apps_that_were_freed(path: Path) -> None:
+    """A job that calls create_app() and publishes, again and again, leaves no open file."""
+
+    def publish() -> None:
+        app, hub = Flask("site"), Hub()
+        app.config["SWIFTCMS_WS_DATABASE"] = str(path)
+        hub.init_app(app)
+        hub.publish("content.created", "posts", 1)
+
+    publish()
+    gc.collect()
+    before = open_files()
+    for _ in range(10):
+        publish()
+    gc.collect()
+    assert open_files() <= before
+
+
+def test_database_of_a_closed_hub(path: Path) -> None:
+    """hub.close() ends the follower, closes the files and removes the port at once."""
+    threads, files = threading.active_count(), open_files()
+    for _ in range(3):
+        with Server(DATABASE=str(path)) as server, server.client() as client:
+            client.subscribe()
+            server.publish(1)
+            client.receive()
+    assert query(path, "SELECT count(*) FROM listeners") == [0]
+    assert (threading.active_count(), open_files()) == (threads, files)
+
+
+FOUND_ALONE = """
+import logging, sys
+from flask import Flask
+from swiftcms_ws import blueprint, publish
+logging.basicConfig()
+app = Flask(__name__)
+app.register_blueprint(blueprint)
+print(publish("content.created", "posts", 1))
+"""
+
+
+def test_database_script_that_imports_the_app(path: Path) -> None:
+    """A cron script that does `from app import publish` reaches the site, and warns of nothing."""
+    with Server(DATABASE=str(path)) as server, server.client() as client:
+        client.subscribe()
+        run = script_of(FOUND_ALONE, SWIFTCMS_WS_DATABASE=str(path))
+        assert (run.returncode, run.stderr) == (0, "")
+        assert client.receive()["id"] == run.stdout.strip()
+
+
+def test_database_without_wake_ups(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no datagram arrives, each process looks at the file once a second."""
+    monkeypatch.setattr(swiftcms_ws.SqliteLog, "_wake", staticmethod(lambda ports: None))
+    with Server(DATABASE=str(path)) as server, server.client() as client:
+        client.subscribe()
+        began = time.monotonic()
+        server.publish(1)
+        assert client.receive()["payload"] == {"n": 1}
+        assert time.monotonic() - began < 1.5 * SLOWNESS
+        # The end of the hub waits for the follower, which nothing wakes.
+        monkeypatch.undo()
+
+
+def test_database_ports(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process writes its port, writes it again if it is lost, and removes those of the dead."""
+    ports = functools.partial(query, path, "SELECT port FROM listeners")
+    with Server(DATABASE=str(path)) as first, first.client() as client:
+        client.subscribe()
+        (living,) = until(ports, "the first port")
+        query(path, "INSERT INTO listeners VALUES (1, 0)")
+        with Server(DATABASE=str(path)) as second, second.client():
+            until(lambda: len(ports()) == 2 and 1 not in ports(), "the removal of a dead port")
+        query(path, "DELETE FROM listeners")
+        second_hub = Hub(database=path)
+        with second_hub:
+            second_hub.publish("content.created", "posts", {})
+        client.receive()
+        until(lambda: ports() == [living], "the port that was lost")
+
+
+def test_database_signal_handler_that_publishes(path: Path) -> None:
+    """If it interrupted publish(), it raises instead of waiting for its own thread."""
+    with Hub(database=path) as hub:
+        hub.publish("a", "b", 1)
+        with file_of(hub).use(), pytest.raises(RuntimeError, match="signal handler"):
+            hub.publish("a", "b", 2)
+        hub.publish("a", "b", 3)
+
+
+def expect_recovery(server: Server) -> None:
+    """A new client gets an event soon: the fault is gone."""
+
+    def has_recovered() -> bool:
+        # If the place in the file was lost, clients of the first second are disconnected.
+        with contextlib.suppress(Closed), server.client() as client:
+            client.subscribe("content.*")
+            server.publish(2)
+            while client.receive()["payload"] != {"n": 2}:
+                pass
+            return True
+        return False
+
+    until(lambda: does_publish(server, 1), "a publish() that succeeds")
+    until(has_recovered, "an event that is delivered")
+
+
+@pytest.mark.parametrize("what", ["all files", "one file", "replaced", "emptied directory"])
+def test_file_deleted_while_in_use(
+    path: Path, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """publish() stores in the new file; clients are disconnected, and learn of the loss."""
+    monkeypatch.setattr(swiftcms_ws.SqliteLog, "POLL_INTERVAL", 0.1)
+    with Server(DATABASE=str(path)) as server, server.client() as client:
+        client.subscribe()
+        last = server.publish(0)
+        client.receive()
+        match what:
+            case "all files":
+                delete(path)
+            case "one file":
+                path.unlink()
+            case "replaced":
+                new = path.with_name("new.sqlite3")
+                with Hub(database=new) as other:
+                    other.publish("content.created", "posts", "of the other file")
+                new.rename(path)
+            case "emptied directory":
+                shutil.rmtree(path.parent)
+                path.parent.mkdir()
+        newer = server.publish(1)
+        assert [int(part) for part in newer.split("-")] > [int(part) for part in last.split("-")]
+        assert client.closing().code == 1001
+        with server.client() as back:
+            assert back.subscribe(since=last)["recovered"] is False
+            server.publish(2)
+            while back.receive()["payload"] != {"n": 2}:
+                pass
+        assert "was it deleted or replaced?" in caplog.text
+        assert newer in stored_ids(path)
+    assert is_intact(path)
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+def test_file_whose_journal_is_deleted(
+    path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All connections of a process must be closed before one is opened again.
+
+    Otherwise SQLite would use the old journal for the new connection, and lose or damage events.
+    """
+    monkeypatch.setattr(swiftcms_ws.SqliteLog, "POLL_INTERVAL", 0.1)
+    with Server(DATABASE=str(path)) as server, server.client(), Hub(database=path) as idle:
+        idle.publish("content.created", "posts", {})
+        server.publish(0)
+        path.with_name(path.name + suffix).unlink()
+        expect_recovery(server)
+        with Hub(database=path) as other:
+            ids = [hub.publish("a", "b", 1) for hub in (other, server.hub, idle, other)]
+        assert stored_ids(path)[-4:] == ids
+        expect_recovery(server)
+    assert is_intact(path)
+
+
+def test_file_locked_by_a_backup(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of many threads, each gets PublishError within two seconds; afterwards all is well."""
+    with Server(DATABASE=str(path)) as server, server.client() as client:
+        client.subscribe()
+        server.publish(0)
+        client.receive()
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as backup:
+            backup.execute("BEGIN EXCLUSIVE")
+            words = "(?i)another program holds it|other threads"
+            run_all([lambda: failure_of(lambda: server.publish(1), words)] * 6)
+            assert client.ask("heartbeat")["type"] == "system.heartbeat"
+            with server.client() as other:
+                assert other.subscribe("order.*")["recovered"] is True
+            backup.execute("ROLLBACK")
+        server.publish(2)
+        assert client.receive()["payload"] == {"n": 2}
+        assert caplog.text.count("publish() failed") == 1
+
+
+# In another process: closing one of the files would release SQLite's locks in this one.
+DAMAGE = """
+import os, sys
+for name in sys.argv[1:]:
+    with open(name, "r+b") as stream:
+        stream.write(b"garbage " * (os.path.getsize(name) // 8))
+"""
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_file_damaged(path: Path, is_running: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The log says which files to delete; without them everything continues by itself."""
+    with Hub(database=path) as hub:
+        hub.publish("a", "b", 1)
+    with Server(DATABASE=str(path)) as server:
+        if is_running:
+            with server.client() as client:
+                client.subscribe()
+                server.publish(0)
+                client.receive()
+                script_of(DAMAGE, *files_of(path)).check_returncode()
+        else:
+            path.write_bytes(b"garbage " * 1000)
+        with contextlib.suppress(swiftcms_ws.PublishError):
+            # One more may succeed, from memory.
+            server.publish(1)
+        failure_of(lambda: server.publish(2), "It is damaged")
+        with contextlib.suppress(Closed), server.client() as client:
+            client.ask("heartbeat")
+        until(lambda: "get no new events" in caplog.text, "a log record")
+        delete(path)
+        expect_recovery(server)
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("PRAGMA user_version = 2", "newer version"),
+        ("PRAGMA application_id = 7", "database of another program"),
+    ],
+)
+def test_file_that_is_not_ours(
+    path: Path, statement: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is left alone, and the log says so. After its deletion everything continues."""
+    with Hub(database=path) as hub:
+        hub.publish("a", "b", 1)
+    query(path, statement)
+    before = path.read_bytes()
+    with Server(DATABASE=str(path)) as server:
+        failure_of(lambda: server.publish(1), words)
+        with server.client():
+            until(lambda: f"{words}" in caplog.text, "a log record")
+        assert path.read_bytes() == before
+        delete(path)
+        expect_recovery(server)
+
+
+def test_file_in_a_missing_directory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is not created, because the path may be wrong. Once it exists, everything continues."""
+    directory = tmp_path / "missing"
+    with Server(DATABASE=str(directory / "live.sqlite3")) as server:
+        failure_of(lambda: server.publish(1), "Create the directory")
+        with server.client():
+            until(lambda: "get no new events" in caplog.text, "a log record")
+            directory.mkdir()
+            until(lambda: "is back" in caplog.text, "the end of the fault")
+        expect_recovery(server)
+
+
+def test_file_system_without_wal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system is named in a sentence, and is not called a damaged file."""
+    with monkeypatch.context() as patch:
+        # This kind of locking has no shared memory, as network file systems have none.
+        patch.setattr(swiftcms_ws.LogFile, "URI_OPTIONS", "mode=rw&vfs=unix-dotfile")
+        with Hub(database=path) as hub:
+            failure_of(lambda: hub.publish("a", "b", 1), "network file systems")
+            patch.undo()
+            hub.publish("a", "b", 2)
+
+
+def test_file_on_a_full_disk(path: Path) -> None:
+    """publish() raises, and nothing is stored in part; with room again it succeeds."""
+    with Hub(database=path) as hub:
+        hub.publish("a", "b", 0)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        room = files_of(path)[1].stat().st_size + 10_000
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            failure_of(lambda: hub.publish_many([("a", "b", "x" * 1000)] * 100), "Is the disk full")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        hub.publish("a", "b", 1)
+        with file_of(hub).use() as connection:
+            pages = connection.execute("PRAGMA page_count").fetchone()[0]
+            connection.execute(f"PRAGMA max_page_count = {pages}")
+        failure_of(lambda: hub.publish("a", "b", "x" * 100_000), "Free some space")
+        hub.publish("a", "b", 2)
+    assert query(path, "SELECT payload FROM events") == ["0", "1", "2"]
+    assert is_intact(path)
+
+
+READ_ONLY = """
+import os, sys, time
+from swiftcms_ws import Hub, PublishError
+if os.geteuid() == 0:
+    # The superuser may write everything.
+    os.setuid(65534)
+with Hub(database=sys.argv[1]) as hub:
+    try:
+        hub.publish("a", "b", 1)
+    except PublishError as error:
+        print(error, flush=True)
+    sys.stdin.readline()
+    print(hub.publish("a", "b", 2), flush=True)
+"""
+
+
+def test_file_read_only() -> None:
+    """The error names what the user must be able to do; when that is right, the hub continues."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "live.sqlite3")
+        with Hub(database=path) as hub:
+            hub.publish("a", "b", 1)
+        path.chmod(0o444)
+        Path(directory).chmod(0o555)
+        with subprocess.Popen(
+            [sys.executable, "-c", READ_ONLY, str(path)],
+            env={**os.environ, "PYTHONPATH": str(HERE)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as popen:
+            assert popen.stdout is not None
+            assert popen.stdin is not None
+            assert "must be able to" in popen.stdout.readline()
+            path.chmod(0o666)
+            Path(directory).chmod(0o777)
+            popen.stdin.write("\n")
+            popen.stdin.flush()
+            assert re.fullmatch(r"\d+-\d+\n", popen.stdout.readline())
+            popen.stdin.close()
+            assert popen.wait(PATIENCE) == 0
+
+
+FORKS = """
+import os, sys, threading, warnings
+from test_swiftcms_ws import Server
+warnings.simplefilter("ignore")
+with Server(DATABASE=sys.argv[1]) as server, server.client() as client:
+    client.subscribe()
+    publish = lambda: [server.publish(n) for n in range(100)]
+    threads = [threading.Thread(target=publish) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    children = []
+    for number in range(4):
+        child = os.fork()
+        if child == 0:
+            for n in range(50):
+                server.hub.publish("content.created", "posts", {"n": n, "child": number})
+            os._exit(0)
+        children.append(child)
+    for thread in threads:
+        thread.join()
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0
+    ids = [message["id"] for message in client.receive_many(400)]
+    assert len(set(ids)) == 400
+    client.nothing_more()
+"""
+
+
+def test_file_and_fork(path: Path) -> None:
+    """Processes fork while threads publish and read: all publish, and each event arrives once.
+
+    A child must not use a connection that it inherited: SQLite would believe that it holds the
+    locks of its parent.
+    """
+    run = script_of(FORKS, path)
+    assert run.returncode == 0, run.stderr
+    assert is_intact(path)
+
+
+def test_file_published_while_preloading(path: Path, tmp_path: Path) -> None:
+    """An event published at import, before gunicorn forks its workers, disturbs none of them."""
+    code = "from site_app import app, publish\npublish('a', 'b', 0)\n"
+    (tmp_path / "preloaded.py").write_text(code)
+    gunicorn = tuple(part.replace("site_app:", "preloaded:") for part in SYNC)
+    environ = {"SWIFTCMS_WS_DATABASE": str(path)}
+    with contextlib.ExitStack() as stack:
+        process = site(tmp_path, gunicorn, "--workers", "3", "--preload", **environ)
+        stack.enter_context(process)
+        clients = [stack.enter_context(process.client()) for _ in range(9)]
+        for client in clients:
+            client.subscribe()
+        ids = [publish_over_http(process, n=n) for n in range(10)]
+        for client in clients:
+            assert [message["id"] for message in client.receive_many(10)] == ids
+
+
+def test_follower_survives_what_it_reads(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sign-out that is not JSON, or an error that nobody expects, stops and loses nothing."""
+    with Server(**shared.config) as server, server.client() as client:
+        client.subscribe()
+        engine = engine_of(server)
+        assert engine.log is not None
+        wrong = swiftcms_ws.Draft(swiftcms_ws.SIGN_OUT, "system", "no JSON", frozenset())
+        engine.log.append([wrong, swiftcms_ws.Draft("content.created", "posts", "1", None)])
+        assert client.receive()["payload"] == 1
+        failures: list[BaseException] = [SystemExit(1), MemoryError(), RuntimeError()]
+        read_on = engine.log.read_on
+
+        def fail(place: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return read_on(place)
+
+        monkeypatch.setattr(engine.log, "read_on", fail)
+        # The call that is under way returns this one.
+        server.publish(2)
+        until(lambda: caplog.text.count("retrying") == 3, "three records in the log")
+        server.publish(3)
+        assert [client.receive()["payload"]["n"] for _ in range(2)] == [2, 3]
+
+
+def test_follower_that_hangs_is_logged(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that does not answer must not stop the delivery in silence."""
+    monkeypatch.setattr(swiftcms_ws.Follower, "MAX_SILENCE", 0.1)
+    may_continue = threading.Event()
+    with Server(DATABASE=str(path), HEARTBEAT=1) as server, server.client() as client:
+        client.subscribe()
+        log = engine_of(server).log
+        read_on = log.read_on  # type: ignore[union-attr]
+
+        def hang(place: Any) -> Any:
+            may_continue.wait(PATIENCE)
+            return read_on(place)
+
+        monkeypatch.setattr(log, "read_on", hang)
+        # Answers the heartbeats meanwhile.
+        is_logged = lambda: client.ask("heartbeat") and "could not be read for" in caplog.text  # noqa: E731
+        until(is_logged, "a warning")
+        may_continue.set()
+        server.publish(1)
+        assert client.receive()["payload"] == {"n": 1}
+
+
+# How long the next test publishes, in seconds. `.ci/run` has a stage with 60.
+CHAOS_SECONDS = float(os.environ.get("TEST_CHAOS_SECONDS", "9"))
+CHAOS_SITE = """
+import os
+from flask import Flask
+from swiftcms_ws import blueprint, publish
+
+app = Flask(__name__)
+app.config.update(SWIFTCMS_WS_DATABASE=os.environ["TEST_DATABASE"], SWIFTCMS_WS_HISTORY=20_000)
+app.register_blueprint(blueprint)
+
+@app.post("/publish")
+def publish_it():
+    return publish("content.created", "posts", {"by": os.getpid()})
+"""
+CHAOS_SCRIPT = """
+import sys, time
+from swiftcms_ws import Hub
+with Hub(database=sys.argv[1]) as hub:
+    began, count = time.monotonic(), 0
+    while time.monotonic() < began + float(sys.argv[2]):
+        print(hub.publish("content.created", "posts", {"by": "script"}), flush=True)
+        count += 1
+        time.sleep(max(0, began + count / 100 - time.monotonic()))
+"""
+
+
+class Swarm:
+    """Many clients in one thread, which reconnect with `since` and keep the ids of all events.
+
+    They look only for ids in what they receive, because two hundred strict clients would need more
+    time than the server.
+    """
+
+    EVENT_ID = re.compile(rb'"id": "(\d+-\d+)"')
+
+    def __init__(self, port: int, count: int, since: str) -> None:
+        self._port = port
+        self._selector = selectors.DefaultSelector()
+        # By client: the ids of its events, and the bytes after the last of them.
+        self.ids = [[since] for _ in range(count)]
+        self._rest = [b""] * count
+        # Clients that wait before they connect again, and until when.
+        self._waiting = dict.fromkeys(range(count), 0.0)
+        self.failures: list[bytes] = []
+        self.connects = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Swarm:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stopped.set()
+        self._thread.join(PATIENCE)
+
+    def has_all(self, last: str) -> bool:
+        return all(ids[-1] == last for ids in self.ids)
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            for number, when in list(self._waiting.items()):
+                if when <= time.monotonic():
+                    self._connect(number)
+            for key, _ in self._selector.select(0.05):
+                self._read(key.fileobj, key.data)  # type: ignore[arg-type]
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+        self._selector.close()
+
+    def _connect(self, number: int) -> None:
+        try:
+            sock = socket.create_connection(("127.0.0.1", self._port), 1)
+        except OSError:
+            self._waiting[number] = time.monotonic() + 0.2
+            return
+        del self._waiting[number]
+        self.connects += 1
+        message = {"action": "subscribe", "type": "content.*", "since": self.ids[number][-1]}
+        sock.sendall(
+            b"GET /ws HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+            + Frames.masked(1, json.dumps(message).encode())
+        )
+        sock.setblocking(False)
+        self._rest[number] = b""
+        self._selector.register(sock, selectors.EVENT_READ, number)
+
+    def _read(self, sock: socket.socket, number: int) -> None:
+        try:
+            data = sock.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._selector.unregister(sock)
+            sock.close()
+            # As client.js does, so that not all arrive at once.
+            self._waiting[number] = time.monotonic() + random.uniform(0, 0.3)
+            return
+        if b'"recovered": false' in data or b"system.error" in data:
+            self.failures.append(data)
+        data = self._rest[number] + data
+        end = 0
+        for match in self.EVENT_ID.finditer(data):
+            self.ids[number].append(sys.intern(match[1].decode()))
+            end = match.end()
+        self._rest[number] = data[end:]
+
+
+def kill_a_worker(master: int, chance: random.Random) -> None:
+    workers = Path(f"/proc/{master}/task/{master}/children").read_text().split()
+    if workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(chance.choice(workers)), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the workers")
+def test_file_kills_and_restarts_under_gunicorn_lose_nothing(path: Path, tmp_path: Path) -> None:
+    """Two hundred clients have each event once and in order, although workers die all the time.
+
+    Events are published by all workers and by a script, a worker is killed every two seconds, and
+    the whole server restarts twice.
+    """
+    (tmp_path / "chaos_app.py").write_text(CHAOS_SITE)
+    port = free_port()
+    gunicorn = [sys.executable, "-m", "gunicorn", "chaos_app:app", "--workers", "4"]
+    gunicorn += ["--bind", f"127.0.0.1:{port}", "--backlog", "1024"]
+    with Hub(database=path) as hub:
+        first = hub.publish("content.created", "posts", "first")
+
+    def start() -> Process:
+        return Process(*gunicorn, cwd=tmp_path, port=port, TEST_DATABASE=str(path))
+
+    stop = threading.Event()
+    told: list[str] = []
+
+    def publish() -> None:
+        """Publish 25 events a second through whichever worker accepts."""
+        while not stop.wait(1 / 25):
+            with contextlib.suppress(OSError, HTTPException):
+                status, _, body = http(f"http://127.0.0.1:{port}/publish", "POST")
+                assert status == 200, body
+                told.append(body.decode())
+
+    chance = random.Random(11)
+    with contextlib.ExitStack() as stack, Swarm(port, 200, first) as swarm:
+        process = stack.enter_context(start())
+        script = subprocess.Popen(
+            [sys.executable, "-c", CHAOS_SCRIPT, str(path), str(CHAOS_SECONDS)],
+            env={**os.environ, "PYTHONPATH": str(HERE)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        stack.callback(script.kill)
+        with running([publish] * 4, timeout=CHAOS_SECONDS + 60):
+            began = time.monotonic()
+            restarts = [began + CHAOS_SECONDS / 3, began + CHAOS_SECONDS * 2 / 3]
+            for tick in range(2, int(CHAOS_SECONDS), 2):
+                stop.wait(max(0, began + tick - time.monotonic()))
+                if restarts and time.monotonic() > restarts[0]:
+                    del restarts[0]
+                    process.popen.terminate()
+                    process.popen.wait(PATIENCE)
+                    process = stack.enter_context(start())
+                else:
+                    kill_a_worker(process.popen.pid, chance)
+            output, _ = script.communicate(timeout=CHAOS_SECONDS + PATIENCE)
+            stop.set()
+        told += output.split()
+        with Hub(database=path) as hub:
+            hub.publish("content.created", "posts", "last")
+        ids = stored_ids(path)
+        assert ids[0] == first
+        assert set(told) <= set(ids)
+        assert len(ids) > CHAOS_SECONDS * 100
+        until(lambda: swarm.failures or swarm.has_all(ids[-1]), "the last event at all clients", 60)
+        assert swarm.failures == []
+        assert swarm.connects > 400
+        assert [number for number, got in enumerate(swarm.ids) if got != ids] == []
+    assert is_intact(path)
+
+
+DEPLOYED_PAGE = """
+from flask import Flask
+from swiftcms_ws import blueprint
+
+app = Flask(__name__)
+app.register_blueprint(blueprint)
+
+@app.get("/")
+def page():
+    return PAGE
+"""
+
+
+@needs_chromium
+def test_file_deploy_with_client_js(browser: Browser, path: Path, tmp_path: Path) -> None:
+    """A page misses nothing while the server restarts twice, and `ongap` is not called."""
+    page_text = html(
+        "<script src='/ws/client.js'></script><script>const got = [], gaps = [];"
+        "const cms = new SwiftCMS(); cms.ongap = list => gaps.push(list);"
+        "cms.subscribe('content.*', 'posts', message => got.push(message.payload.n))</script>"
+    )
+    (tmp_path / "deployed_app.py").write_text(DEPLOYED_PAGE + f"\nPAGE = {page_text!r}\n")
+    port = free_port()
+    gunicorn = [sys.executable, "-m", "gunicorn", "deployed_app:app", "--workers", "2"]
+    gunicorn += ["--bind", f"127.0.0.1:{port}"]
+
+    def start() -> Process:
+        return Process(*gunicorn, cwd=tmp_path, port=port, SWIFTCMS_WS_DATABASE=str(path))
+
+    stop, published = threading.Event(), []
+
+    def publish() -> None:
+        with Hub(database=path) as hub:
+            published.extend(
+                publish_steadily(
+                    lambda n: hub.publish("content.created", "posts", {"n": n}), stop, rate=20
+                )
+            )
+
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(start())
+        page = browser.page(f"http://localhost:{port}/")
+        stack.callback(page.close)
+        with running([publish]):
+            stack.callback(stop.set)
+            page.wait("got.length > 5")
+            for _ in range(2):
+                process.popen.terminate()
+                process.popen.wait(PATIENCE)
+                process = stack.enter_context(start())
+                count = page.js("got.length")
+                page.wait(f"got.length > {count + 5}")
+            stop.set()
+        page.wait(f"got.at(-1) === {published[-1]}")
+        got = page.js("got")
+        # The page may have connected after the first events.
+        assert got == published[got[0] :]
+        assert page.js("gaps") == []
 
 
 # -- Live pages: the server ------------------------------------------------------------------------

@@ -21,6 +21,7 @@ memory      the server process's memory per client, for 200 and for 1000 clients
 stuck       how much longer a burst takes for the others if one of 200 clients never reads
 matching    one subscriber, while others subscribe to something else
 redis       200 clients of another process than the one that publishes, beside one process alone
+file        the same with an SQLite file; four processes that publish at once; an idle process
 deploy      3,000 clients connect to gunicorn, with few threads, while pages are fetched
 many        15,000 clients of one process: one event, in turns with the raw loop
 idle_cpu    processor time for a connection that only answers pings
@@ -49,6 +50,7 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -56,7 +58,7 @@ import tempfile
 import threading
 import time
 import venv
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -343,6 +345,16 @@ def wait_for_port(port: int, child: subprocess.Popen) -> None:
     raise Failure(f"{child.args[0]} did not open its port")
 
 
+def events_in(path: Path) -> int:
+    """Return how many events were ever stored in the file of a shared log, one after the other."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute("SELECT position FROM events ORDER BY id").fetchall()
+    positions = [position for (position,) in rows]
+    if positions != list(range(positions[0], positions[-1] + 1)):
+        raise Failure("events are lost or doubled in the file")
+    return positions[-1]
+
+
 @contextlib.contextmanager
 def redis_server() -> Iterator[str]:
     """Run a Redis server in memory."""
@@ -440,19 +452,21 @@ class Session:
         bench: Bench,
         server: Server,
         *,
-        redis_url: str | None = None,
+        shared_log: Sequence[str] = (),
         heartbeat: float | None = None,
     ) -> None:
-        """With Redis, a second process of the same server publishes, and it has no clients."""
+        """With a shared log, a second process of the server publishes, and it has no clients.
+
+        shared_log: `--redis URL` or `--database PATH`
+        """
         self.bench, self.kind, self.name = bench, server, server.name
         command = [sys.executable, str(HERE / "bench_servers.py"), *server.arguments]
-        if redis_url:
-            command += ["--redis", redis_url]
+        command += shared_log
         if heartbeat:
             command += ["--heartbeat", str(heartbeat)]
         self.server = self.publisher = Process(command, bench.server_core)
         self.processes = [self.server]
-        if redis_url:
+        if shared_log:
             self.publisher = Process(command, bench.server_core)
             self.processes.append(self.publisher)
 
@@ -575,6 +589,7 @@ MEASUREMENTS = [
     "stuck",
     "matching",
     "redis",
+    "file",
     "deploy",
     "many",
     "idle_cpu",
@@ -670,6 +685,14 @@ class Bench:
                 yield "publish_many", bind(self.redis, server, "burst_many")
             if server.checkout or server.name == "Flask-SocketIO":
                 yield "publish", bind(self.redis, server, "burst")
+
+    def file_variants(self, servers: list[Server]) -> Variants:
+        for server in servers:
+            # Version 1.0.0 has Redis only.
+            if server.checkout and not server.holds_threads:
+                yield "publish_many", bind(self.file, server, "burst_many")
+                yield "publish", bind(self.file, server, "burst")
+                yield "alone", bind(self.file_alone, server)
 
     def deploy_variants(self, servers: list[Server]) -> Variants:
         count = self.deploy_count
@@ -832,9 +855,18 @@ class Bench:
         return {server.name: figures}
 
     def redis(self, server: Server, command: str, *, alone: bool = False) -> Figures:
-        with contextlib.ExitStack() as stack:
-            url = None if alone else stack.enter_context(redis_server())
-            session = stack.enter_context(Session(self, server, redis_url=url))
+        if alone:
+            return self.across(server, command, ())
+        with redis_server() as url:
+            return self.across(server, command, ("--redis", url))
+
+    def file(self, server: Server, command: str) -> Figures:
+        with tempfile.TemporaryDirectory() as directory:
+            return self.across(server, command, ("--database", f"{directory}/live.sqlite3"))
+
+    def across(self, server: Server, command: str, shared_log: Sequence[str]) -> Figures:
+        """Publish in one process for clients of another."""
+        with Session(self, server, shared_log=shared_log) as session:
             client = session.join(200)
             session.publish(client, 10)
             bursts = [
@@ -843,6 +875,40 @@ class Bench:
             ]
             figures = session.alone(client, self.burst_size // 2, self.budget)
         return {server.name: {"per_second": statistics.median(bursts)} | figures}
+
+    def file_alone(self, server: Server) -> Figures:
+        """Measure publish(), four processes that publish at once, and an idle process."""
+        events, idle_s = 10 * self.burst_size, 2 if self.quick else 20
+        with contextlib.ExitStack() as stack:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "live.sqlite3"
+            shared_log = ("--database", str(path))
+            session = stack.enter_context(Session(self, server, shared_log=shared_log))
+            session.join(1)
+            figures = session.publisher.request(f"publish_cost {events}")
+            command = [sys.executable, str(HERE / "bench_servers.py"), *server.arguments]
+            # On all cores, as the workers of a site.
+            publishers = [Process([*command, *shared_log], None) for _ in range(4)]
+            for publisher in publishers:
+                stack.callback(publisher.stop)
+                publisher.receive()
+                publisher.request("burst 1")
+            before = events_in(path)
+            for publisher in publishers:
+                publisher.send(f"burst {events}")
+            reports = [publisher.receive() for publisher in publishers]
+            stored = events_in(path) - before
+            if stored != 4 * events:
+                raise Failure(f"{server.name}: {stored} events of {4 * events} are in the file")
+            span = max(each["end_ns"] for each in reports) - min(r["start_ns"] for r in reports)
+            figures["together"] = 4 * events / span * 1e9
+            # The last round of deletions is over by then.
+            time.sleep(2)
+            figures["file_mib"] = sum(each.stat().st_size for each in path.parent.iterdir()) / 2**20
+            start, cpu = time.monotonic(), session.server.request("process")["cpu_ns"]
+            time.sleep(idle_s)
+            cpu = session.server.request("process")["cpu_ns"] - cpu
+            figures["idle_percent"] = cpu / (time.monotonic() - start) / 1e7
+        return {server.name: figures}
 
     def deploy(self, server: Server, options: list[str], parallel: int) -> Figures:
         """Connect clients to gunicorn as fast as it can, and fetch pages meanwhile."""
@@ -1318,8 +1384,20 @@ def all_tables(results: Results) -> Iterator[str]:
         "one event: µs until half have it": ("half_us",),
         "until the last has it": ("last_us",),
     }
-    title = "redis: 200 clients of another process than the one that publishes"
-    yield from by_variant(results, "redis", title, fields)
+    for name in ("redis", "file"):
+        title = f"{name}: 200 clients of another process than the one that publishes"
+        yield from by_variant(results, name, title, fields)
+    fields = {
+        "publish(), µs": ("publish_us", "{:.0f}"),
+        "four processes at once: events a second": ("together",),
+        "MiB on the disk afterwards": ("file_mib", "{:.1f}"),
+        "idle: % of a core": ("idle_percent", "{:.2f}"),
+    }
+    yield from by_server(
+        results,
+        "file: without other clients",
+        {name: cell("file: alone", *field) for name, field in fields.items()},
+    )
     fields = {
         "clients": ("clients",),
         "s until connected": ("seconds", "{:.2f}"),

@@ -1,13 +1,13 @@
 """The servers that bench.py compares, each in a process of its own.
 
-    bench_servers.py NAME [--checkout DIR] [--redis URL] [--heartbeat SECONDS]
+    bench_servers.py NAME [--checkout DIR] [--redis URL] [--database PATH] [--heartbeat SECONDS]
 
 A server prints {"port": …}. Then it reads commands from standard input, one per line, and answers
 each with one line of JSON:
 
     clients              number of connected clients (null if only the load client can know it)
     resize BYTES         length of all messages from now on
-    burst EVENTS         publish them as fast as this server can; returns when that began
+    burst EVENTS         publish them as fast as this server can; returns when that began and ended
     burst_many EVENTS    the same in one call, if the server has such a call
     publish_cost CALLS   the same as burst, with a stopwatch around each call
     process              process id, and the processor time that it has used
@@ -102,7 +102,7 @@ class Server:
         start = time.monotonic_ns()
         for _ in range(events):
             self.publish(self.payload())
-        return {"start_ns": start}
+        return {"start_ns": start, "end_ns": time.monotonic_ns()}
 
     def publish_cost(self, calls: int) -> dict:
         costs = []
@@ -308,6 +308,7 @@ class SwiftCMS(Server):
             MAX_CONNECTIONS=18_000,
             RATE=1_000_000,
             REDIS_URL=options.redis,
+            DATABASE=options.database,
             HEARTBEAT=options.heartbeat,
         )
         self.port = serve_wsgi(self.app)
@@ -411,6 +412,7 @@ def main() -> None:
     parser.add_argument("name", choices=SERVERS)
     parser.add_argument("--checkout", help="the directory of swiftcms_ws.py")
     parser.add_argument("--redis", help="the URL of a Redis server")
+    parser.add_argument("--database", help="the path of an SQLite file")
     parser.add_argument("--heartbeat", type=float, help="seconds between pings")
     options = parser.parse_args()
     signal.alarm(LIFETIME_S)
