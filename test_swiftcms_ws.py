@@ -12192,16 +12192,16 @@ class Model(RuleBasedStateMachine):
             client.may |= client.must
             client.must = client.must & client.received
 
-    @rule(client=CLIENTS, number=st.integers(0, 2))
+    @rule(client=CLIENTS, number=st.integers(0, 3))
     def unsubscribe(self, client: int, number: int) -> None:
         found = self.clients[client]
         if found.connection is None or not found.patterns or found.replaying:
             return
-        pattern = found.patterns[number % len(found.patterns)]
+        removed = found.patterns[number : number + 1] or list(found.patterns)
+        items = [{"type": kind, "contentType": content_type} for kind, content_type in removed]
         with contextlib.suppress(Closed, OSError):
-            items = [{"type": pattern[0], "contentType": pattern[1]}]
             found.ask("unsubscribe", subscriptions=items)
-        found.patterns.remove(pattern)
+        found.patterns = [pattern for pattern in found.patterns if pattern not in removed]
         # None of its events may come from now on.
         kept = {event.n for event in self.truth if found.is_entitled(event)} | found.received
         found.must &= kept
@@ -12305,6 +12305,16 @@ class RedisModel(Model):
         return {"redis_url": f"redis://127.0.0.1:{self.redis.port}/{next(self.prefixes) % 16}"}
 
 
+class SqliteModel(Model):
+    """Two processes that share a file."""
+
+    directory: Path
+    files = itertools.count(1)
+
+    def log_options(self) -> dict[str, str]:
+        return {"database": str(self.directory / f"{next(self.files)}.sqlite3")}
+
+
 MODEL_SETTINGS = settings(
     max_examples=int(os.environ.get("MODEL_EXAMPLES", "15")),
     stateful_step_count=25,
@@ -12322,3 +12332,8 @@ def test_model_in_memory(model_sites: None) -> None:
 def test_model_with_redis(model_sites: None, redis: Redis) -> None:
     RedisModel.redis = redis
     run_state_machine_as_test(RedisModel, settings=MODEL_SETTINGS)
+
+
+def test_model_with_sqlite(model_sites: None, tmp_path: Path) -> None:
+    SqliteModel.directory = tmp_path
+    run_state_machine_as_test(SqliteModel, settings=MODEL_SETTINGS)
