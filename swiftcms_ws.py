@@ -30,6 +30,9 @@ Glossary
     history       the latest events, from which a client that reconnects gets the ones it missed
     replay        the missed events, sent in answer to a subscribe with `since`
     slot          one of the MAX_CONNECTIONS places for a connection or a handshake
+    stream        a connection over plain HTTP: a response that does not end (GET /ws/events)
+    poll          the same request, if its response ends at once and the client asks again
+    framing       how messages are written: as WebSocket frames, or as an event stream
     hook          a function of the site: identify, authorize, or a receiver of a signal
     shared log    an SQLite file or Redis: all processes of a site append their events to it and
                   read it
@@ -59,6 +62,7 @@ Threads of each engine, started by its first connection or, without a shared log
                   handlers; read from and write to the shared log. Started by the first such task
     follower      reads the shared log, if there is one
 identify runs in the web server's thread, and receivers of event_published in the publisher's.
+For plain HTTP, authorize runs in the web server's thread too.
 
 Locks (each is documented where it is created)
     Hub._starting    creating and starting an engine; the others may be taken while it is held
@@ -89,17 +93,22 @@ import argparse
 import atexit
 import base64
 import bisect
+import codecs
+import copy
 import dataclasses
 import difflib
 import errno
 import functools
 import hashlib
 import heapq
+import http.client
+import importlib
 import inspect
 import io
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -108,6 +117,7 @@ import selectors
 import signal
 import socket
 import ssl
+import string
 import struct
 import sys
 import threading
@@ -118,12 +128,12 @@ import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from enum import Enum, IntEnum
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
 from uuid import UUID
 
 try:
@@ -139,7 +149,6 @@ except ImportError:  # a Python that was built without it
 
 try:
     import jwt
-    import simple_websocket
     from blinker import NamedSignal, Namespace
     from flask import (
         Blueprint,
@@ -147,17 +156,22 @@ try:
         Response,
         abort,
         current_app,
+        has_request_context,
         make_response,
         render_template_string,
         request,
         url_for,
     )
+    from flask import session as flask_session
+    from flask.sessions import SessionInterface, SessionMixin
     from flask.typing import ResponseReturnValue
     from flask_sock import Sock
     from jwt.algorithms import get_default_algorithms
+    from werkzeug.datastructures import Headers
     from werkzeug.exceptions import HTTPException
+    from werkzeug.http import http_date
     from werkzeug.serving import make_server
-    from wsproto.events import CloseConnection, Ping
+    from werkzeug.wsgi import ClosingIterator
     from wsproto.frame_protocol import FrameProtocol, Opcode, ParseFailed
     from wsproto.utilities import ProtocolError
 except ImportError as error:
@@ -181,6 +195,7 @@ __all__ = [
     "client_disconnected",
     "event_published",
     "hub",
+    "is_live_refresh",
     "publish",
     "publish_many",
 ]
@@ -489,6 +504,8 @@ class Hub:
         self.identify_hook: Callable[[], Any] | None = None
         self.authorize_hook: Callable[[User | None, str, str], Any] | None = None
         self._logs = {"database": database, "redis_url": redis_url}
+        # By session class, so that the same track() counts once.
+        self._trackers: weakref.WeakKeyDictionary[type, Tracker] = weakref.WeakKeyDictionary()
         # Weak, so that an app which a job or a test created can be freed.
         self._app_refs: list[weakref.ref[Flask]] = []
         # The engine of a hub without an app.
@@ -547,7 +564,12 @@ class Hub:
         """
         engine = self._engine()
         events = [(*event[:3], *map(_keep_iterator, event[3:])) for event in events]
-        drafts = [engine.draft(*event) for event in events]
+        return self.publish_drafts(engine, events, [engine.draft(*event) for event in events])
+
+    def publish_drafts(
+        self, engine: Engine, events: Sequence[tuple[Any, ...]], drafts: list[Draft]
+    ) -> list[str]:
+        """Send events that are checked and serialised already; return their ids."""
         event_ids = [format_event_id(event_id) for event_id in engine.publish(drafts)]
         if event_published.receivers:
             for event_id, event in zip(event_ids, events, strict=True):
@@ -562,6 +584,42 @@ class Hub:
                     to=to,
                 )
         return event_ids
+
+    def track(
+        self,
+        session: Any,
+        models: Mapping[type, Any],
+        *,
+        payload: Callable[[Any], Any] | None = None,
+        to: Any = EVERYONE,
+    ) -> None:
+        """Publish what SQLAlchemy sessions insert, update and delete, after each commit.
+
+            hub.track(db.session, {Post: "posts"})
+
+        session: a scoped_session, a sessionmaker or a Session class
+        models:  the content type of each class, or a function of the object that returns it
+        payload: a function of the object; without it, the payload is {"id": primary key}
+        to:      a function of the object that returns publish()'s `to`
+
+        The events are content.created, content.updated and content.deleted. The functions see the
+        object's last state before COMMIT, or before its DELETE. If they raise, or return what
+        publish() refuses, so does commit(), and nothing is saved. If publishing fails after COMMIT,
+        that is logged. Statements such as update() and delete() are not seen.
+
+        Raises TypeError or ValueError if an argument is wrong, RuntimeError if this hub tracks a
+        class already in another way, and ImportError if SQLAlchemy is missing.
+        """
+        session_class = find_session_class(session)
+        for other in {*self._trackers} - {session_class}:
+            if issubclass(other, session_class) or issubclass(session_class, other):
+                raise RuntimeError(f"this hub tracks sessions of {other!r} already: use that class")
+        new = Tracker(self)
+        # Atomic, because two threads may create the app at once.
+        tracker = self._trackers.setdefault(session_class, new)
+        if tracker is new:
+            tracker.listen(session_class)
+        tracker.add(models, payload, to)
 
     def identify(self, hook: Hook) -> Hook:
         """Register `hook()`, which returns the user of a handshake.
@@ -582,7 +640,8 @@ class Hub:
         It returns True to allow and False to refuse. Anything else refuses too, and is logged.
         `user` is a User or None; the other two are the pattern that the client sent, such as
         "content.*" and "posts.*": decide for everything that it matches. Editing asks for
-        "user.editing". The hook runs in a worker, in a request context of its own.
+        "user.editing". The hook runs in a worker, in a request context of its own; for plain HTTP
+        it runs in the request.
 
         Raises TypeError for a coroutine function, RuntimeError if there is another hook already.
         """
@@ -614,8 +673,8 @@ class Hub:
         `connections`, `subscriptions`, `queue_length` (events not delivered yet) and
         `waiting_bytes` (not accepted yet by the sockets of slow clients). Since the start:
         `published`, `delivered`, `replayed`, `slow_clients` (closed with 1013), `throttled`
-        (pauses of clients that sent too fast), `errors`, and, if there was one, `error_CODE`,
-        `closed_CODE` (closed by the server) and `refused_STATUS`.
+        (pauses of clients that sent too fast), `polls`, `errors`, and, if there was one,
+        `error_CODE`, `closed_CODE` (closed by the server) and `refused_STATUS`.
         """
         engine = self._engine()
         connections = engine.registry.connections()
@@ -654,9 +713,10 @@ class Hub:
         """Return the id of the newest event.
 
         Call it before reading the data of a page: with this id as `since`, the page then gets
-        every event that its data may not contain.
+        every event that its data may not contain. If a shared log has no event yet, or does not
+        answer within 0.1 s, the id is 0-0, and a client that resumes from it is told to reload.
         """
-        return format_event_id(self._engine().newest_id())
+        return format_event_id(self._engine().newest_id() or (0, 0))
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until the events that this process has published are written to clients' sockets.
@@ -718,8 +778,8 @@ class Hub:
                 if engine.log is None:
                     raise RuntimeError(
                         "this hub is not registered with an app, so no client could receive the"
-                        " event: call app.register_blueprint(blueprint) first, or use the hub that"
-                        " is registered; a script gives Hub(database=…)"
+                        " event: publish after app.register_blueprint(blueprint), or use the hub"
+                        " that is registered; a script gives Hub(database=…)"
                     )
                 self._script_engine = engine
             return self._script_engine
@@ -745,6 +805,8 @@ class Hub:
             check_sqlite()
         if settings.redis_url is not None:
             import_redis()
+        if "swiftcms_ws" not in app.extensions:
+            LivePages(self, app)
         engines = app.extensions.setdefault("swiftcms_ws", {})
         if self not in engines:
             engines[self] = None
@@ -849,6 +911,7 @@ class Engine:
         self.workers = Workers()
         self.editing = Editing(self)
         self.exchange = EditorExchange(self)
+        self.pollers = Pollers()
         self.log = create_log(self.settings, app, self.report)
         self._create_threads()
         # NaN is not JSON: every browser that received it would throw.
@@ -858,6 +921,8 @@ class Engine:
         self.has_served = False
         self.is_started = False
         self.is_closing = False
+        # The average time of a live page's refresh, in seconds. Reading and setting it is atomic.
+        self.refresh_seconds = 0.0
         # Reading or setting an item is atomic. At worst a message is logged twice.
         self._warned_at: dict[str, float] = {}
         # Recent sign-outs, with their times. A handshake that began earlier is signed out when its
@@ -936,8 +1001,7 @@ class Engine:
             utf8_length(text)
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(
-                f"payload cannot be sent as JSON: {error}; publish a dict such as"
-                ' {"id": post.id}, or teach app.json the type'
+                f"payload cannot be sent as JSON: {error}; {_payload_hint(str(error))}"
             ) from error
         return str(text)
 
@@ -966,6 +1030,10 @@ class Engine:
         """Log if this process has published, and was not the one that serves the clients."""
         if self.log is not None or self.has_served or self.app is None or self.app.testing:
             return
+        # The parent of Werkzeug's reloader has run the site's script too. Its child serves.
+        is_reloader = "werkzeug._reloader" in sys.modules
+        if is_reloader and os.environ.get("WERKZEUG_RUN_MAIN") != "true":
+            return
         count = self.counters.as_dict()["published"]
         if count:
             self.warn(
@@ -975,15 +1043,19 @@ class Engine:
                 count,
             )
 
-    def newest_id(self) -> EventId:
-        """Return the id of the newest event. Starts no thread."""
-        if self.follower is not None and self.follower.newest_id is not None:
-            return self.follower.newest_id
+    def newest_id(self) -> EventId | None:
+        """Return the id of the newest event; None if the shared log does not answer at once.
+
+        Starts no thread.
+        """
         if self.log is None:
             return self.loop.last_id
+        if self.follower is not None and self.follower.newest_id is not None:
+            # The follower may not have read this process's own events yet.
+            return max(self.follower.newest_id, self.log.last_appended)
         with suppress(LogUnavailable):
-            return self.log.newest_id() or (0, 0)
-        return (0, 0)
+            return self.log.newest_id()
+        return None
 
     # -- signing out -------------------------------------------------------------------------------
 
@@ -1011,7 +1083,7 @@ class Engine:
         """Close the connections of a user in this process. Loop only."""
         self._signed_out.append((time.monotonic(), user_id, session))
         for connection in self._of_session(user_id, session):
-            close_signed_out(connection)
+            connection.session.sign_out()
 
     def was_signed_out(self, user: User, since: float) -> bool:
         """Return whether a user was signed out after `since`, when the handshake began."""
@@ -1099,8 +1171,19 @@ class Engine:
             connection.close_copy()
 
 
-def close_signed_out(connection: Connection) -> None:
-    connection.close(CloseCode.UNAUTHORIZED, "the site signed you out; sign in again")
+# What to publish instead, by a part of the encoder's message.
+PAYLOAD_HINTS = {
+    r"type Row\b": "publish dict(row)",
+    r"type (set|frozenset|dict_\w+|generator|map|filter)\b": "publish a list: list(…)",
+    r"float|NaN|Infinity": "publish None in its place",
+}
+
+
+def _payload_hint(message: str) -> str:
+    for pattern, hint in PAYLOAD_HINTS.items():
+        if re.search(pattern, message):
+            return hint
+    return 'publish a dict such as {"id": post.id}, or teach app.json the type'
 
 
 class Counters:
@@ -1110,8 +1193,8 @@ class Counters:
         # Guards the numbers. Re-entrant, because a signal handler that publishes may interrupt its
         # own thread while that thread holds the lock.
         self._lock = threading.RLock()
-        names = ("published", "delivered", "replayed", "errors", "slow_clients", "throttled")
-        self._numbers = Counter(dict.fromkeys(names, 0))
+        names = "published delivered replayed polls errors slow_clients throttled"
+        self._numbers = Counter(dict.fromkeys(names.split(), 0))
 
     def add(self, name: str, number: int = 1) -> None:
         with self._lock:
@@ -1219,12 +1302,13 @@ class Draft(NamedTuple):
 
 
 class Event:
-    """One published event. Any thread may create one and read it, except `frame`: loop only.
+    """One published event. Any thread may create one and read it.
 
-    To save memory it keeps either the payload or, once that was asked for, the frame.
+    The loop alone may use `frame` and `block`. To save memory it keeps either the payload or, once
+    that was asked for, the frame.
     """
 
-    __slots__ = ("_frame", "_payload", "content_type", "id", "size", "to", "type")
+    __slots__ = ("_block", "_frame", "_payload", "content_type", "id", "size", "to", "type")
 
     def __init__(self, event_id: EventId, draft: Draft) -> None:
         self.id = event_id
@@ -1233,7 +1317,7 @@ class Event:
         self.to = draft.to
         self.size = utf8_length(draft.payload)
         self._payload: str | None = draft.payload
-        self._frame = b""
+        self._frame = self._block = b""
 
     @property
     def payload(self) -> str:
@@ -1242,7 +1326,7 @@ class Event:
 
     @property
     def frame(self) -> bytes:
-        """The bytes that every client receives. Loop only."""
+        """The bytes that every WebSocket receives. Loop only."""
         if self._payload is not None:
             # Names need no escaping, and the payload is JSON already.
             text = (
@@ -1253,6 +1337,14 @@ class Event:
             self._frame = text_frame(text)
             self._payload = None
         return self._frame
+
+    @property
+    def block(self) -> bytes:
+        """The bytes that every client over plain HTTP receives. Loop only."""
+        if not self._block:
+            message = self.frame[frame_head_length(self.frame) :]
+            self._block = stream_block(message, event_id=format_event_id(self.id))
+        return self._block
 
 
 def utf8_length(text: str) -> int:
@@ -1381,6 +1473,40 @@ def patterns_of(event_type: str, content_type: str) -> tuple[Pattern, ...]:
     return tuple(itertools.product(_patterns_of_name(event_type), _patterns_of_name(content_type)))
 
 
+# Cached, because a site publishes the same names again and again.
+@functools.lru_cache(maxsize=2048)
+def is_similar(pattern: str, name: str) -> bool:
+    """Return whether a pattern of one name matches it, or was perhaps meant to.
+
+    Similar are item.add and item.added, Posts and post, order_paid and order.paid, and long words
+    of which one letter is different.
+    """
+    if matches(pattern, name):
+        return True
+    words, others = _stems(pattern.removesuffix(".*")), _stems(name)
+    if pattern.endswith(".*"):
+        others = others[: len(words)]
+    one, other = ".".join(words), ".".join(others)
+    if one == other:
+        return True
+    longest = max(len(one), len(other))
+    if longest < 8 or re.search(r"\d", one + other):
+        return False
+    return _common_start(one, other) + _common_start(one[::-1], other[::-1]) >= longest - 1
+
+
+def _common_start(one: str, other: str) -> int:
+    """Return the number of characters at the start of both strings."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _stems(name: str) -> list[str]:
+    """Return the words of a name in lower case, without the endings of plurals and tenses."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", ".", name).lower()
+    return [re.sub(r"(ies|y|ing|ed|es|e|s)$", "", word) for word in re.split(r"[._-]", name)]
+
+
 def describe(value: object) -> str:
     """Name a JSON value's kind for an error message, and show a short value."""
     if isinstance(value, dict):
@@ -1428,6 +1554,11 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
     return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
 
 
+def frame_head_length(frame: bytes) -> int:
+    """Return where the payload of an unmasked frame begins."""
+    return {126: 4, 127: 10}.get(frame[1], 2)
+
+
 def text_frame(text: str) -> bytes:
     return encode_frame(Opcode.TEXT, text.encode())
 
@@ -1445,7 +1576,17 @@ def message_frame(
     content_type: str | None = None,
     ref: str | float | None = None,
 ) -> bytes:
-    """Return the frame of a message of the server. The payload needs no JSON provider."""
+    """Return the frame of a message of the server."""
+    return text_frame(message_text(message_type, payload, content_type, ref))
+
+
+def message_text(
+    message_type: str,
+    payload: Mapping[str, Any],
+    content_type: str | None = None,
+    ref: str | float | None = None,
+) -> str:
+    """Return a message of the server as JSON. The payload needs no JSON provider."""
     message: dict[str, Any] = {"type": message_type}
     if content_type is not None:
         message["contentType"] = content_type
@@ -1453,7 +1594,40 @@ def message_frame(
     message["timestamp"] = timestamp(now_milliseconds())
     if ref is not None:
         message["ref"] = ref
-    return text_frame(json.dumps(message))
+    return json.dumps(message)
+
+
+class Framing:
+    """How messages are written to a client: here as WebSocket frames. Pure functions.
+
+    EventStream, in section 15, is the other one. Each event is encoded once for each framing.
+    """
+
+    # Clients answer heartbeats, so one that is silent has left.
+    has_pongs = True
+
+    def event(self, event: Event) -> bytes:
+        return event.frame
+
+    def message(
+        self,
+        message_type: str,
+        payload: Mapping[str, Any],
+        content_type: str | None = None,
+        ref: str | float | None = None,
+    ) -> bytes:
+        return message_frame(message_type, payload, content_type, ref)
+
+    def heartbeat(self, place: Mapping[str, Any]) -> bytes:
+        """Return system.heartbeat, which scripts can see, and a ping, which libraries answer."""
+        return message_frame("system.heartbeat", place) + encode_frame(Opcode.PING, b"")
+
+    def closing(self, code: int, reason: str) -> bytes:
+        """Return the last bytes of a connection that the server closes."""
+        return close_frame(code, reason)
+
+
+WEBSOCKET = Framing()
 
 
 def parse_message(data: str | bytes) -> dict[str, Any]:
@@ -1832,19 +2006,33 @@ class Loop(EventQueue):
         kinds: dict[tuple[str, str, frozenset[str] | None], int] = defaultdict(int)
         for index, event in enumerate(events):
             kinds[event.type, event.content_type, event.to] |= 1 << index
-        routes: Iterable[tuple[int, Collection[Connection]]]
-        routes = [(bits, self.registry.matching(*kind)) for kind, bits in kinds.items()]
-        if len(kinds) > 1:
-            routes = _merge_routes(routes)
         try:
-            for bits, connections in routes:
-                if not connections:
-                    continue
-                chosen = [event.frame for index, event in enumerate(events) if bits >> index & 1]
-                Connection.send_to_all(connections, b"".join(chosen))
-                self._counters.add("delivered", len(chosen) * len(connections))
+            for framing in self.registry.framings:
+                routes: Iterable[tuple[int, Collection[Connection]]]
+                routes = [
+                    (bits, self.registry.matching(*kind, framing)) for kind, bits in kinds.items()
+                ]
+                if len(kinds) > 1:
+                    routes = _merge_routes(routes)
+                self._send_events(events, routes, framing)
         finally:
             self.history.add(events)
+
+    def _send_events(
+        self,
+        events: list[Event],
+        routes: Iterable[tuple[int, Collection[Connection]]],
+        framing: Framing,
+    ) -> None:
+        """Send each group of connections of one framing its events."""
+        for bits, connections in routes:
+            if not connections:
+                continue
+            chosen = [
+                framing.event(event) for index, event in enumerate(events) if bits >> index & 1
+            ]
+            Connection.send_to_all(connections, b"".join(chosen))
+            self._counters.add("delivered", len(chosen) * len(connections))
 
     # -- flushing and closing ----------------------------------------------------------------------
 
@@ -1941,6 +2129,12 @@ class History:
             self._bytes -= oldest.size
             self.forgotten_id = oldest.id
 
+    def names_after(self, event_id: EventId) -> set[tuple[str, str]]:
+        """Return type and content type of public events after an id, of the last 50 events."""
+        latest = itertools.islice(reversed(self._events), 50)
+        newer = itertools.takewhile(lambda event: event.id > event_id, latest)
+        return {(event.type, event.content_type) for event in newer if event.to is None}
+
     def after(self, since: EventId) -> list[Event] | None:
         """Return the events after `since`; None if some of them may be missing here.
 
@@ -1986,11 +2180,14 @@ class Registry:
         self._released = threading.Condition(self._lock)
         # Slots taken by connections and by handshakes. Reading it is atomic.
         self.slots = 0
+        # The framings that connections have had so far. Reading it is atomic.
+        self.framings: tuple[Framing, ...] = (WEBSOCKET,)
         # Dictionaries without values are sets that keep their order.
         self._connections: dict[str, Connection] = {}
-        self._subscribers: dict[Pattern, dict[Connection, None]] = {}
+        # Those of each framing apart, because each framing is encoded once for all of them.
+        self._subscribers: dict[tuple[Framing, Pattern], dict[Connection, None]] = {}
         self._by_user: dict[str, dict[Connection, None]] = {}
-        self._match_cache: dict[tuple[str, str], tuple[Connection, ...]] = {}
+        self._match_cache: dict[tuple[Framing, str, str], tuple[Connection, ...]] = {}
 
     # -- slots -------------------------------------------------------------------------------------
 
@@ -2019,6 +2216,8 @@ class Registry:
     def add(self, connection: Connection) -> None:
         with self._lock:
             self._connections[connection.id] = connection
+            if connection.framing not in self.framings:
+                self.framings = (*self.framings, connection.framing)
             if connection.user:
                 self._by_user.setdefault(connection.user.id, {})[connection] = None
 
@@ -2069,7 +2268,7 @@ class Registry:
         with self._lock:
             public, private = connection.subscriptions.get(pattern, (after, after))
             connection.subscriptions[pattern] = (min(public, after), min(private, after))
-            self._subscribers.setdefault(pattern, {})[connection] = None
+            self._subscribers.setdefault((connection.framing, pattern), {})[connection] = None
             self._match_cache.clear()
 
     def unsubscribe(self, connection: Connection, patterns: Iterable[Pattern] | None) -> int:
@@ -2082,7 +2281,7 @@ class Registry:
     def _unsubscribe(self, connection: Connection, pattern: Pattern) -> bool:
         if connection.subscriptions.pop(pattern, None) is None:
             return False
-        self._discard(self._subscribers, pattern, connection)
+        self._discard(self._subscribers, (connection.framing, pattern), connection)
         self._match_cache.clear()
         return True
 
@@ -2100,38 +2299,56 @@ class Registry:
         with self._lock:
             return sum(len(connections) for connections in self._subscribers.values())
 
+    def patterns(self, most: int) -> list[Pattern]:
+        """Return the patterns of subscriptions, at most so many."""
+        with self._lock:
+            return [pattern for _, pattern in itertools.islice(self._subscribers, most)]
+
     # -- matching ----------------------------------------------------------------------------------
 
     def matching(
-        self, event_type: str, content_type: str, to: frozenset[str] | None = None
+        self,
+        event_type: str,
+        content_type: str,
+        to: frozenset[str] | None,
+        framing: Framing,
     ) -> Collection[Connection]:
-        """Return the connections that subscribe to such an event, each once."""
+        """Return the connections of a framing that subscribe to such an event, each once."""
         with self._lock:
             if to is not None:
-                return self._matching_users(event_type, content_type, to)
-            found = self._match_cache.get((event_type, content_type))
+                return self._matching_users(event_type, content_type, to, framing)
+            key = (framing, event_type, content_type)
+            found = self._match_cache.get(key)
             if found is None:
-                found = self._find_subscribers(event_type, content_type)
+                found = self._find_subscribers(*key)
                 if len(self._match_cache) >= self.CACHE_SIZE:
                     self._match_cache.clear()
-                self._match_cache[event_type, content_type] = found
+                self._match_cache[key] = found
             return found
 
-    def _find_subscribers(self, event_type: str, content_type: str) -> tuple[Connection, ...]:
+    def has_subscriber(self, event_type: str, content_type: str) -> bool:
+        return any(
+            self.matching(event_type, content_type, None, framing) for framing in self.framings
+        )
+
+    def _find_subscribers(
+        self, framing: Framing, event_type: str, content_type: str
+    ) -> tuple[Connection, ...]:
         found: dict[Connection, None] = {}
         for pattern in patterns_of(event_type, content_type):
-            found |= self._subscribers.get(pattern, {})
+            found |= self._subscribers.get((framing, pattern), {})
         return tuple(found)
 
     def _matching_users(
-        self, event_type: str, content_type: str, to: frozenset[str]
+        self, event_type: str, content_type: str, to: frozenset[str], framing: Framing
     ) -> list[Connection]:
         patterns = patterns_of(event_type, content_type)
         return [
             connection
             for user_id in to
             for connection in self._by_user.get(user_id, ())
-            if not connection.subscriptions.keys().isdisjoint(patterns)
+            if connection.framing is framing
+            and not connection.subscriptions.keys().isdisjoint(patterns)
         ]
 
     def missed(
@@ -2176,6 +2393,8 @@ class State(Enum):
 class Connection:
     """Owns one client's socket and the unsent data for it. Loop only, except has_left().
 
+    The client speaks WebSocket or, with the other framing, receives a response that does not end.
+
     The socket is non-blocking. If the socket buffer of a slow client is full, unsent data is
     queued here and later frames queue behind it. Other clients are not affected.
     """
@@ -2207,6 +2426,7 @@ class Connection:
         "_unsent",
         "close_code",
         "close_deadline",
+        "framing",
         "id",
         "session",
         "state",
@@ -2218,7 +2438,13 @@ class Connection:
     )
 
     def __init__(
-        self, client_id: str, sock: socket.socket, loop: Loop, max_queue: int, user: User | None
+        self,
+        client_id: str,
+        sock: socket.socket,
+        loop: Loop,
+        max_queue: int,
+        user: User | None,
+        framing: Framing = WEBSOCKET,
     ) -> None:
         sock.setblocking(False)
         # The web servers do not set it, and small frames would wait 40 ms. A Unix socket behind
@@ -2226,6 +2452,7 @@ class Connection:
         with suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.id = client_id
+        self.framing = framing
         self.state = State.OPEN
         self.close_code: int | None = None
         self.session: Session
@@ -2249,8 +2476,8 @@ class Connection:
         self._is_direct = True
         # When the socket last accepted data, if some is unsent.
         self._progress_at = 0.0
-        # Since when the client has been silent; infinity while the server does not read it,
-        # because its silence does not count then.
+        # Since when the client has been silent; infinity while the server does not read it, or if
+        # it has nothing to send, because its silence does not count then.
         self.waiting_since = time.monotonic()
         # Close the socket as soon as everything is written: the client's close frame has arrived.
         self._close_when_written = False
@@ -2391,7 +2618,8 @@ class Connection:
         if not data:
             self.abort()
             return
-        self.waiting_since = time.monotonic()
+        if self.framing.has_pongs:
+            self.waiting_since = time.monotonic()
         self.session.receive(data)
 
     @property
@@ -2425,7 +2653,7 @@ class Connection:
 
     def _note_reading(self, is_reading: bool) -> None:
         """Count the client's silence only while the server reads from it."""
-        if not is_reading:
+        if not is_reading or not self.framing.has_pongs:
             self.waiting_since = float("inf")
         elif not self._selected & selectors.EVENT_READ:
             self.waiting_since = time.monotonic()
@@ -2433,7 +2661,10 @@ class Connection:
     # -- closing -----------------------------------------------------------------------------------
 
     def close(self, code: int, reason: str) -> None:
-        """Send a close frame, and close the socket after the client's answer or CLOSE_TIMEOUT."""
+        """Send a close frame, and close the socket after the client's answer or CLOSE_TIMEOUT.
+
+        The client of a stream does not answer, so its socket is closed when everything is written.
+        """
         if self.state is not State.OPEN:
             return
         if code == CloseCode.TRY_AGAIN_LATER and self._unsent:
@@ -2443,7 +2674,8 @@ class Connection:
             self._unsent = deque([first])
             self.unsent_bytes = len(first)
         self.close_code = code
-        self._begin_closing(close_frame(code, reason))
+        self._close_when_written = not self.framing.has_pongs
+        self._begin_closing(self.framing.closing(code, reason))
 
     def answer_close(self, code: int | None) -> None:
         """The client's close frame has arrived: answer it unless it is an answer; then close."""
@@ -2538,6 +2770,7 @@ class HandshakeRefused(Exception):
     def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
         super().__init__(message)
         self.status = status
+        self.code = code
         self.response = make_response({"code": code, "message": message}, status, headers)
 
 
@@ -2562,6 +2795,8 @@ class Handshake:
         self.own: socket.socket | None = None
         self.relay: socket.socket | None = None
         self.read_ahead = b""
+        # Its open() gives the socket to the loop.
+        self.session_type: type[Session] = Session
 
     def send(self, data: bytes) -> int:
         """Receive the 101 response of simple-websocket."""
@@ -2593,6 +2828,19 @@ def handshake_thread(target: Any) -> Any:
     return threading.Thread(target=target)
 
 
+class HubBlueprint(Blueprint):
+    """The blueprint of a hub. Flask's message about a second registration would mislead."""
+
+    def register(self, app: Any, options: dict[str, Any]) -> None:
+        name = f"{options.get('name_prefix', '')}.{options.get('name', self.name)}".lstrip(".")
+        if app.blueprints.get(name) is self:
+            raise ValueError(
+                "this blueprint is registered with the app already: call register_blueprint() or"
+                " init_app() once"
+            )
+        super().register(app, options)
+
+
 class Endpoint:
     """The blueprint of a hub. Its functions run in the web server's threads.
 
@@ -2606,7 +2854,7 @@ class Endpoint:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        self.blueprint = Blueprint("swiftcms_ws", __name__)
+        self.blueprint = HubBlueprint("swiftcms_ws", __name__)
         self.blueprint.record(lambda state: hub.registered(cast(Flask, state.app)))
         self.blueprint.before_request(self._check_handshake)
         self.blueprint.after_request(self._answer_handshake)
@@ -2615,6 +2863,10 @@ class Endpoint:
         Sock().route("/ws", bp=self.blueprint, endpoint="websocket")(self._websocket)
         self.blueprint.add_url_rule("/ws", "about", self._about)
         self.blueprint.add_url_rule("/ws/client.js", "client_js", self._client_js)
+        self.blueprint.add_url_rule("/ws/events", "events", self._events)
+        self.blueprint.add_url_rule(
+            "/ws/inspector.<any(js, css, svg):kind>", "inspector", self._inspector_file
+        )
         self.blueprint.url_defaults(self._add_version)
 
     def _engine(self) -> Engine:
@@ -2664,28 +2916,21 @@ class Endpoint:
                 handshake.own = descriptors().take_over(handshake.sock)
         except (OSError, ValueError) as error:
             # ValueError: the server has closed its socket, because the client has left.
-            self._log_lost_socket(engine, error)
+            log_lost_socket(engine, error)
             return
         handshake.read_ahead = read_server_buffers(environ)
-
-    def _log_lost_socket(self, engine: Engine, error: Exception) -> None:
-        """Log it if the process has too many open files. That a client has left is not logged."""
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.EINVAL, errno.ENFILE):
-            engine.warn(
-                "refused a WebSocket: this process has %s connections and may not open more files"
-                " (its limit is %s). Raise the limit: ulimit -n, or LimitNOFILE in systemd",
-                engine.registry.slots,
-                descriptors().limit,
-            )
 
     def _answer_handshake(self, response: Response) -> Response:
         """Answer with a plain 101, so that the server logs this status.
 
         After the take-over it is written into a dead socket. The client gets the 101 from the loop.
+        A stream's socket is taken over later, by its response.
         """
         handshake = request.environ.get(HANDSHAKE_KEY)
         if not isinstance(handshake, Handshake):
             return response
+        if isinstance(handshake, EventsHandshake):
+            return StreamResponse(self._engine(), handshake, response)
         if handshake.own is None:
             if handshake.response and response.status_code == 200:
                 # The handshake was accepted, but the socket could not be taken over.
@@ -2713,7 +2958,7 @@ class Endpoint:
             if self._hub.authorize_hook or has_connection_receivers():
                 kept = hook_environ(environ)
             address = environ.get("REMOTE_ADDR", "")
-            if engine.loop.call(Session.open, engine, handshake, kept, address):
+            if engine.loop.call(handshake.session_type.open, engine, handshake, kept, address):
                 return
             handshake.own.close()
         engine.registry.release()
@@ -2722,16 +2967,41 @@ class Endpoint:
 
     def _about(self) -> ResponseReturnValue:
         """Answer a plain GET: with the inspector, if it is switched on."""
-        is_inspector_on = self._engine().settings.inspector
-        if is_inspector_on is None:
-            is_inspector_on = current_app.debug
-        if is_inspector_on:
-            return render_page(demo=False)
-        return self._refuse(
-            426,
-            "upgrade_required",
-            "this is the address of a WebSocket; connect to it with ws:// or wss://",
+        message = (
+            "this is the address of a WebSocket; connect to it with ws:// or wss://, or use plain"
+            f" HTTP: GET {url_for('.events')}"
         )
+        if "Sec-WebSocket-Key" in request.headers:
+            message = (
+                "a WebSocket handshake arrived without the header Upgrade: the proxy must pass the"
+                " headers Upgrade and Connection on (README, Deployment, Proxies)"
+            )
+            self._engine().warn(message, once=True)
+        if self._is_inspector_on():
+            return render_template_string(PAGE, demo=False, address=request.host)
+        return self._refuse(426, "upgrade_required", message)
+
+    def _events(self) -> Response:
+        """Answer GET /ws/events: with a stream, or with the events that there are."""
+        return EventsRequest(self._hub, self._engine()).answer()
+
+    def _is_inspector_on(self) -> bool:
+        setting = self._engine().settings.inspector
+        return current_app.debug if setting is None else setting
+
+    def _inspector_file(self, kind: str, **values: Any) -> Response:
+        """Serve the inspector's script, style and icon.
+
+        Flask-Talisman's default policy forbids them inside the page.
+        """
+        if not self._is_inspector_on():
+            abort(404)
+        files = {
+            "js": (INSPECTOR_JS, "text/javascript"),
+            "css": (INSPECTOR_CSS, "text/css"),
+            "svg": (INSPECTOR_SVG, "image/svg+xml"),
+        }
+        return page_file(*files[kind])
 
     def _add_version(self, endpoint: str, values: dict[str, Any]) -> None:
         """Add `v`, a hash of client.js, to the address of it that url_for() returns."""
@@ -2759,7 +3029,7 @@ class Endpoint:
 class HandshakeCheck:
     """Decides about one handshake, in a thread of the web server.
 
-    It runs before the request reaches flask-sock's route.
+    It runs before the request reaches flask-sock's route. EventsRequest uses its parts.
     """
 
     # Names and values of a handshake's headers together: they are kept if the site has hooks.
@@ -2775,11 +3045,7 @@ class HandshakeCheck:
         self._warn_of_processes()
         self._check_headers()
         self._check_origin()
-        # Started before the site is asked for the user: a sign-out from now on is noticed.
-        self._hub.start(self._engine)
-        if self._engine.follower is not None:
-            self._engine.follower.wait_for_begin()
-        began = time.monotonic()
+        began = self._start()
         user = self._find_user()
         self._reserve_slot()
         return Handshake(sock, user, began)
@@ -2791,33 +3057,37 @@ class HandshakeCheck:
         problem = ""
         if sock is None:
             problem = "gives no access to the socket"
-        elif "gunicorn.socket" not in environ and environ.get("wsgi.multiprocess"):
+        elif is_forking(environ):
             problem = "starts a process for each request"
         elif needs_relay(sock) and not environ.get("wsgi.multithread"):
             problem = "has one thread, which TLS inside the process would occupy"
         if problem:
             self._engine.warn("refused a WebSocket: %s %s; %s", server, problem, SUPPORTED_SERVERS)
-            raise HandshakeRefused(501, "not_supported", f"{server} {problem}; {SUPPORTED_SERVERS}")
+            hint = f"{SUPPORTED_SERVERS}, or use plain HTTP: GET {url_for('.events')}"
+            raise HandshakeRefused(501, "not_supported", f"{server} {problem}; {hint}")
         return sock
+
+    def _start(self) -> float:
+        """Start the engine, and return the time. A sign-out from then on is noticed."""
+        self._hub.start(self._engine)
+        if self._engine.follower is not None:
+            self._engine.follower.wait_for_begin()
+        return time.monotonic()
 
     def _warn_of_processes(self) -> None:
         if request.environ.get("wsgi.multiprocess") and self._engine.log is None:
             self._engine.warn(
                 "the web server has several processes, and an event reaches only the clients of"
-                " the process that publishes it: set SWIFTCMS_WS_DATABASE (or, on several machines,"
-                " SWIFTCMS_WS_REDIS_URL), or run one process",
+                " the process that publishes it; a client that polls misses some. Set"
+                " SWIFTCMS_WS_DATABASE (or, on several machines, SWIFTCMS_WS_REDIS_URL), or run one"
+                " process",
                 once=True,
             )
 
     def _check_headers(self) -> None:
         """Refuse a handshake that RFC 6455 section 4.2.1 does not allow."""
         environ = request.environ
-        headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
-        size = sum(len(key) + len(value) for key, value in headers.items())
-        if size + len(environ.get("QUERY_STRING", "")) > self.MAX_HEADERS:
-            raise HandshakeRefused(
-                431, "bad_handshake", f"the headers are over {self.MAX_HEADERS} bytes"
-            )
+        headers = self._check_size()
         if request.method != "GET":
             raise HandshakeRefused(
                 400, "bad_handshake", f"a handshake is a GET, not a {request.method}"
@@ -2842,6 +3112,17 @@ class HandshakeCheck:
                 400, "bad_handshake", "Sec-WebSocket-Key must be 16 bytes in base64"
             )
 
+    def _check_size(self) -> dict[str, str]:
+        """Return the headers, as the environ has them, or refuse them because they are too long."""
+        environ = request.environ
+        headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
+        size = sum(len(key) + len(value) for key, value in headers.items())
+        if size + len(environ.get("QUERY_STRING", "")) > self.MAX_HEADERS:
+            raise HandshakeRefused(
+                431, "bad_handshake", f"the headers are over {self.MAX_HEADERS} bytes"
+            )
+        return headers
+
     def _check_origin(self) -> None:
         """Refuse handshakes of pages of other sites (RFC 6455 section 10.2).
 
@@ -2851,8 +3132,16 @@ class HandshakeCheck:
         origin, host = request.headers.get("Origin"), request.environ.get("HTTP_HOST", "")
         if origin is None or is_origin_allowed(origin, host, self._engine.settings.origins):
             return
+        if origin in ("null", "file://"):
+            self._engine.warn(
+                "refused a connection to a page of the origin %s. If it was opened as a file, open"
+                " it through http:// instead",
+                origin,
+            )
+            message = "pages that are opened as a file may not connect: open them through http://"
+            raise HandshakeRefused(403, "forbidden", message)
         self._engine.warn(
-            "refused a WebSocket to a page of %r, because that is not the host of the request"
+            "refused a connection to a page of %r, because that is not the host of the request"
             " (%s). If such pages may connect, add the origin to SWIFTCMS_WS_ORIGINS. If it is"
             " this site, let its proxy pass the Host header on",
             origin[:200],
@@ -2884,7 +3173,7 @@ class HandshakeCheck:
         limit = self._engine.settings.max_connections or descriptors().max_connections
         if not self._engine.registry.reserve(limit):
             self._engine.warn(
-                "refused a WebSocket: all %s slots are taken. Set SWIFTCMS_WS_MAX_CONNECTIONS and,"
+                "refused a connection: all %s slots are taken. Set SWIFTCMS_WS_MAX_CONNECTIONS and,"
                 " if need be, the limit of open files (ulimit -n, LimitNOFILE in systemd) higher",
                 limit,
             )
@@ -2899,6 +3188,17 @@ class HandshakeCheck:
             )
 
 
+def log_lost_socket(engine: Engine, error: Exception) -> None:
+    """Log it if the process has too many open files. That a client has left is not logged."""
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.EINVAL, errno.ENFILE):
+        engine.warn(
+            "refused a connection: this process has %s connections and may not open more files"
+            " (its limit is %s). Raise the limit: ulimit -n, or LimitNOFILE in systemd",
+            engine.registry.slots,
+            descriptors().limit,
+        )
+
+
 def needs_relay(sock: Any) -> bool:
     """Return whether a socket cannot be taken over: TLS, or Windows."""
     return Endpoint.FORCE_RELAY or fcntl is None or isinstance(sock, ssl.SSLSocket)
@@ -2909,6 +3209,14 @@ def client_js(path: str) -> tuple[str, str]:
     """Return client.js with the path of its WebSocket, and a hash of it."""
     body = CLIENT_JS.replace('WEBSOCKET_PATH = "/ws"', f"WEBSOCKET_PATH = {json.dumps(path)}")
     return body, hashlib.sha256(body.encode()).hexdigest()[:16]
+
+
+def page_file(body: str, mimetype: str) -> Response:
+    """Return a script or style of a page. Browsers ask each time whether it has changed."""
+    response = Response(body, mimetype=mimetype)
+    response.cache_control.no_cache = True
+    response.add_etag()
+    return cast(Response, response.make_conditional(request))
 
 
 def _is_handshake_key(key: str) -> bool:
@@ -3063,6 +3371,11 @@ def find_socket(environ: Mapping[str, Any]) -> Any:
     if type(sock).__module__.startswith("eventlet"):
         return None
     return sock
+
+
+def is_forking(environ: Mapping[str, Any]) -> bool:
+    """Return whether the web server starts a process for each request, as Werkzeug can."""
+    return "gunicorn.socket" not in environ and bool(environ.get("wsgi.multiprocess"))
 
 
 def read_server_buffers(environ: Mapping[str, Any]) -> bytes:
@@ -3533,6 +3846,8 @@ class Session:
         CloseCode.HEARTBEAT_TIMEOUT: "it sent nothing for two heartbeats (SWIFTCMS_WS_HEARTBEAT)",
     }
 
+    FRAMING = WEBSOCKET
+    SIGNED_OUT = "the site signed you out; sign in again"
     # Messages of one client are handled for so many seconds before the others get their turn.
     TURN = 0.005
     # Frames of a client that it sent before it received our close frame. With more, it floods.
@@ -3580,14 +3895,16 @@ class Session:
     @classmethod
     def open(
         cls, engine: Engine, handshake: Handshake, environ: dict[str, Any] | None, address: str
-    ) -> None:
-        """Adopt the socket of a handshake: send the 101 and the greeting, then begin to read."""
+    ) -> Connection:
+        """Adopt the socket of a handshake: send the response and the greeting; begin to read."""
         client_id = engine.process + secrets.token_hex(6)
         max_queue = engine.settings.max_queue
         assert handshake.own is not None
-        connection = Connection(client_id, handshake.own, engine.loop, max_queue, handshake.user)
+        own, user = handshake.own, handshake.user
+        connection = Connection(client_id, own, engine.loop, max_queue, user, cls.FRAMING)
         connection.session = session = cls(engine, connection, environ, address)
         session.guarded(session._start, handshake)
+        return connection
 
     def _start(self, handshake: Handshake) -> None:
         engine, connection = self.engine, self.connection
@@ -3596,32 +3913,37 @@ class Session:
         if connection.state is State.CLOSED:
             return
         engine.registry.add(connection)
-        engine.heartbeat.add(connection)
         # Read before the greeting: the site hears of every client that was greeted before closing.
         is_closing = engine.is_closing
         self._greet()
         if is_closing:
             connection.close(CloseCode.GOING_AWAY, "the server is going away; reconnect with since")
         elif handshake.user and engine.was_signed_out(handshake.user, handshake.began):
-            close_signed_out(connection)
+            self.sign_out()
         if connection.state is not State.OPEN:
             return
         self.expiry.schedule()
         self._has_begun = True
-        self._begin(handshake.read_ahead)
+        self._begin(handshake)
 
-    def _begin(self, read_ahead: bytes) -> None:
-        """Handle the first bytes, after the receivers of client_connected have returned."""
+    def _begin(self, handshake: Handshake) -> None:
+        """Serve the client, after the receivers of client_connected have returned."""
 
         def connected(_: object = None) -> None:
-            self.receive(read_ahead)
+            self._serve_first(handshake)
 
         if client_connected.receivers:
             self.tasks.start(self.tasks.signal(client_connected), connected)
         else:
             connected()
 
+    def _serve_first(self, handshake: Handshake) -> None:
+        """Handle the bytes that the client has sent together with the handshake."""
+        self.receive(handshake.read_ahead)
+
     def _greet(self) -> None:
+        """Send the first message. The client gets heartbeats from now on."""
+        self.engine.heartbeat.add(self.connection)
         user = self.connection.user
         payload = {
             "clientId": self.connection.id,
@@ -3764,7 +4086,8 @@ class Session:
         self, message_type: str, payload: Mapping[str, Any], content_type: str | None = None
     ) -> None:
         """Answer the message that is being handled."""
-        self.connection.send(message_frame(message_type, payload, content_type, self.ref))
+        framing = self.connection.framing
+        self.connection.send(framing.message(message_type, payload, content_type, self.ref))
 
     def report_error(self, error: ClientError) -> None:
         """Answer with system.error, and close the connection if the error says so."""
@@ -3795,6 +4118,10 @@ class Session:
         self.connection.close(CloseCode.INTERNAL_ERROR, "the server failed; its log has the reason")
 
     # -- the end -----------------------------------------------------------------------------------
+
+    def sign_out(self) -> None:
+        """Close the connection, because the site has signed its user out."""
+        self.connection.close(CloseCode.UNAUTHORIZED, self.SIGNED_OUT)
 
     def end(self) -> None:
         """The connection is not OPEN any more: forget the client, and notify the site."""
@@ -3855,7 +4182,7 @@ class ClientTasks:
             if connection.has_left():
                 return None
             with hook_context(engine.app, self._environ):
-                return [self._is_allowed(hook(user, *pattern), pattern) for pattern in patterns]
+                return [is_allowed(engine, hook(user, *pattern), pattern) for pattern in patterns]
 
         def answered(answers: list[bool] | None) -> None:
             if answers is None:
@@ -3864,19 +4191,6 @@ class ClientTasks:
                 then(*args, answers)
 
         self.start(task, answered)
-
-    def _is_allowed(self, answer: object, pattern: Pattern) -> bool:
-        """Return whether the hook allowed it. Anything but True refuses."""
-        if answer is not True and answer is not False:
-            if inspect.iscoroutine(answer):
-                answer.close()
-            self._session.engine.warn(
-                "the authorize hook returned %s for %s, which refuses it: it must return True"
-                " or False, and be a plain function without a login decorator",
-                type(answer).__name__,
-                " ".join(pattern),
-            )
-        return answer is True
 
     def read_log(self, since: EventId, then: Callable[..., None]) -> None:
         """Read the events after `since` from the shared log, then call `then(events)`."""
@@ -3941,6 +4255,20 @@ class ClientTasks:
                 session.handle_received()
             else:
                 session.connection.update_selector()
+
+
+def is_allowed(engine: Engine, answer: object, pattern: Pattern) -> bool:
+    """Return whether the authorize hook allowed a pattern. Anything but True refuses it."""
+    if answer is not True and answer is not False:
+        if inspect.iscoroutine(answer):
+            answer.close()
+        engine.warn(
+            "the authorize hook returned %s for %s, which refuses it: it must return True"
+            " or False, and be a plain function without a login decorator",
+            type(answer).__name__,
+            " ".join(pattern),
+        )
+    return answer is True
 
 
 def _raise(error: BaseException) -> None:
@@ -4035,9 +4363,12 @@ class Expiry:
 def place_fields(engine: Engine) -> dict[str, Any]:
     """Return the fields from which a client can resume, in system.connected and heartbeats.
 
-    `spread` is part of the protocol. It is always 0 in this version.
+    Live pages refresh within `spread` seconds after an event: if all of them do, that takes about
+    half of the time of this process.
     """
-    return {"lastId": format_event_id(engine.history.newest_id), "spread": 0}
+    clients = engine.registry.slots + engine.pollers.count()
+    spread = 2 * engine.refresh_seconds * clients
+    return {"lastId": format_event_id(engine.history.newest_id), "spread": round(spread, 3)}
 
 
 def ref_of(message: Mapping[str, Any]) -> str | float | None:
@@ -4194,13 +4525,17 @@ class Subscribing:
         for pattern in self.patterns:
             engine.registry.subscribe(connection, pattern, start)
         recovery = {"recovered": events is not None, "replayed": len(missed)}
-        session.answer("system.subscribed", {**self._describe(), **recovery})
-        connection.send_replay([event.frame for event in missed])
+        self.answer({**self.describe(), **recovery})
+        connection.send_replay([connection.framing.event(event) for event in missed])
         engine.counters.add("replayed", len(missed))
         # Looking at events costs as much as sending them.
         session.consume(self.REPLAY_COST * len(events or []) / max(1, engine.settings.history))
 
-    def _describe(self) -> dict[str, Any]:
+    def answer(self, payload: Mapping[str, Any]) -> None:
+        self.session.answer("system.subscribed", payload)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the patterns, as the answer names them."""
         if not self.is_list:
             event_type, content_type = self.patterns[0]
             return {"type": event_type, "contentType": content_type}
@@ -4425,6 +4760,10 @@ class Heartbeat:
     # How often the thread checks whether gunicorn stops its worker, in seconds.
     MAX_PAUSE = 0.5
     MOST_SLICES = 100
+    # Names are compared each time that so many slices have had their heartbeat: every 5 seconds.
+    SLICES_PER_CHECK = 20
+    # The most patterns and names that are compared, and the most names that are logged.
+    MOST_PATTERNS, MOST_NAMES = 100, 10
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -4435,6 +4774,12 @@ class Heartbeat:
         self._slices: list[dict[Connection, None]] = [{} for _ in range(count)]
         self._slice_of: dict[Connection, int] = {}
         self._next_slice = 0
+        # Events after this one are looked at next. Loop only.
+        self._seen_id = engine.history.newest_id
+        # Types and content types that had no subscriber. The loop sets it, and the thread takes it.
+        self._unheard: set[tuple[str, str]] = set()
+        # Of the thread.
+        self._logged: set[tuple[str, str]] = set()
         self._stopped = threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -4459,8 +4804,28 @@ class Heartbeat:
                     close_engines([self._engine], timeout=2.0)
                     return
             self._engine.loop.call(self._beat, number)
+            self._log_similar_names()
             # After the process was suspended, missed beats are not made up for.
             next_beat = max(next_beat + self._pause, time.monotonic())
+
+    def _log_similar_names(self) -> None:
+        """Log an event without a subscriber if somebody subscribes to a similar name."""
+        unheard, self._unheard = self._unheard, set()
+        unheard -= self._logged
+        if not unheard or len(self._logged) >= self.MOST_NAMES:
+            return
+        patterns = self._engine.registry.patterns(self.MOST_PATTERNS)
+        for event_type, content_type in itertools.islice(unheard, self.MOST_NAMES):
+            for pattern in patterns:
+                if is_similar(pattern[0], event_type) and is_similar(pattern[1], content_type):
+                    self._logged.add((event_type, content_type))
+                    self._engine.warn(
+                        f"no client subscribes to the event {event_type} of {content_type}, but"
+                        f" there is a subscription to {pattern[0]} of {pattern[1]}: is one of these"
+                        " names a mistake?",
+                        once=True,
+                    )
+                    break
 
     # -- the loop's thread -------------------------------------------------------------------------
 
@@ -4475,16 +4840,20 @@ class Heartbeat:
             del self._slices[number][connection]
 
     def _beat(self, number: int) -> None:
-        """Send system.heartbeat, which scripts can see, and a ping, which libraries answer."""
+        """Send a slice of the connections their heartbeat."""
         engine = self._engine
         if number == 0:
             engine.exchange.beat()
             if engine.follower is not None:
                 engine.follower.check()
-        connections = list(self._slices[number])
-        if connections:
-            message = message_frame("system.heartbeat", place_fields(engine))
-            Connection.send_to_all(connections, message + encode_frame(Opcode.PING, b""))
+        if number % self.SLICES_PER_CHECK == 0 and engine.history.newest_id > self._seen_id:
+            names = engine.history.names_after(self._seen_id)
+            self._seen_id = engine.history.newest_id
+            self._unheard = {name for name in names if not engine.registry.has_subscriber(*name)}
+        for framing in engine.registry.framings:
+            connections = [each for each in self._slices[number] if each.framing is framing]
+            if connections:
+                Connection.send_to_all(connections, framing.heartbeat(place_fields(engine)))
 
 
 def is_gunicorn_stopping() -> bool:
@@ -4624,19 +4993,18 @@ class Editing:
 
     def _stop_leaving(self) -> None:
         """Stop the editing of clients that are gone; a few at a time, so that others are served."""
-        frames: dict[str, list[bytes]] = defaultdict(list)
-        while self._leaving and sum(map(len, frames.values())) < self.STOPS_AT_ONCE:
+        changes: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        while self._leaving and sum(map(len, changes.values())) < self.STOPS_AT_ONCE:
             client_id = self._leaving[0]
             entries = self.entries_of(client_id)
             for entry in entries[: self.STOPS_AT_ONCE]:
                 editor = self._remove(entry, client_id)
                 if editor is not None:
-                    frames[entry[0]].append(self._frame("user.stoppedEditing", entry, editor))
+                    changes[entry[0]].append(self._describe_change(entry, editor))
             if len(entries) <= self.STOPS_AT_ONCE:
                 self._leaving.popleft()
-        for content_type, joined in frames.items():
-            connections = self._engine.registry.matching("user.stoppedEditing", content_type)
-            Connection.send_to_all(connections, b"".join(joined))
+        for content_type, payloads in changes.items():
+            self._broadcast("user.stoppedEditing", content_type, payloads)
         self._engine.exchange.queue_list()
         if self._leaving:
             self._engine.loop.call_at(time.monotonic(), self._stop_leaving)
@@ -4648,15 +5016,23 @@ class Editing:
 
     def _changed(self, event_type: str, entry: Entry, editor: Editor) -> None:
         """Broadcast a change to its subscribers, and queue our list for other processes."""
-        connections = self._engine.registry.matching(event_type, entry[0])
-        if connections:
-            Connection.send_to_all(connections, self._frame(event_type, entry, editor))
+        self._broadcast(event_type, entry[0], [self._describe_change(entry, editor)])
         if editor.process == self._engine.process:
             self._engine.exchange.queue_list()
 
-    def _frame(self, event_type: str, entry: Entry, editor: Editor) -> bytes:
-        payload = {**self.describe(entry), "editor": editor.as_json()}
-        return message_frame(event_type, payload, entry[0])
+    def _describe_change(self, entry: Entry, editor: Editor) -> dict[str, Any]:
+        return {**self.describe(entry), "editor": editor.as_json()}
+
+    def _broadcast(
+        self, event_type: str, content_type: str, payloads: list[dict[str, Any]]
+    ) -> None:
+        """Send changes of one content type to their subscribers."""
+        registry = self._engine.registry
+        for framing in registry.framings:
+            connections = registry.matching(event_type, content_type, None, framing)
+            if connections:
+                messages = [framing.message(event_type, each, content_type) for each in payloads]
+                Connection.send_to_all(connections, b"".join(messages))
 
     def relay(self, entry: Entry, editor: Editor, change: object) -> None:
         """Send a change to the other editors of this process, subscribed or not."""
@@ -4890,9 +5266,9 @@ class SharedLog:
 
     It gives the ids, and one order, to the events of all processes. It also carries control
     messages between processes: lists of editors and changes, which are never replayed. Any thread
-    may call append(), send(), newest_id() and read_after(), which give up within two seconds. Only
-    the follower calls find_end(), read_on() and stop_reading(). If the log is away, append() and
-    send() raise PublishError, and the others LogUnavailable.
+    may call append(), send() and read_after(), which give up within two seconds, and newest_id().
+    Only the follower calls find_end(), read_on() and stop_reading(). If the log is away, append()
+    and send() raise PublishError, and the others LogUnavailable.
     """
 
     # The most entries that are read at once.
@@ -4904,6 +5280,9 @@ class SharedLog:
     MAX_MESSAGE_BYTES = 16 * 1024 * 1024
     # The least time between two log records about failures of append(), in seconds.
     LOG_INTERVAL = 60.0
+    # Until the follower has begun, every page waits for newest_id(), up to twice this many seconds:
+    # for a connection, and for the answer.
+    NEWEST_TIMEOUT = 0.05
 
     # What log records call it, and how it may have lost events.
     name: str
@@ -4960,7 +5339,7 @@ class SharedLog:
         raise NotImplementedError
 
     def newest_id(self) -> EventId | None:
-        """Return the id of the newest event, or None if there is none."""
+        """Return the id of the newest event, or None if there is none. Soon: see NEWEST_TIMEOUT."""
         raise NotImplementedError
 
     def read_after(self, since: EventId) -> list[Event] | None:
@@ -4984,7 +5363,7 @@ class SharedLog:
             to = None if fields.get("to") is None else frozenset(json.loads(fields["to"]))
             draft = Draft(fields["type"], fields["contentType"], fields["payload"], to)
             return Event(event_id, draft)
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, AttributeError):
             message = "ignored the entry %s in %s, which swiftcms_ws did not write"
             self._report(logging.ERROR, message, format_event_id(event_id), self.name)
             return Event(event_id, MARKER)
@@ -5060,12 +5439,12 @@ class LogFile:
         "No such file": "Create the directory.",
         "locking protocol": "Is it on a network file system? Choose a local disk, or use Redis.",
     }
-    # Connections that a forked child has inherited while another thread used them. Closing them
-    # would damage the file, and this process cannot use SQLite any more.
-    inherited: ClassVar[list[sqlite3.Connection | None]] = []
+    # Files of which a forked child has inherited a connection, because another thread used it for
+    # too long. To close it would damage the file, and this process cannot use SQLite any more.
+    inherited: ClassVar[list[LogFile]] = []
 
     def __init__(self, path: str, timeout: float) -> None:
-        """timeout: for waiting for other threads, and then for other processes, in seconds."""
+        """timeout: how long one use may wait for other threads and processes, in seconds."""
         self._path = path
         self._timeout = timeout
         self._directory = os.path.dirname(path)
@@ -5074,11 +5453,10 @@ class LogFile:
         # the lock. A threading.Lock with a timeout would stay locked for ever if a signal handler
         # raised an exception, such as Celery's time limit, just when acquire() returns.
         self._queue = list[int]()
-        self._fork_turn: AbstractContextManager[None] | None = None
         # Only for the first in the queue: the connection, and device and number of the three files.
         self._connection: sqlite3.Connection | None = None
         self._identity: list[tuple[int, int] | None] = []
-        _log_files.add(self)
+        _log_files.append(weakref.ref(self, _log_files.remove))
 
     def __del__(self) -> None:
         self._close()
@@ -5089,7 +5467,7 @@ class LogFile:
 
         Raises LogUnavailable if the file cannot be used.
         """
-        with self._turn(self._timeout):
+        with self._turn(self._timeout / 2):
             try:
                 if self._connection is None or self._find_identity() != self._identity:
                     self._open()
@@ -5100,7 +5478,9 @@ class LogFile:
                 if not is_locked(error) or (connection is not None and connection.in_transaction):
                     self._close()
                 if isinstance(error, (sqlite3.Error, OSError)):
-                    raise self._unavailable(str(error)) from error
+                    # Without the path, in which a word of HINTS may occur.
+                    problem = getattr(error, "strerror", None) or str(error)
+                    raise self._unavailable(problem) from error
                 raise
 
     @contextmanager
@@ -5126,25 +5506,25 @@ class LogFile:
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
         """As use(), for one transaction that writes. At the end it is stored, all or nothing."""
+        deadline = time.monotonic() + self._timeout
         with self.use() as connection:
-            self._begin(connection)
+            self._begin(connection, deadline)
             yield connection
             connection.execute("COMMIT")
 
     def close(self) -> None:
         """Close the connection, unless a thread uses it for longer than the timeout."""
-        with suppress(LogUnavailable), self._turn(self._timeout):
+        with suppress(LogUnavailable), self._turn(self._timeout / 2):
             self._close()
 
     # -- for the first in the queue ----------------------------------------------------------------
 
-    def _begin(self, connection: sqlite3.Connection) -> None:
+    def _begin(self, connection: sqlite3.Connection, deadline: float) -> None:
         """Begin a transaction that writes, as soon as no other process writes.
 
         SQLite itself would pause for up to 100 ms between two attempts. If other processes publish
         all the time, the file is free for microseconds only, and this process would starve.
         """
-        deadline = time.monotonic() + self._timeout
         connection.execute("PRAGMA busy_timeout = 0")
         try:
             while True:
@@ -5156,7 +5536,7 @@ class LogFile:
                         raise
                 time.sleep(random.uniform(0.0002, 0.002))
         finally:
-            connection.execute(f"PRAGMA busy_timeout = {round(self._timeout * 1000)}")
+            connection.execute(f"PRAGMA busy_timeout = {round(self._timeout * 250)}")
 
     def _close(self) -> None:
         connection, self._connection = self._connection, None
@@ -5188,7 +5568,11 @@ class LogFile:
             created = self._find_identity()[0]
             uri = f"{Path(self._path).as_uri()}?{self.URI_OPTIONS}"
             self._connection = sqlite3.connect(
-                uri, self._timeout, isolation_level=None, check_same_thread=False, uri=True
+                uri,
+                uri=True,
+                timeout=self._timeout / 4,
+                isolation_level=None,
+                check_same_thread=False,
             )
             problem = prepare_database(self._connection)
             self._identity = self._find_identity()
@@ -5203,7 +5587,7 @@ class LogFile:
         if fcntl is None:
             yield
             return
-        deadline = time.monotonic() + self._timeout / 2
+        deadline = time.monotonic() + self._timeout / 4
         descriptor = os.open(self._directory, os.O_RDONLY)
         try:
             while True:
@@ -5233,9 +5617,9 @@ class LogFile:
         self._close()
         # If only the -wal or the -shm is gone, SQLite shares the old one between all connections of
         # this process. So all must be closed before one is opened.
-        for other in list(_log_files):
-            is_open = other is not self and other._connection is not None
-            if is_open and other._identity[0] == now[0] and other._identity != now:
+        for other in log_files():
+            is_other = other is not self and other.has_connection()
+            if is_other and other._identity[0] == now[0] and other._identity != now:
                 with other._turn(0):
                     other._close()
 
@@ -5253,53 +5637,53 @@ class LogFile:
         finally:
             os.close(descriptor)
 
-    # -- forks -------------------------------------------------------------------------------------
-
     def begin_fork(self) -> None:
         """Close the connection, and let no thread open it until the fork is over.
 
         A child that inherits one would believe that it holds the locks of its parent.
         """
-        self._fork_turn = self._turn(self.FORK_TIMEOUT)
-        try:
-            self._fork_turn.__enter__()
+        with suppress(LogUnavailable, RuntimeError):
+            _fork_turns.enter_context(self._turn(self.FORK_TIMEOUT))
             self._close()
-        except (LogUnavailable, RuntimeError):
-            self._fork_turn = None
 
-    def end_fork(self, is_child: bool) -> None:
-        turn, self._fork_turn = self._fork_turn, None
-        if turn is not None:
-            turn.__exit__(None, None, None)
-        elif is_child and self._connection is not None:
-            self.inherited.append(self._connection)
+    def has_connection(self) -> bool:
+        return self._connection is not None
 
 
-_log_files: weakref.WeakSet[LogFile] = weakref.WeakSet()
-# Held during a fork, because two threads may fork at the same time.
+# Each step on this list is atomic. A WeakSet may not be copied while another thread changes it.
+_log_files: list[weakref.ref[LogFile]] = []
+# Held during a fork, because two threads may fork at the same time; and what it has to end.
 _fork_lock = threading.Lock()
+_fork_turns = ExitStack()
+
+
+def log_files() -> list[LogFile]:
+    return [file for reference in list(_log_files) if (file := reference()) is not None]
 
 
 def _begin_fork() -> None:
     _fork_lock.acquire()
-    for file in list(_log_files):
+    for file in log_files():
         file.begin_fork()
 
 
-def _end_fork(is_child: bool) -> None:
-    for file in list(_log_files):
-        file.end_fork(is_child)
-    if is_child:
-        # The child forgets its engines, and their queues may have threads of the parent.
-        _log_files.clear()
+def _end_fork() -> None:
+    _fork_turns.close()
     _fork_lock.release()
+
+
+def _end_fork_in_child() -> None:
+    """Forget the files, as the engines are forgotten: other threads may wait in their queues."""
+    LogFile.inherited += [file for file in log_files() if file.has_connection()]
+    _log_files.clear()
+    _end_fork()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_begin_fork,
-        after_in_parent=functools.partial(_end_fork, is_child=False),
-        after_in_child=functools.partial(_end_fork, is_child=True),
+        after_in_parent=_end_fork,
+        after_in_child=_end_fork_in_child,
     )
 
 
@@ -5368,10 +5752,10 @@ class SqliteLog(SharedLog):
     them looks once a second anyway: a container may share the file, but not the network.
     """
 
-    # How long to wait for other threads, and then for other processes, in seconds.
-    TIMEOUT = 0.9
+    # How long a method may wait for the file, in seconds.
+    TIMEOUT = 1.8
     # The same for the follower. Clients wait for it meanwhile.
-    FOLLOWER_TIMEOUT = 0.5
+    FOLLOWER_TIMEOUT = 0.8
     POLL_INTERVAL = 1.0
     # An id is one number: milliseconds << COUNTER_BITS | counter.
     COUNTER_BITS = 16
@@ -5396,6 +5780,8 @@ class SqliteLog(SharedLog):
         super().__init__(settings, is_trimming, report)
         self.name = f"the file {path}"
         self._file = LogFile(path, self.TIMEOUT)
+        # newest_id() must not wait for publish().
+        self._newest_file = LogFile(path, self.NEWEST_TIMEOUT)
         # The newest id, as a number, that this process has given or read. Ids stay above it, also
         # if the file is replaced and the clock is wrong. Setting it is atomic.
         self._newest_number = 0
@@ -5440,7 +5826,7 @@ class SqliteLog(SharedLog):
         self._wake(ports)
 
     def newest_id(self) -> EventId | None:
-        with self._file.use() as connection:
+        with self._newest_file.use() as connection:
             row = self._last_row(connection)
         return None if row is None else self._to_id(row[0])
 
@@ -5459,6 +5845,7 @@ class SqliteLog(SharedLog):
 
     def close(self) -> None:
         self._file.close()
+        self._newest_file.close()
         self._wake([self._port])
 
     @staticmethod
@@ -5516,7 +5903,8 @@ class SqliteLog(SharedLog):
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
             for port in ports:
-                sock.sendto(b"\0", ("127.0.0.1", port))
+                with suppress(OSError, OverflowError):
+                    sock.sendto(b"\0", ("127.0.0.1", port))
 
     # -- the follower's thread ---------------------------------------------------------------------
 
@@ -5671,19 +6059,8 @@ class RedisLog(SharedLog):
     def __init__(self, settings: Settings, is_trimming: bool, report: Callable[..., None]) -> None:
         super().__init__(settings, is_trimming, report)
         redis = import_redis()
-        from redis.backoff import NoBackoff  # noqa: PLC0415
-        from redis.retry import Retry  # noqa: PLC0415
-
-        self._redis: Any = redis.Redis.from_url(
-            cast(str, settings.redis_url),
-            decode_responses=True,
-            # Another program may write into the stream: one entry must not stop the follower.
-            encoding_errors="replace",
-            socket_timeout=self.TIMEOUT,
-            socket_connect_timeout=self.TIMEOUT,
-            # A page waits for publish(): it fails soon.
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._redis = self._create_client(settings, self.TIMEOUT)
+        self._impatient = self._create_client(settings, self.NEWEST_TIMEOUT)
         self._redis_errors: tuple[type[Exception], ...] = (redis.RedisError, OSError)
         self._read_only_error: type[Exception] = redis.ReadOnlyError
         self._events = f"{settings.redis_prefix}:events"
@@ -5691,6 +6068,23 @@ class RedisLog(SharedLog):
         self._guard = AppendGuard()
         # When publish() or send() last used Redis. Setting it is atomic.
         self._used_at = time.monotonic()
+
+    @staticmethod
+    def _create_client(settings: Settings, timeout: float) -> Any:
+        redis = import_redis()
+        from redis.backoff import NoBackoff  # noqa: PLC0415
+        from redis.retry import Retry  # noqa: PLC0415
+
+        return redis.Redis.from_url(
+            cast(str, settings.redis_url),
+            decode_responses=True,
+            # Another program may write into the stream: one entry must not stop the follower.
+            encoding_errors="replace",
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+            # A page waits for publish(): it fails soon.
+            retry=Retry(NoBackoff(), 0),
+        )
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
@@ -5745,8 +6139,11 @@ class RedisLog(SharedLog):
         self._write(lambda: self._redis.xadd(self._messages, {"message": text}, maxlen=most))
 
     def newest_id(self) -> EventId | None:
+        return self._newest(self._impatient)
+
+    def _newest(self, client: Any) -> EventId | None:
         with self._translated_errors():
-            newest = self._redis.xrevrange(self._events, count=1)
+            newest = client.xrevrange(self._events, count=1)
         return parse_event_id(newest[0][0]) if newest else None
 
     def read_after(self, since: EventId) -> list[Event] | None:
@@ -5766,11 +6163,12 @@ class RedisLog(SharedLog):
 
     def close(self) -> None:
         self._redis.close()
+        self._impatient.close()
 
     # -- the follower's thread ---------------------------------------------------------------------
 
     def find_end(self) -> Place:
-        newest = self.newest_id() or self.append([MARKER])[0]
+        newest = self._newest(self._redis) or self.append([MARKER])[0]
         with self._translated_errors():
             messages = self._redis.xrevrange(self._messages, count=1)
         return newest, messages[0][0] if messages else "0-0"
@@ -5954,8 +6352,810 @@ class Follower:
 
 # == 14. Live pages and track ====================================================================
 
+# Keys of environ: the newest event's id when the request began, and, only in a refresh, a copy of
+# the session.
+NEWEST_KEY = "swiftcms_ws.newest_id"
+LIVE_KEY = "swiftcms_ws.live"
+
+
+def is_live_refresh() -> bool:
+    """Return whether the current request is a page with `data-live` that fetches itself again.
+
+    It is not a visit, so do not note it in a column such as `last_seen`. An event of that change
+    would make all pages fetch themselves again, for ever.
+    """
+    return has_request_context() and LIVE_KEY in request.environ
+
+
+def swiftcms_last_id() -> str:
+    """For templates: the newest event's id when the request began, or "" if it is not known."""
+    return cast(str, request.environ.get(NEWEST_KEY, "")) if has_request_context() else ""
+
+
+class LivePages:
+    """WSGI middleware of an app, for pages with `data-live`. Runs in the web server's threads.
+
+    It takes the newest event's id before the site reads any data, so that a page can subscribe from
+    there. A refresh gets no cookie and its session is not stored. Otherwise it would use up flash
+    messages, extend logins for ever, and undo a logout that happens meanwhile.
+    """
+
+    def __init__(self, hub: Hub, app: Flask) -> None:
+        self._hub, self._app, self._wsgi_app = hub, app, app.wsgi_app
+        # The app's session interface, with two methods replaced. Setting it is atomic.
+        self._sessions: SessionInterface | None = None
+        # Until the first refresh, ordinary pages stand in for refreshes in the average time.
+        self._has_refreshed = False
+        app.context_processor(lambda: {"swiftcms_last_id": swiftcms_last_id})
+        app.wsgi_app = self  # type: ignore[method-assign]
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        newest = environ[NEWEST_KEY] = self._newest_id()
+        is_live = environ["REQUEST_METHOD"] == "GET" and environ.get("HTTP_X_SWIFTCMS_LIVE") == "1"
+        is_page = False
+
+        def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
+            nonlocal is_page
+            if is_live:
+                headers = [field for field in headers if field[0].lower() != "set-cookie"]
+            is_html = "html" in Headers(headers).get("Content-Type", "")
+            is_page = is_html and status.startswith("200")
+            # A 304 has no type. Browsers put its headers in place of those of the stored page.
+            if newest and (is_html or status.startswith("304")):
+                headers = [*headers, ("Server-Timing", f'swiftcms;desc="{newest}"')]
+            return start_response(status, headers, *exc_info)
+
+        if is_live:
+            environ[LIVE_KEY] = {}
+            self._guard_sessions()
+        began = time.perf_counter()
+        body = self._wsgi_app(environ, start)
+        seconds = time.perf_counter() - began
+        if is_live:
+            self._has_refreshed = True
+            return ClosingIterator(self._timed(body, seconds), getattr(body, "close", None))
+        if is_page and not self._has_refreshed:
+            self._add_time(seconds)
+        return body
+
+    def _newest_id(self) -> str:
+        """Return the newest event's id, or "" if the shared log does not answer at once."""
+        # publish() raises mistakes in the configuration. Pages are served all the same.
+        with suppress(Exception):
+            newest = self._hub.engine_of(self._app).newest_id()
+            return "" if newest is None else format_event_id(newest)
+        return ""
+
+    def _timed(self, body: Iterable[bytes], seconds: float) -> Iterator[bytes]:
+        """Yield the body of a refresh. The time that the client takes to read it does not count."""
+        began = time.perf_counter()
+        for part in body:
+            seconds += time.perf_counter() - began
+            yield part
+            began = time.perf_counter()
+        self._add_time(seconds + time.perf_counter() - began)
+
+    def _add_time(self, seconds: float) -> None:
+        """Update the average. If two threads do so at once, one of them may not be counted."""
+        for engine in self._app.extensions["swiftcms_ws"].values():
+            if engine is not None:
+                engine.refresh_seconds += (seconds - engine.refresh_seconds) / 10
+
+    def _guard_sessions(self) -> None:
+        """Replace methods of the app's session interface. The site may set another at any time."""
+        if self._app.session_interface is not self._sessions:
+            self._sessions = sessions = copy.copy(self._app.session_interface)
+            vars(sessions).update(
+                open_session=functools.partial(self._open_session, sessions.open_session),
+                save_session=functools.partial(self._save_session, sessions.save_session),
+            )
+            self._app.session_interface = sessions
+
+    @staticmethod
+    def _open_session(open_session: Callable[..., Any], app: Flask, request_: Any) -> Any:
+        session = open_session(app, request_)
+        if LIVE_KEY in request_.environ:
+            request_.environ[LIVE_KEY] = copy.deepcopy(dict(session or {}))
+        return session
+
+    @staticmethod
+    def _save_session(
+        save_session: Callable[..., None], app: Flask, session: SessionMixin, response: Response
+    ) -> None:
+        if not is_live_refresh():
+            save_session(app, session, response)
+            return
+        before = request.environ[LIVE_KEY]
+        if session.keys() - before.keys():
+            # For example a CSRF token. The form in this page needs it in the stored session.
+            response.headers["X-SwiftCMS-Live"] = "reload"
+        session.clear()
+        session.update(before)
+        # As the replaced method would: a cache must not give the page to another visitor.
+        response.vary.add("Cookie")
+
+
+# -- track -----------------------------------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """The net effect of a transaction on one row."""
+
+    existed: bool
+    # The latest object of the row. The reference keeps it in the session.
+    obj: Any
+    # If the row is deleted: its event and draft from before the DELETE, or their exception.
+    deleted: Any = None
+
+
+class Changes:
+    """The changes of one transaction or savepoint of a session. Used in the session's thread."""
+
+    def __init__(self) -> None:
+        # By identity key, in the order of the first flushes.
+        self.rows: dict[Any, Change] = {}
+        # In a flush: rows that it may delete, and objects that it saves with their earlier keys.
+        self.deletes: dict[Any, Change | None] | None = None
+        self.saves: list[tuple[Any, Any]] = []
+        # How many calls of commit() have begun, without those of inner savepoints.
+        self.commits = 0
+        self.is_committed = False
+        # Complete before COMMIT: events with their drafts.
+        self.events: list[tuple[Any, Draft]] = []
+
+    def add(self, key: Any, change: Change) -> None:
+        self.rows[key] = change._replace(existed=self.rows.get(key, change).existed)
+
+
+def find_session_class(session: Any) -> type:
+    """Return the class of the sessions that track() observes, or raise."""
+    try:
+        orm = importlib.import_module("sqlalchemy.orm")
+    except ImportError as error:
+        raise ImportError("hub.track() needs SQLAlchemy: pip install sqlalchemy") from error
+    found = getattr(session, "session_factory", session)
+    found = getattr(found, "class_", found)
+    if not isinstance(found, type) or not issubclass(found, orm.Session):
+        raise TypeError(
+            "session must be a scoped_session, a sessionmaker or a Session class, not"
+            f" {session!r}; of async sessions, track the class given as sync_session_class"
+        )
+    return found
+
+
+class Tracker:
+    """Publishes the changes of the sessions of one class. Created by Hub.track().
+
+    SQLAlchemy calls its listeners, which have the names of session events, in the threads that use
+    the sessions. A session is used by one thread at a time, and so is each item of `_open`.
+    """
+
+    LISTENERS = """after_transaction_create persistent_to_deleted after_flush after_flush_postexec
+        before_commit after_commit after_transaction_end"""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._inspect = importlib.import_module("sqlalchemy").inspect
+        # By class: the content type, payload() and to().
+        self._rules: dict[type, tuple[Any, Any, Any]] = {}
+        # By transaction. Weak, because a session may be freed without being closed.
+        self._open: weakref.WeakKeyDictionary[Any, Changes] = weakref.WeakKeyDictionary()
+
+    def listen(self, session_class: type) -> None:
+        event = importlib.import_module("sqlalchemy.event")
+        for name in self.LISTENERS.split():
+            # First, because another listener may raise after COMMIT.
+            event.listen(session_class, name, getattr(self, name), insert=True)
+
+    def add(self, models: Mapping[type, Any], payload: Any, to: Any) -> None:
+        """Check the arguments of track() and add them."""
+        rules = {model: (name, payload, to) for model, name in dict(models).items()}
+        for model, rule in rules.items():
+            if not isinstance(model, type) or not {"__mapper__", "metadata"} & {*dir(model)}:
+                raise TypeError(f"models must map mapped classes to content types, not {model!r}")
+            if not callable(rule[0]):
+                check_name(rule[0], "content_type")
+            for value, default in zip(rule, (rule[0], None, EVERYONE), strict=True):
+                if inspect.iscoroutinefunction(value) or not (callable(value) or value is default):
+                    raise TypeError(f"{value!r} must be a plain function of the object")
+            if [*map(_full_name, self._rules.get(model, rule))] != [*map(_full_name, rule)]:
+                raise RuntimeError(f"this hub tracks {model.__name__} already, in another way")
+        self._rules.update(rules)
+
+    def _rule(self, obj: Any) -> Any:
+        """Return the rule of the nearest tracked class, or None."""
+        return next((self._rules[base] for base in type(obj).__mro__ if base in self._rules), None)
+
+    def _changes(self, session: Any) -> Changes:
+        """Return the changes of the innermost savepoint, or else of the transaction."""
+        transaction = session.get_nested_transaction() or session.get_transaction()
+        return self._open.setdefault(transaction, Changes())
+
+    def _prepare(self, action: str, obj: Any, key: Any) -> tuple[Any, Draft]:
+        """Return publish()'s arguments and the draft made of them."""
+        rule = self._rule(obj)
+        content_type, payload, to = (value(obj) if callable(value) else value for value in rule)
+        # If the primary key was changed, payload() does not know the old one.
+        if rule[1] is None or self._inspect(obj).identity_key != key:
+            payload = {"id": key[1][0] if len(key[1]) == 1 else list(key[1])}
+        event = (f"content.{action}", content_type, payload, _keep_iterator(to))
+        return event, self._hub._engine().draft(*event)
+
+    def _delete(self, obj: Any, key: Any) -> Change:
+        try:
+            return Change(True, obj, self._prepare("deleted", obj, key))
+        except Exception as error:
+            # commit() raises it, unless the row exists in the end.
+            return Change(True, obj, error)
+
+    def after_transaction_create(self, session: Any, transaction: Any) -> None:
+        """Look at the session before a flush, which creates an inner transaction first."""
+        if transaction.parent is None or transaction.nested:
+            return
+        changes = self._changes(session)
+        changes.deletes = {}
+        changes.saves = [(None, obj) for obj in session.new if self._rule(obj)]
+        orphans: list[Any] = []
+        for state in map(self._inspect, session.dirty):
+            for relationship in state.mapper.relationships:
+                if relationship.cascade.delete_orphan:
+                    orphans += filter(self._rule, state.attrs[relationship.key].history.deleted)
+        for obj in (*filter(self._rule, session.deleted), *orphans):
+            if self._inspect(obj).persistent:
+                self.persistent_to_deleted(session, obj)
+            else:
+                # An earlier transaction deleted it, but a relationship still contained it.
+                changes.deletes[self._inspect(obj).identity_key] = None
+        self.after_flush(session)
+
+    def persistent_to_deleted(self, session: Any, obj: Any) -> None:
+        """Note a delete. If no flush is in progress, a DELETE statement has found the object."""
+        deletes = self._changes(session).deletes
+        if deletes is not None and self._rule(obj):
+            key = self._inspect(obj).identity_key
+            if key is not None and key not in deletes:
+                deletes[key] = self._delete(obj, key)
+
+    def after_flush(self, session: Any, *_: object) -> None:
+        """Note updates, before and after a flush: it sets keys, and forgets SQL expressions."""
+        saves = self._changes(session).saves
+        for obj in filter(self._rule, session.dirty):
+            state = self._inspect(obj)
+            columns = {column.key for column in state.mapper.column_attrs} - state.unmodified
+            if any(state.attrs[name].history.has_changes() for name in columns):
+                saves.append((state.identity_key, obj))
+
+    def after_flush_postexec(self, session: Any, flush_context: object) -> None:
+        """Add the flushed rows. Deletes come first: other rows may have their keys now."""
+        changes = self._changes(session)
+        deletes, changes.deletes = changes.deletes or {}, None
+        for key, change in deletes.items():
+            if change is not None and self._inspect(change.obj).deleted:
+                changes.add(key, change)
+        for key, obj in changes.saves:
+            if key not in (None, self._inspect(obj).identity_key):
+                changes.add(key, self._delete(obj, key))
+        for key, obj in changes.saves:
+            state = self._inspect(obj)
+            if state.persistent:
+                changes.add(state.identity_key, Change(state.identity_key == key, obj))
+        self._encode(session)
+
+    def before_commit(self, session: Any) -> None:
+        # If savepoints are open, commit() commits them before it flushes.
+        if not session.in_nested_transaction():
+            session.flush()
+        self._changes(session).commits += 1
+        self._encode(session)
+
+    def _encode(self, session: Any) -> None:
+        """Check and serialise the events if the outermost transaction is being committed.
+
+        Again after each flush then: another listener of before_commit may have changed objects.
+        """
+        changes = self._changes(session)
+        if session.in_nested_transaction() or not changes.commits or is_live_refresh():
+            return
+        changes.events = []
+        for key, (existed, obj, deleted) in changes.rows.items():
+            if deleted is None:
+                # Loads the row again if the object was taken out of the session.
+                current = session.get(type(obj), key[1], identity_token=key[2])
+                if current is not None:
+                    action = "updated" if existed else "created"
+                    changes.events.append(self._prepare(action, current, key))
+            elif existed and isinstance(deleted, Exception):
+                raise deleted
+            elif existed:
+                changes.events.append(deleted)
+
+    def after_commit(self, session: Any) -> None:
+        self._changes(session).is_committed = True
+
+    def after_transaction_end(self, session: Any, transaction: Any) -> None:
+        """Publish after COMMIT. Add the changes of a savepoint to the outer transaction's."""
+        changes = self._open.pop(transaction, None)
+        if changes is None or not changes.is_committed:
+            return
+        if transaction.parent is not None:
+            outer = self._changes(session)
+            for key, change in changes.rows.items():
+                outer.add(key, change)
+            outer.commits += changes.commits - 1
+            self._encode(session)
+        elif changes.events:
+            try:
+                events, drafts = zip(*changes.events, strict=True)
+                self._hub.publish_drafts(self._hub._engine(), events, [*drafts])
+            except Exception as error:
+                # The data is saved: a view that failed now would be called again.
+                log(logging.ERROR, "cannot publish %s events", len(changes.events), exc_info=error)
+
 
 # == 15. Plain HTTP ==============================================================================
+
+# If the server is full or stops, a client connects again after so many seconds.
+BUSY_RETRY = (10.0, 20.0)
+
+
+def stream_block(
+    data: bytes, event_type: str | None = None, event_id: str | None = None
+) -> bytes:
+    """Return one message of an event stream (WHATWG HTML, section 9.2.6)."""
+    head = ""
+    if event_type is not None:
+        head += f"event: {event_type}\n"
+    if event_id is not None:
+        head += f"id: {event_id}\n"
+    # JSON of the site's own provider may have line breaks. The client puts the lines together.
+    lines = b"\ndata: ".join(data.splitlines())
+    return head.encode() + b"data: " + lines + b"\n\n"
+
+
+def retry_block(seconds: float) -> bytes:
+    """Return the field that says after how many seconds a client connects again."""
+    return f"retry: {round(seconds * 1000)}\n\n".encode()
+
+
+class EventStream(Framing):
+    """How messages are written to a client over plain HTTP: as server-sent events."""
+
+    has_pongs = False
+    # The `code` of the last system.error for each close code. For UNAUTHORIZED it was sent already.
+    ERRORS: Mapping[int, str] = {
+        CloseCode.GOING_AWAY: "going_away",
+        CloseCode.TRY_AGAIN_LATER: "too_slow",
+    }
+
+    def event(self, event: Event) -> bytes:
+        return event.block
+
+    def message(
+        self,
+        message_type: str,
+        payload: Mapping[str, Any],
+        content_type: str | None = None,
+        ref: str | float | None = None,
+        event_id: str | None = None,
+    ) -> bytes:
+        text = message_text(message_type, payload, content_type)
+        return stream_block(text.encode(), message_type, event_id)
+
+    def heartbeat(self, place: Mapping[str, Any]) -> bytes:
+        return self.message("system.heartbeat", place, event_id=place["lastId"])
+
+    def closing(self, code: int, reason: str) -> bytes:
+        if code not in self.ERRORS:
+            return b""
+        return self.error(self.ERRORS[code], reason)
+
+    def error(self, code: str, message: str) -> bytes:
+        """Return system.error. It is not the answer to an action."""
+        return self.message("system.error", {"code": code, "message": message, "action": None})
+
+
+EVENT_STREAM = EventStream()
+
+
+class EventsRequest(HandshakeCheck):
+    """Checks and answers one request for /ws/events, in a thread of the web server.
+
+    It asks all hooks in the request itself, because the request waits for the answer anyway.
+    """
+
+    def answer(self) -> Response:
+        """Return a stream, the result of a poll, or a refusal."""
+        cors: dict[str, str] = {}
+        # Only the changes of hooks are stored.
+        flask_session.modified = False
+        try:
+            self._check_size()
+            self._check_origin()
+            origin = request.headers.get("Origin")
+            if origin is not None:
+                cors["Access-Control-Allow-Origin"] = origin
+                cors["Access-Control-Allow-Credentials"] = "true"
+            response = self._answer()
+        except HandshakeRefused as refused:
+            self._engine.counters.add(f"refused_{refused.status}")
+            response = refused.response
+            if refused.status == 503:
+                # A browser would give up for good at 503.
+                response = busy_response(refused.code, str(refused))
+        response.headers.update(cors)
+        response.vary.add("Origin")
+        if flask_session.permanent and not flask_session.modified:
+            # A permanent session is stored in each request. So a poll would undo a logout that
+            # happens meanwhile, and keep its user signed in for ever.
+            del flask_session["_permanent"]
+            flask_session.modified = False
+        return response
+
+    def _answer(self) -> Response:
+        engine = self._engine
+        self._warn_of_processes()
+        message = self._parse()
+        began = self._start()
+        user = self._find_user()
+        if user is None and engine.settings.auth == "required":
+            challenge = {"WWW-Authenticate": "Bearer"}
+            raise HandshakeRefused(401, "auth_required", "sign in first: add a token", **challenge)
+        if request.method == "HEAD":
+            return EventsResponse(has_length=False)
+        handshake = EventsHandshake(find_socket(request.environ), user, began, message)
+        handshake.answers = self._ask(user, message)
+        engine.has_served = True
+        if request.args.get("mode") == "poll" or not can_stream(handshake.sock):
+            return self._poll(handshake)
+        self._reserve_slot()
+        request.environ[HANDSHAKE_KEY] = handshake
+        return EventsResponse(has_length=False)
+
+    def _parse(self) -> dict[str, Any]:
+        """Return the `subscribe` message that the query stands for; raise HandshakeRefused."""
+        message: dict[str, Any] = {"subscriptions": []}
+        for text in request.args.getlist("sub") or [""]:
+            event_type, _, content_type = text.partition(":")
+            item = {"type": event_type or "*", "contentType": content_type or "*"}
+            message["subscriptions"].append(item)
+        since = request.headers.get("Last-Event-ID") or request.args.get("since")
+        if since is not None:
+            message["since"] = since
+        try:
+            for item in subscription_list(message):
+                parse_pattern(item)
+            if since is not None:
+                parse_event_id(since)
+        except ClientError as error:
+            raise HandshakeRefused(400, error.code, str(error)) from error
+        return message
+
+    def _ask(self, user: User | None, message: Mapping[str, Any]) -> list[bool]:
+        """Ask the authorize hook for the patterns, each once and in the order of the message."""
+        patterns = dict.fromkeys(map(parse_pattern, message["subscriptions"]))
+        hook = self._hub.authorize_hook
+        if hook is None:
+            return [True] * len(patterns)
+        return [is_allowed(self._engine, hook(user, *pattern), pattern) for pattern in patterns]
+
+    def _poll(self, handshake: EventsHandshake) -> Response:
+        engine = self._engine
+        engine.counters.add("polls")
+        poll = Poll(engine, handshake)
+        if not engine.is_closing and engine.loop.call(poll.run):
+            poll.is_done.wait(Poll.TIMEOUT)
+        return EventsResponse(poll.body())
+
+
+def can_stream(sock: Any) -> bool:
+    """Return whether the socket can be taken over. A relay is none, because it holds a thread."""
+    return sock is not None and not is_forking(request.environ) and not needs_relay(sock)
+
+
+class EventsHandshake(Handshake):
+    """What is known about a request for /ws/events, for the session that serves it on the loop.
+
+    message: the `subscribe` message that the query stands for
+    answers: those of the authorize hook
+    """
+
+    def __init__(
+        self, sock: Any, user: User | None, began: float, message: dict[str, Any]
+    ) -> None:
+        super().__init__(sock, user, began)
+        self.session_type = StreamSession
+        self.message = message
+        self.answers: list[bool] = []
+
+
+class EventsResponse(Response):
+    """A response in the form of an event stream."""
+
+    def __init__(self, body: bytes = b"", has_length: bool = True) -> None:
+        self.automatically_set_content_length = has_length
+        super().__init__(body, mimetype="text/event-stream")
+        self.headers["Cache-Control"] = "no-store"
+        # nginx would collect 8 KiB before it sends any.
+        self.headers["X-Accel-Buffering"] = "no"
+
+
+def busy_response(code: str, message: str) -> Response:
+    """Return the response to a client that has to connect again later."""
+    retry = random.uniform(*BUSY_RETRY)
+    return EventsResponse(retry_block(retry) + EVENT_STREAM.error(code, message))
+
+
+class StreamResponse(Response):
+    """Takes the socket over when the server calls it, with the headers that the site has left.
+
+    The server gets the same headers for its log, and writes them into a dead socket. The view does
+    not return it, because Flask would turn it into the site's own `response_class`.
+    """
+
+    # After how many seconds the client connects again if the stream is cut.
+    RETRY = (1.0, 3.0)
+    automatically_set_content_length = False
+
+    def __init__(self, engine: Engine, handshake: EventsHandshake, view: Response) -> None:
+        super().__init__(status=view.status, headers=view.headers)
+        self._engine = engine
+        self._handshake = handshake
+
+    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        handshake = self._handshake
+        head = self._head(environ) + retry_block(random.uniform(*self.RETRY))
+        try:
+            own = descriptors().take_over(handshake.sock)
+        except (OSError, ValueError) as error:
+            # ValueError: the server has closed its socket, because the client has left.
+            log_lost_socket(self._engine, error)
+            busy = busy_response("too_many_connections", "too many open files")
+            return busy(environ, start_response)
+        # The server would answer another request of this client into the dead socket.
+        read_server_buffers(environ)
+        set_timeout(own, self._engine.settings.heartbeat * (MISSED_HEARTBEATS + 1))
+        handshake.own, handshake.response = own, head
+        return super().__call__(environ, start_response)
+
+    def _head(self, environ: Any) -> bytes:
+        headers = self.get_wsgi_headers(environ)
+        headers.remove("Content-Length")
+        headers.setdefault("Date", http_date())
+        # Not for the server: PEP 3333 forbids applications to send it, and waitress checks that.
+        headers["Connection"] = "close"
+        lines = [f"HTTP/1.1 {self.status}", *(f"{name}: {value}" for name, value in headers)]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def set_timeout(sock: socket.socket, seconds: float) -> None:
+    """Let the kernel close a socket whose peer has not confirmed any data for so long.
+
+    The client of a stream never sends anything, so it would take 15 minutes to notice that it has
+    vanished. Linux alone has this option.
+    """
+    with suppress(OSError, AttributeError):
+        milliseconds = round(max(10.0, seconds) * 1000)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
+class StreamSession(Session):
+    """Serves one stream: its only message is the query of the request. Loop only."""
+
+    FRAMING = EVENT_STREAM
+
+    __slots__ = ()
+
+    def _greet(self) -> None:
+        """Send nothing: system.subscribed is the first message."""
+
+    def _serve_first(self, handshake: Handshake) -> None:
+        assert isinstance(handshake, EventsHandshake)
+        StreamSubscribing(self, handshake.message).allowed(handshake.answers)
+
+    def receive(self, data: bytes) -> None:
+        """Drop what a client sends after its request. If that is much, read more slowly."""
+        super().consume(1 + len(data) // MessageReader.BYTES_PER_TOKEN)
+        self.connection.update_selector()
+
+    def consume(self, count: float) -> None:
+        """Take no tokens: the client cannot ask twice in one request."""
+
+    def sign_out(self) -> None:
+        self.connection.send(EVENT_STREAM.error("signed_out", self.SIGNED_OUT))
+        super().sign_out()
+
+
+class StreamSubscribing(Subscribing):
+    """Answers the query of a stream. Loop only."""
+
+    def finish(self, events: list[Event] | None) -> None:
+        super().finish(events)
+        session = self.session
+        connection = session.connection
+        if self.since is not None and connection.state is State.OPEN:
+            # The replay is over, so the client may resume from here, also if it was empty.
+            connection.send(EVENT_STREAM.heartbeat(place_fields(session.engine)))
+
+    def answer(self, payload: Mapping[str, Any]) -> None:
+        """Send system.subscribed. The client gets heartbeats from now on.
+
+        An earlier one would name events that are still missing.
+        """
+        engine, connection = self.session.engine, self.session.connection
+        connection.send(self.first_block(payload))
+        if connection.state is State.OPEN:
+            engine.heartbeat.add(connection)
+
+    def first_block(self, payload: Mapping[str, Any]) -> bytes:
+        """Return system.subscribed, with the fields of a greeting."""
+        engine, connection = self.session.engine, self.session.connection
+        user, place = connection.user, place_fields(engine)
+        last_id = place.pop("lastId")
+        if self.since is not None and payload["recovered"]:
+            last_id = format_event_id(self.since)
+        expires_at = None
+        if user is not None and user.expires_at is not None:
+            expires_at = timestamp(int(user.expires_at * 1000))
+        fields = {
+            "clientId": connection.id,
+            "userId": user.id if user else None,
+            "expiresAt": expires_at,
+            "heartbeat": engine.settings.heartbeat,
+        }
+        message = {**payload, **fields, **place}
+        return EVENT_STREAM.message("system.subscribed", message, event_id=last_id)
+
+
+class Poll(Connection):
+    """Collects the events of one request that is not a stream. It has no socket and takes no slot.
+
+    A thread of the web server creates it, waits for `is_done`, and reads the body. The rest is for
+    the loop. For the session it is a connection from which nothing can be read.
+    """
+
+    # How many seconds the thread waits for the loop and the shared log.
+    TIMEOUT = 5.0
+    # Seconds until the next poll. It comes the sooner, the more events this one has sent.
+    LONGEST_RETRY, SHORTEST_RETRY = 1.5, 0.1
+
+    __slots__ = ("_blocks", "_engine", "_handshake", "_retry", "is_done")
+
+    def __init__(self, engine: Engine, handshake: EventsHandshake) -> None:
+        self.id = engine.process + secrets.token_hex(6)
+        self.framing = EVENT_STREAM
+        self.state = State.OPEN
+        self.user = handshake.user
+        # Stays empty: it receives no later events.
+        self.subscriptions = {}
+        self.is_done = threading.Event()
+        self._engine = engine
+        self._handshake = handshake
+        self._blocks: list[bytes] = []
+        self._retry: float | None = None
+
+    def body(self) -> bytes:
+        """Return the response's body. If the loop gave none, the client asks again later."""
+        if self._retry is None:
+            reason = "the server is going away; reconnect with since"
+            self._blocks = [EVENT_STREAM.closing(CloseCode.GOING_AWAY, reason)]
+            self._retry = random.uniform(*BUSY_RETRY)
+        return b"".join([retry_block(self._retry), *self._blocks])
+
+    # -- the loop's thread -------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Answer the query now, or as soon as the shared log is read."""
+        engine, handshake = self._engine, self._handshake
+        self.session = session = StreamSession(engine, self, None, "")
+        if handshake.user and engine.was_signed_out(handshake.user, handshake.began):
+            session.sign_out()
+        else:
+            session.guarded(self._subscribe)
+
+    def _subscribe(self) -> None:
+        PollSubscribing(self.session, self._handshake.message).allowed(self._handshake.answers)
+
+    def send(self, data: bytes) -> None:
+        self._blocks.append(data)
+
+    def finish(self, share: float) -> None:
+        """Complete the answer. share: how much of the history this poll has sent, from 0 to 1."""
+        retry = max(self.SHORTEST_RETRY, self.LONGEST_RETRY * (1 - share))
+        self._retry = retry * random.uniform(0.8, 1.2)
+        self._engine.pollers.add(retry)
+        self._end()
+
+    def close(self, code: int, reason: str) -> None:
+        """Send an error instead, after which the client asks again."""
+        self.send(self.framing.closing(code, reason))
+        self._retry = random.uniform(*BUSY_RETRY)
+        self._end()
+
+    def _end(self) -> None:
+        self.state = State.CLOSED
+        self.is_done.set()
+
+    @property
+    def can_read(self) -> bool:
+        return False
+
+    def update_selector(self) -> None:
+        """There is no socket to watch."""
+
+
+class PollSubscribing(StreamSubscribing):
+    """Answers the query of a poll. Loop only."""
+
+    # The shared log knows `since`, or was not asked yet.
+    _is_known = False
+
+    def find_missed(self) -> None:
+        """Find the events after `since`. If no process has such an id, do not wait for it.
+
+        Otherwise a stranger could occupy all threads of the web server with ids of the future.
+        """
+        engine = self.session.engine
+        is_new = self.since is not None and self.since > engine.history.newest_id
+        if engine.log is None or not is_new or self._is_known:
+            super().find_missed()
+        else:
+            self.session.tasks.start(engine.log.newest_id, self._compare)
+
+    def _compare(self, newest: EventId | None) -> None:
+        if newest is not None and cast(EventId, self.since) > newest:
+            self.finish(None)
+            return
+        # The follower will bring it soon, or the shared log cannot be read now.
+        self._is_known = True
+        super().find_missed()
+
+    def finish(self, events: list[Event] | None) -> None:
+        """Collect the answer and as many of the missed events as a poll may send."""
+        engine, poll = self.session.engine, cast(Poll, self.session.connection)
+        missed = engine.registry.missed(poll, self.patterns, events or [])
+        sent = list(_first_events(missed, engine.settings.max_queue))
+        recovery = {"recovered": events is not None, "replayed": len(sent)}
+        poll.send(self.first_block({**self.describe(), **recovery}))
+        poll.send(b"".join(event.block for event in sent))
+        place = place_fields(engine)
+        if len(sent) < len(missed):
+            # The rest comes with the next poll.
+            place["lastId"] = format_event_id(sent[-1].id)
+        poll.send(EVENT_STREAM.heartbeat(place))
+        engine.counters.add("replayed", len(sent))
+        poll.finish(len(sent) / max(1, engine.settings.history))
+
+
+def _first_events(events: Iterable[Event], room: int) -> Iterator[Event]:
+    """Yield the first events that have at most `room` bytes together, and at least one."""
+    size = 0
+    for event in events:
+        size += len(event.block)
+        if size > room and size > len(event.block):
+            return
+        yield event
+
+
+class Pollers:
+    """Estimates how many clients poll, from the pauses between their requests. Loop only.
+
+    A client that polls every three seconds counts a tenth in each poll. The weights fade in
+    WINDOW seconds, so that their sum is the number of clients.
+    """
+
+    WINDOW = 30.0
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._updated_at = time.monotonic()
+
+    def add(self, pause: float) -> None:
+        """Note a poll after which the client waits so many seconds."""
+        self._sum = self.count() + pause / self.WINDOW
+        self._updated_at = time.monotonic()
+
+    def count(self) -> float:
+        return self._sum * math.exp((self._updated_at - time.monotonic()) / self.WINDOW)
 
 
 # == 16. The ready-made hub ======================================================================
@@ -5969,82 +7169,216 @@ publish_many = hub.publish_many
 # IV  Around it
 # == 17. Command line ============================================================================
 
-# Seconds to wait for each answer of a server.
+# Seconds to wait for each answer of a server, and for the first message of a stream.
 REPLY_TIMEOUT = 10.0
-# Clients that check() connects at once: enough to reach several server processes, if there are any.
+STREAM_TIMEOUT = 3.0
+# Requests that check() sends at once: enough to reach several server processes, if there are any.
 CONCURRENT_CLIENTS = 8
-CONNECTION_ERRORS = (
-    OSError,
-    simple_websocket.ConnectionError,
-    simple_websocket.ConnectionClosed,
-    ProtocolError,
-)
+# check() subscribes to this type and content type, which no site publishes.
+CHECK_NAME = "swiftcms_ws.check"
+CONNECTION_ERRORS = (OSError, http.client.HTTPException, ParseFailed)
 # Hints by the HTTP status of a refused handshake. 0 stands for no HTTP answer at all.
 HINTS = {
     0: "Is the site running, and is this its port?"
     " A proxy must pass the headers Upgrade and Connection (see README).",
+    200: "This is a page. Is it the right address? Or a proxy removes the headers Upgrade and"
+    " Connection (see README).",
+    301: "A WebSocket cannot follow this redirect. Use the address of its target.",
     401: "The token in the address is not a valid token of this site.",
-    403: "Pages of this site may not connect."
+    403: "The server takes this page for one of another site."
     " Configure the proxy to pass the Host header, or set SWIFTCMS_WS_ORIGINS.",
     404: "Is this the right address, including its path? With a url_prefix it is /url_prefix/ws.",
     426: "A proxy removes the headers Upgrade and Connection (see README).",
     500: "The site failed, or the proxy cannot reach it. Their logs have the reason.",
-    501: "The web server gives no access to the socket."
-    " Serve the site with gunicorn, waitress or `flask run`.",
+    501: "For WebSockets, serve the site with gunicorn, waitress or `flask run`.",
     503: "The limit SWIFTCMS_WS_MAX_CONNECTIONS is reached: raise it."
     " Or the server is shutting down: try again.",
 }
 
 
-class Client(simple_websocket.Client):  # type: ignore[misc]
-    """A connection of listen() or check() to a server.
+class RequestRefused(OSError):
+    """A response with another status than the one that is needed.
 
-    `greeting` is the payload of its system.connected. The constructor raises one of
-    CONNECTION_ERRORS if there is no connection within REPLY_TIMEOUT.
+    status:   of HTTP
+    code:     in the JSON body of swiftcms-ws, as `code`, or an empty string
+    location: the target of a redirect, or an empty string
+    """
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self.status = response.status
+        self.code = ""
+        self.location = response.getheader("Location", "")
+        message = f"HTTP status {self.status}"
+        with suppress(*CONNECTION_ERRORS, ValueError, TypeError, KeyError):
+            body = json.loads(response.read(10_000))
+            self.code = str(body["code"])
+            message += f", {body['message']}"
+        if self.location:
+            message += f", a redirect to {self.location}"
+        super().__init__(message)
+
+
+class ConnectionClosed(OSError):
+    """The server has closed the connection, with a close code or, if it is 0, without one."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"the server closed the connection: {code or ''} {reason}".rstrip(": "))
+        self.code = code
+
+
+class HttpRequest:
+    """One request of listen() or check(), and its response, whose body may not end.
+
+    The constructor raises one of CONNECTION_ERRORS if there is no response with `status`.
+    """
+
+    def __init__(self, url: str, status: int, timeout: float, headers: Mapping[str, str]) -> None:
+        parts = urlsplit(url)
+        is_secure = parts.scheme == "wss"
+        kind = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
+        port = parts.port or DEFAULT_PORTS[parts.scheme]
+        connection = kind(parts.hostname or "", port, timeout=timeout)
+        try:
+            connection.connect()
+            # The connection forgets its socket if the body ends with it.
+            self.sock = connection.sock
+            target = parts._replace(scheme="", netloc="").geturl()
+            connection.request("GET", target, headers=dict(headers))
+            self.response = connection.getresponse()
+            if self.response.status != status:
+                raise RequestRefused(self.response)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+
+    def close(self) -> None:
+        self.response.close()
+        self._connection.close()
+
+
+class Client:
+    """A WebSocket of listen() or check(). `greeting` is the payload of its system.connected.
+
+    It reads from the socket in receive() only. So if the output of listen() is not read, the
+    server notices a slow client, and nothing is collected here.
+
+    The constructor raises one of CONNECTION_ERRORS if there is no connection.
     """
 
     def __init__(self, url: str, **headers: str) -> None:
-        daemon_thread = functools.partial(threading.Thread, daemon=True)
-        super().__init__(url, headers=headers, thread_class=daemon_thread)
-        # The library does not look at frames that arrive together with the handshake's response
-        # until more data arrives. The pong makes it look.
-        self.sock.send(self.ws.send(Ping()))
-        greeting = self.receive(REPLY_TIMEOUT)
-        if not isinstance(greeting, str) or '"system.connected"' not in greeting:
+        upgrade = {
+            "Connection": "Upgrade",
+            "Upgrade": "websocket",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": base64.b64encode(secrets.token_bytes(16)).decode(),
+        }
+        self._http = HttpRequest(url, 101, REPLY_TIMEOUT, {**upgrade, **headers})
+        self._frames = FrameProtocol(client=True, extensions=[])
+        self._messages: deque[str] = deque()
+        self._part = ""
+        self._closed: ConnectionClosed | None = None
+        greeting = ""
+        try:
+            with suppress(TimeoutError):
+                greeting = self.receive(REPLY_TIMEOUT)
+            if '"system.connected"' not in greeting:
+                raise OSError("this is a WebSocket, but not one of swiftcms-ws: it has no greeting")
+        except BaseException:
             self.close()
-            raise OSError("this is a WebSocket, but not one of swiftcms-ws: it sends no greeting")
+            raise
         self.greeting: dict[str, Any] = json.loads(greeting)["payload"]
 
-    def handshake(self) -> None:
-        self.sock.settimeout(REPLY_TIMEOUT)
-        super().handshake()
-        # The library's thread takes a timeout for a closed connection.
-        self.sock.settimeout(None)
+    def send(self, message: Mapping[str, Any]) -> None:
+        self._http.sock.sendall(self._frames.send_data(json.dumps(message), fin=True))
 
-    def close(self, reason: int | None = None, message: str | None = None) -> None:
-        """Close the connection, unless it is closed already."""
+    def receive(self, timeout: float) -> str:
+        """Return the next message. Raises one of CONNECTION_ERRORS, such as TimeoutError."""
+        deadline = time.monotonic() + timeout
+        while not self._messages:
+            if self._closed is not None:
+                raise self._closed
+            self._http.sock.settimeout(max(0.001, deadline - time.monotonic()))
+            data = self._http.response.fp.read1(65_536)
+            if not data:
+                raise ConnectionClosed(0, "")
+            self._frames.receive_bytes(data)
+            for frame in self._frames.received_frames():
+                self._handle(frame)
+        return self._messages.popleft()
+
+    def _handle(self, frame: Any) -> None:
+        if frame.opcode is Opcode.PING:
+            self._http.sock.sendall(self._frames.pong(frame.payload))
+        elif frame.opcode is Opcode.CLOSE:
+            self._closed = ConnectionClosed(*frame.payload)
+        elif frame.opcode is Opcode.TEXT:
+            self._part += frame.payload
+            if frame.message_finished:
+                self._messages.append(self._part)
+                self._part = ""
+
+    def close(self) -> None:
         with suppress(*CONNECTION_ERRORS):
-            super().close(reason, message)
+            self._http.sock.sendall(self._frames.close(1000))
+        self._http.close()
 
 
-def status_of(error: BaseException) -> int:
-    """Return the HTTP status of a refused handshake, or 0 if there is none."""
-    return int(getattr(error, "status_code", None) or 0)
+def status_of(error: BaseException | None) -> int:
+    """Return the HTTP status of a refused request, or 0 if there is none."""
+    return int(getattr(error, "status", 0))
 
 
 def hint_for(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "The server accepts connections but does not answer. Is it overloaded?"
+    if isinstance(error, ssl.SSLError):
+        return "Does this port speak TLS, and is the certificate valid for this name?"
     status = status_of(error)
-    return HINTS.get(status, HINTS[404 if status < 500 else 500])
+    if status in HINTS:
+        return HINTS[status]
+    return HINTS[{2: 200, 3: 301, 4: 404}.get(status // 100, 500)]
 
 
 def websocket_url(text: str) -> str:
     """Return the address of a WebSocket. The path may be missing, and the scheme may be http."""
-    scheme, _, rest = text.rpartition("://")
-    host, _, path = rest.partition("/")
-    secure = "s" if scheme in ("https", "wss") else ""
-    return f"ws{secure}://{host}/{path or 'ws'}"
+    form = (
+        r"(?:(?P<scheme>https?|wss?)://)?(?P<host>[^/?#]*[^/?#:])"
+        r"(?P<path>/[^?#]*)?(?P<query>\?[^#]*)?(?:#.*)?"
+    )
+    match = re.fullmatch(form, text, re.IGNORECASE)
+    host = match["host"] if match else ""
+    if host.count(":") > 1 and not host.startswith("["):
+        host = f"[{host}]"
+    try:
+        parts = urlsplit(f"//{host}")
+        is_address = bool(parts.hostname and parts.hostname.encode("idna")) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if match is None or not is_address:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address like wss://example.org/ws")
+    scheme = "wss" if (match["scheme"] or "").lower() in ("https", "wss") else "ws"
+    path = match["path"] or "/"
+    target = ("/ws" if path == "/" else path) + (match["query"] or "")
+    return f"{scheme}://{host}{quote(target, safe=string.punctuation)}"
+
+
+class OutputError(Exception):
+    """Standard output cannot be written: `head` has exited, say, or the disk is full."""
+
+
+def is_utf8() -> bool:
+    """Return whether standard output can show every character."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return codecs.lookup(encoding).name == "utf-8"
+
+
+def write_line(text: str) -> None:
+    """Print on standard output at once. Raises OutputError, which ends the command."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise OutputError from error
 
 
 class PermanentError(Exception):
@@ -6075,11 +7409,10 @@ class Listener:
         try:
             timeout = MISSED_HEARTBEATS * client.greeting["heartbeat"] + REPLY_TIMEOUT
             self._subscribe(client)
-            while (data := client.receive(timeout)) is not None:
-                self._handle(client, data)
-            raise TimeoutError("the server sent nothing for too long")
-        except simple_websocket.ConnectionClosed as error:
-            if error.reason in (CloseCode.UNAUTHORIZED, CloseCode.MESSAGE_TOO_BIG):
+            while True:
+                self._handle(client, client.receive(timeout))
+        except ConnectionClosed as error:
+            if error.code in (CloseCode.UNAUTHORIZED, CloseCode.MESSAGE_TOO_BIG):
                 raise PermanentError(str(error)) from error
             raise
         finally:
@@ -6097,7 +7430,7 @@ class Listener:
 
     def _subscribe(self, client: Client) -> None:
         if self.options.token is not None:
-            client.send(json.dumps({"action": "authenticate", "token": self.options.token}))
+            client.send({"action": "authenticate", "token": self.options.token})
         if self.last_id is None:
             self.last_id = client.greeting["lastId"]
         message = {
@@ -6106,13 +7439,14 @@ class Listener:
             "contentType": self.options.content_type,
             "since": self.last_id,
         }
-        client.send(json.dumps(message))
+        client.send(message)
 
     def _handle(self, client: Client, data: str) -> None:
         message = json.loads(data)
         payload = message["payload"]
         if "id" in message:
-            print(data, flush=True)
+            # JSON can be written in ASCII for terminals that cannot show all characters.
+            write_line(data if is_utf8() else json.dumps(message))
             self.last_id = message["id"]
         elif message["type"] == "system.subscribed":
             print(f"listening to {self.options.url}", file=sys.stderr)
@@ -6121,7 +7455,7 @@ class Listener:
                 print("some events were missed and are lost", file=sys.stderr)
                 self.last_id = client.greeting["lastId"]
         elif message["type"] == "system.heartbeat":
-            client.send('{"action": "pong"}')
+            client.send({"action": "pong"})
             self.pause = 1.0
             if self.is_subscribed:
                 self.last_id = payload["lastId"]
@@ -6149,134 +7483,220 @@ def listen(options: argparse.Namespace) -> int:
 
 
 class Finding(NamedTuple):
-    """One line that check() prints, with a hint if `is_ok` is False."""
+    """What check() prints about one thing.
 
-    is_ok: bool
+    is_ok: True is a tick and False a cross. None stands for a check that cannot be made.
+    hint:  what to change, or why the check cannot be made; a tick has none
+    """
+
+    is_ok: bool | None
     message: str
-    hint: str
+    hint: str = ""
 
 
 def check(options: argparse.Namespace) -> int:
     """Print a tick or a cross for each check. Return 1 if there is a cross."""
+    marks = {True: "ok", False: "WRONG", None: "note"}
+    if is_utf8():
+        marks = {True: "✓", False: "✗", None: "–"}
     exit_code = 0
     for finding in find_problems(options.url):
-        if finding.is_ok:
-            print(f"✓ {finding.message}", flush=True)
-        else:
-            print(f"✗ {finding.message}\n    {finding.hint}", flush=True)
+        write_line(f"{marks[finding.is_ok]} {finding.message}")
+        if not finding.is_ok:
+            write_line(f"    {finding.hint}")
+        if finding.is_ok is False:
             exit_code = 1
     return exit_code
 
 
-def find_problems(url: str) -> Iterator[Finding]:
-    """Check the things that often go wrong in a deployment."""
-    try:
-        client = Client(url)
-    except CONNECTION_ERRORS as error:
-        yield Finding(False, f"cannot connect to {url}: {error}", hint_for(error))
-        return
-    yield Finding(True, "the handshake succeeds, and the server sends its greeting", "")
-    yield from _check_refusals(url)
-    yield from _check_concurrent_clients(url)
-    hint = "A proxy does not pass close frames."
-    yield Finding(_is_close_answered(client), "the server answers a close frame", hint)
+class EventsReply:
+    """The beginning of the response to a request for /ws/events, which check() sends.
 
+    payload:   of system.subscribed, the first message
+    event_id:  from which a client would resume
+    is_stream: whether the response has not ended after END_TIMEOUT seconds
 
-def _check_refusals(url: str) -> Iterator[Finding]:
-    """Connect as a page of the site, as a page of another site, and with an invalid token."""
+    The constructor raises one of CONNECTION_ERRORS, such as TimeoutError if nothing arrives.
+    """
 
-    def connect(url: str, **headers: str) -> int:
-        """Return 101, or the HTTP status of the refusal."""
+    END_TIMEOUT = 0.5
+
+    def __init__(self, url: str, timeout: float, parameters: Mapping[str, str], **headers: str):
+        parts = urlsplit(url)
+        query = urlencode({"sub": f"{CHECK_NAME}:{CHECK_NAME}", **parameters})
+        query = f"{parts.query}&{query}".lstrip("&")
+        url = parts._replace(path=f"{parts.path}/events", query=query).geturl()
+        with closing(HttpRequest(url, 200, timeout, headers)) as http_request:
+            self._read_message(http_request.response)
+            http_request.sock.settimeout(self.END_TIMEOUT)
+            self.is_stream = not self._has_ended(http_request.response)
+
+    def _read_message(self, response: http.client.HTTPResponse) -> None:
+        fields: dict[str, str] = {}
+        # `retry` and an empty line come first, then `event`, `id` and `data`.
+        for _ in range(5):
+            name, _, value = response.readline(100_000).decode(errors="replace").partition(":")
+            fields[name] = value.strip()
         try:
-            Client(url, **headers).close()
-        except CONNECTION_ERRORS as error:
-            return status_of(error)
-        return 101
+            message = json.loads(fields["data"])
+            self.payload: dict[str, Any] = message["payload"]
+            self.event_id = fields.get("id", "")
+        except (ValueError, TypeError, KeyError) as error:
+            raise OSError("the response is not an event stream of swiftcms-ws") from error
+        if message["type"] == "system.error":
+            raise OSError(self.payload["message"])
 
-    # The library sends a Host header without the port, so the origin has none either.
+    def _has_ended(self, response: http.client.HTTPResponse) -> bool:
+        deadline = time.monotonic() + self.END_TIMEOUT
+        with suppress(TimeoutError):
+            while time.monotonic() < deadline:
+                if not response.readline(100_000):
+                    return True
+        return False
+
+
+def open_websocket(url: str, **headers: str) -> None:
+    Client(url, **headers).close()
+
+
+def poll(url: str, **headers: str) -> EventsReply:
+    return EventsReply(url, REPLY_TIMEOUT, {"mode": "poll"}, **headers)
+
+
+def error_of(connect: Callable[..., object], url: str, **headers: str) -> Exception | None:
+    """Connect; return the error, if there is one."""
+    try:
+        connect(url, **headers)
+    except CONNECTION_ERRORS as error:
+        return error
+    return None
+
+
+def find_problems(url: str, may_redirect: bool = True) -> Iterator[Finding]:
+    """Check the things that often go wrong in a deployment."""
     parts = urlsplit(url)
-    own = f"{parts.scheme.replace('ws', 'http')}://{parts.hostname}"
-    yield Finding(connect(url, Origin=own) == 101, f"a page of {own} may connect", HINTS[403])
+    origin = f"{parts.scheme.replace('ws', 'http')}://{parts.netloc}"
+    refusal = error_of(open_websocket, url, Origin=normalise_origin(origin) or origin)
+    target = redirect_target(url, refusal)
+    if target and may_redirect:
+        yield Finding(True, f"{url} redirects to {target}, which is checked instead")
+        yield from find_problems(target, may_redirect=False)
+        return
+    # A page of the site itself sends no Origin with this request.
+    plain_refusal = error_of(poll, url)
+    if refusal is None:
+        yield Finding(True, f"visitors get a WebSocket, in pages of {origin}")
+        yield _check_plain_http(url, plain_refusal, "without it,")
+        yield from _check_refusals(url, open_websocket)
+        yield _check_concurrent_clients(url)
+    elif plain_refusal is None:
+        # Some web servers give no access to the socket. Their visitors poll, which is no mistake.
+        is_ok = None if status_of(refusal) == 501 else False
+        message = f"visitors get no WebSocket, in pages of {origin}: {refusal}"
+        yield Finding(is_ok, message, hint_for(refusal))
+        yield _check_plain_http(url, None, "instead,")
+        yield from _check_refusals(url, poll)
+    else:
+        message = f"visitors get no WebSocket: {refusal}. Plain HTTP: {plain_refusal}"
+        yield Finding(False, message, hint_for(refusal))
+    if plain_refusal is None:
+        yield _check_processes(url)
+
+
+def redirect_target(url: str, refusal: Exception | None) -> str:
+    """Return the address to which the same host redirects a handshake, or an empty string."""
+    location = getattr(refusal, "location", "")
+    target = urljoin(url.replace("ws", "http", 1), location)
+    if not location or urlsplit(target).hostname != urlsplit(url).hostname:
+        return ""
+    return websocket_url(target)
+
+
+def _check_plain_http(url: str, refusal: Exception | None, when: str) -> Finding:
+    """Check whether plain HTTP streams or polls. refusal: the error of a poll."""
+    if getattr(refusal, "code", "") == "auth_required":
+        hint = "The site wants visitors to sign in. Add ?token=JWT to the address."
+        return Finding(None, f"plain HTTP and the server's processes: {refusal}", hint)
+    if refusal is not None:
+        return Finding(False, f"{when} they get nothing: {refusal}", hint_for(refusal))
+    try:
+        if EventsReply(url, STREAM_TIMEOUT, {}).is_stream:
+            return Finding(True, f"{when} they get a stream over plain HTTP")
+    except TimeoutError:
+        hint = "Turn buffering off for /ws/events in the proxy (nginx: proxy_buffering off)."
+        return Finding(False, f"{when} they poll, because a proxy holds streams back", hint)
+    except CONNECTION_ERRORS as error:
+        return Finding(False, f"{when} they poll, because a stream fails: {error}", HINTS[503])
+    return Finding(True, f"{when} they poll over plain HTTP, because the server cannot stream")
+
+
+def _check_refusals(url: str, connect: Callable[..., object]) -> Iterator[Finding]:
+    """Connect as a page of another site, and with an invalid token."""
     hint = "Pages of all sites may connect with your visitors' cookies: set SWIFTCMS_WS_ORIGINS."
-    is_refused = connect(url, Origin="https://swiftcms-ws-check.example") == 403
-    yield Finding(is_refused, "a page of another site is refused", hint)
-    separator = "&" if "?" in url else "?"
+    refusal = error_of(connect, url, Origin="https://swiftcms-ws-check.example")
+    yield Finding(status_of(refusal) == 403, "a page of another site is refused", hint)
+    parts = urlsplit(url)
+    query = [(name, value) for name, value in parse_qsl(parts.query) if name != "token"]
+    bad_url = parts._replace(query=urlencode([*query, ("token", "bad")])).geturl()
     hint = "The answer should be 401. Does a proxy remove the query?"
-    is_refused = connect(f"{url}{separator}token=bad") == 401
+    is_refused = status_of(error_of(connect, bad_url)) == 401
     yield Finding(is_refused, "an invalid token is refused", hint)
 
 
-def _check_concurrent_clients(url: str) -> Iterator[Finding]:
-    """Connect several clients at once, and use them to check the server processes they reach."""
-    with ThreadPoolExecutor(CONCURRENT_CLIENTS) as pool:
-        attempts = [pool.submit(Client, url) for _ in range(CONCURRENT_CLIENTS)]
+def _check_concurrent_clients(url: str) -> Finding:
+    count = CONCURRENT_CLIENTS
+    with ThreadPoolExecutor(count) as pool:
+        attempts = [pool.submit(Client, url) for _ in range(count)]
     errors = [error for attempt in attempts if (error := attempt.exception())]
     clients = [attempt.result() for attempt in attempts if not attempt.exception()]
-    if errors:
-        message = f"of {CONCURRENT_CLIENTS} clients at once, only {len(clients)} are accepted"
-        yield Finding(False, message, hint_for(errors[0]))
-    else:
-        yield Finding(True, f"{CONCURRENT_CLIENTS} clients at once are accepted", "")
-    if clients:
-        yield _check_processes(clients)
     for client in clients:
         client.close()
+    if errors:
+        message = f"of {count} clients at once, only {len(clients)} are accepted"
+        return Finding(False, message, hint_for(errors[0]))
+    return Finding(True, f"{count} clients at once are accepted")
 
 
-def _check_processes(clients: list[Client]) -> Finding:
-    """Check that an event reaches the clients of all server processes."""
-    of_process = {client.greeting["clientId"][:PROCESS_LENGTH]: client for client in clients}
-    one_each = list(of_process.values())
-    seen = f"server processes seen: {len(one_each)}"
-    # No process has such an old event in memory, so it looks into the shared log, if it has one.
-    is_answered = [_is_known(client, "1-0") is not None for client in one_each]
-    # Ask each process for the newest event of the next one. A single process is asked for its own.
-    neighbours = zip(one_each, one_each[1:] + one_each[:1], strict=True)
-    is_known = [_is_known(client, next_one.greeting["lastId"]) for client, next_one in neighbours]
-    if not all(is_answered):
+def _check_processes(url: str) -> Finding:
+    """Check that an event reaches the clients of all server processes.
+
+    A client may poll any of them, so each must know the newest event of the others.
+    """
+
+    def poll_since(since: str) -> EventsReply:
+        return EventsReply(url, REPLY_TIMEOUT, {"mode": "poll", "since": since})
+
+    def poll_all(since: Iterable[str]) -> list[EventsReply]:
+        with ThreadPoolExecutor(CONCURRENT_CLIENTS) as pool:
+            ids = itertools.islice(itertools.cycle(since), CONCURRENT_CLIENTS)
+            return list(pool.map(poll_since, ids))
+
+    try:
+        # No process has so old an event in memory, so it looks into the shared log, if it has one.
+        replies = poll_all(["1-0"])
+        newest = {reply.payload["clientId"][:PROCESS_LENGTH]: reply.event_id for reply in replies}
+        seen = f"server processes seen: {len(newest)}"
+        replies = poll_all(newest.values())
+    except CONNECTION_ERRORS as error:
         hint = (
             "The site's log says what is wrong with the file of SWIFTCMS_WS_DATABASE. With"
             " SWIFTCMS_WS_REDIS_URL: Is Redis running, and is the URL right?"
         )
-        return Finding(False, f"{seen}; they cannot read the shared log, so no event arrives", hint)
-    if not all(is_known):
+        return Finding(False, f"no event may arrive: {error}", hint)
+    if replies[0].payload["refused"]:
+        hint = f"The site's authorize hook does not allow check to subscribe to {CHECK_NAME}."
+        return Finding(None, f"{seen}; whether an event reaches the clients of all", hint)
+    if not all(reply.payload["recovered"] for reply in replies):
         hint = (
             "Set SWIFTCMS_WS_DATABASE (or, on several machines, SWIFTCMS_WS_REDIS_URL), or run one"
-            " process."
+            " process. Until then, visitors that poll miss events too."
         )
         return Finding(False, f"{seen}; an event reaches only the clients of one", hint)
-    return Finding(True, f"{seen}; an event reaches the clients of all of them", "")
+    return Finding(True, f"{seen}; an event reaches the clients of all of them")
 
 
-def _is_known(client: Client, event_id: str) -> bool | None:
-    """Return whether this client could resume after the event, or None if it gets no answer."""
-    message = {
-        "action": "subscribe",
-        "type": "swiftcms_ws.check",
-        "contentType": "none",
-        "since": event_id,
-        "ref": "check",
-    }
-    try:
-        client.send(json.dumps(message))
-        while (data := client.receive(REPLY_TIMEOUT)) is not None:
-            answer = json.loads(data)
-            if answer.get("ref") == "check":
-                # An error has no `recovered`: this client may not ask.
-                return bool(answer["payload"].get("recovered", True))
-    except CONNECTION_ERRORS:
-        pass
-    return None
-
-
-def _is_close_answered(client: Client) -> bool:
-    try:
-        client.sock.send(client.ws.send(CloseConnection(code=1000)))
-        while client.receive(REPLY_TIMEOUT):
-            pass
-    except CONNECTION_ERRORS as error:
-        return getattr(error, "reason", None) == 1000
-    return False
+def _exit_on_signal(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -6305,16 +7725,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     checker.add_argument("url", type=websocket_url, help="such as wss://example.org/ws")
 
     options = parser.parse_args(argv)
+    # As process 1 of a container, a program without a handler would ignore it.
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
         return 130
+    except OutputError as error:
+        # Otherwise Python would fail again when it writes the rest at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error.__cause__, BrokenPipeError):
+            # The exit code of a program that SIGPIPE has killed.
+            return 128 + 13
+        print(f"swiftcms-ws: cannot write the output: {error.__cause__}", file=sys.stderr)
+        return 1
 
 
 # == 18. Demo ====================================================================================
 
 # The longest text of each field of a request, in characters.
-DEMO_LENGTHS = {"title": 200, "body": 10_000, "line": 40, "to": 40, "user": 40, "text": 500}
+DEMO_LENGTHS = {
+    "title": 200,
+    "body": 10_000,
+    "key": 40,
+    "name": 20,
+    "to": 40,
+    "user": 40,
+    "text": 500,
+}
 
 
 class DemoEntries:
@@ -6324,6 +7764,14 @@ class DemoEntries:
     replaced, so it may be returned without a copy.
     """
 
+    # If a class creates more, the oldest are deleted.
+    MAX_ENTRIES = 50
+    FIRST = (
+        ("pages", "About us", "We are the people on the other side.", "published"),
+        ("posts", "Nothing is lost", "Lose the connection, and see what arrives later.", "draft"),
+        ("posts", "Hello, class", "Open a second window and edit this post.", "published"),
+    )
+
     def __init__(self) -> None:
         # Guards the entries. A change also publishes its event under it, so that events have the
         # order of the changes.
@@ -6331,11 +7779,10 @@ class DemoEntries:
         self._entries: dict[tuple[str, int], dict[str, Any]] = {}
         # Posts and pages share one counter, and an id is never used again.
         self._ids = itertools.count(1)
-        for content_type, title, body, state in (
-            ("posts", "Hello, class", "Open a second window and edit this post.", "published"),
-            ("posts", "Nothing is lost", "Cut the connection, edit elsewhere, and wait.", "draft"),
-            ("pages", "About us", "We are the people at the other end.", "published"),
-        ):
+        self._add_first()
+
+    def _add_first(self) -> None:
+        for content_type, title, body, state in self.FIRST:
             self._add(content_type, title, body, state, "SwiftCMS")
 
     def _add(
@@ -6367,6 +7814,8 @@ class DemoEntries:
         with self._lock:
             entry = self._add(content_type, title, body, "draft", user)
             publish("content.created", content_type, entry)
+            if len(self._entries) > self.MAX_ENTRIES:
+                self._delete(*min(self._entries, key=lambda key: key[1]))
         return entry
 
     def change(
@@ -6390,54 +7839,161 @@ class DemoEntries:
 
     def delete(self, content_type: str, entry_id: int) -> dict[str, Any]:
         with self._lock:
-            entry = self.get(content_type, entry_id)
-            del self._entries[content_type, entry_id]
-            publish("content.deleted", content_type, entry)
+            return self._delete(content_type, entry_id)
+
+    def _delete(self, content_type: str, entry_id: int) -> dict[str, Any]:
+        entry = self.get(content_type, entry_id)
+        del self._entries[content_type, entry_id]
+        publish("content.deleted", content_type, entry)
         return entry
 
+    def reset(self) -> None:
+        """Restore the first entries. Each page loads itself again when it gets the event."""
+        with self._lock:
+            self._entries.clear()
+            self._add_first()
+            publish("class.reset", "class", {})
 
-class DemoCuts:
-    """Cuts connections, so that a class can watch a client reconnect and resume.
 
-    A page names its connection in the address: /ws?line=NAME. Called from the web server's
-    threads and from workers; each step on one of its dictionaries is atomic.
+class DemoPeople:
+    """The people who have the page open, and their connections.
+
+    A page has a secret key, with which it names itself: /ws?cms=KEY is the connection of its CMS,
+    which counts as one person, and /ws?page=KEY the inspector's, which may be cut. Called from the
+    web server's threads and, by signals, from workers.
     """
 
-    SECONDS = 5.0
+    # A name is free again when its page has been gone for so many seconds.
+    NAME_SECONDS = 10.0
 
     def __init__(self, app: Flask) -> None:
-        self._client_ids: dict[str, str] = {}
-        self._cut_until: dict[str, float] = {}
-        # This keeps the object alive. The signal only has a weak reference to it.
-        app.before_request(self._delay_handshake)
-        client_connected.connect(self._note_name, sender=app)
+        # Guards both dictionaries.
+        self._lock = threading.Lock()
+        # Of each key, the name and when it was last in use.
+        self._names: dict[str, tuple[str, float]] = {}
+        # ("cms" or "page", key) -> the client ids, the newest last.
+        self._client_ids: dict[tuple[str, str], list[str]] = defaultdict(list)
+        # These keep the object alive. A signal only has a weak reference to its receiver.
+        app.extensions["demo_people"] = self
+        client_connected.connect(self._note_connection, sender=app)
+        client_disconnected.connect(self._note_end, sender=app)
 
-    def _note_name(self, sender: Flask, client_id: str, **details: Any) -> None:
+    def _note_connection(self, sender: Flask, client_id: str, **details: Any) -> None:
         """Signal receiver, in a request context of the client's handshake."""
-        if "line" in request.args:
-            self._client_ids[request.args["line"]] = client_id
+        with self._lock:
+            for place in self._places():
+                self._client_ids[place].append(client_id)
 
-    def _delay_handshake(self) -> None:
-        """Leave the handshake of a cut connection without an answer, as a broken network would.
+    def _note_end(self, sender: Flask, client_id: str, **details: Any) -> None:
+        """Signal receiver, as above."""
+        with self._lock:
+            for place in self._places():
+                self._client_ids[place].remove(client_id)
+                if not self._client_ids[place]:
+                    del self._client_ids[place]
+                _, key = place
+                if key in self._names:
+                    self._names[key] = (self._names[key][0], time.monotonic())
 
-        The web server has a thread for each request, so this delays no other client. If the
-        connection is cut again meanwhile, the client gets 503 and has to try again.
-        """
-        name = request.args.get("line", "")
-        time.sleep(max(0.0, self._cut_until.get(name, 0.0) - time.monotonic()))
-        if self._cut_until.get(name, 0.0) > time.monotonic():
-            abort(503, "the connection was cut again")
+    @staticmethod
+    def _places() -> list[tuple[str, str]]:
+        """Return the keys of `_client_ids` that the address of this request names."""
+        return [(kind, request.args[kind]) for kind in ("cms", "page") if kind in request.args]
 
-    def cut(self, name: str) -> None:
-        """Break a connection without a close frame, as if its cable were pulled."""
-        client_id = self._client_ids.get(name)
-        if client_id is None:
-            abort(404, "there is no connection of this name")
-        self._cut_until[name] = time.monotonic() + self.SECONDS
-        engine = hub._engine()
-        connection = engine.registry.find(client_id)
-        if connection is not None:
-            engine.loop.call(connection.abort)
+    def count(self) -> int:
+        """Return how many people are here."""
+        with self._lock:
+            return sum(kind == "cms" for kind, _ in self._client_ids)
+
+    def reserve_name(self, key: str, name: str) -> str:
+        """Return a name that no other page has: this one, or this one with a number behind it."""
+        now = time.monotonic()
+        with self._lock:
+            self._names = {
+                each: (used, at)
+                for each, (used, at) in self._names.items()
+                if ("cms", each) in self._client_ids or now < at + self.NAME_SECONDS
+            }
+            self._names.pop(key, None)
+            taken = {used.casefold() for used, _ in self._names.values()}
+            unique, number = name, 1
+            while unique.casefold() in taken:
+                number += 1
+                unique = f"{name} {number}"
+            self._names[key] = (unique, now)
+        return unique
+
+    def find(self, engine: Engine, key: str) -> Connection:
+        """Return the inspector's connection of a page, or answer 404."""
+        with self._lock:
+            client_ids = self._client_ids.get(("page", key), [""])
+        connection = engine.registry.find(client_ids[-1])
+        if connection is None:
+            abort(404, "this page has no open connection")
+        return connection
+
+
+class DemoFlood:
+    """A client that never reads, and events that only it and one watching client get.
+
+    It shows that a slow client is closed and that the others do not wait for it. There is one at a
+    time, because each occupies memory of the server. The loop's thread runs it, except start().
+    """
+
+    INTERVAL = 0.03
+    FILLER = "x" * 16_000
+    # Guards the start: two threads of the web server may call it.
+    _starting = threading.Lock()
+    _is_running = False
+
+    def __init__(self, engine: Engine, watcher: Connection) -> None:
+        self._engine = engine
+        self._watcher = watcher
+        self._peer, own = descriptors().create_pair()
+        # Otherwise the kernel would keep the first megabyte.
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        self._handshake = Handshake(own, None, time.monotonic())
+        self._handshake.own = own
+        self._environ = hook_environ(request.environ)
+        self._number = 0
+
+    @classmethod
+    def start(cls, engine: Engine, watcher: Connection) -> None:
+        with cls._starting:
+            if cls._is_running:
+                abort(409, "another slow reader is running; wait until it is closed")
+            flood = cls(engine, watcher)
+            if not engine.registry.reserve(descriptors().max_connections):
+                abort(503, "there is no place for another connection")
+            cls._is_running = True
+        engine.loop.call(flood._open)
+
+    def _open(self) -> None:
+        self._reader = Session.open(self._engine, self._handshake, self._environ, "slow reader")
+        self._send()
+
+    def _send(self) -> None:
+        """Send the next event, until one of the two connections is not open any more."""
+        if self._watcher.state is not State.OPEN or self._reader.state is not State.OPEN:
+            self._finish()
+            return
+        self._number += 1
+        frame = self._frame(number=self._number, filler=self.FILLER)
+        for connection in (self._reader, self._watcher):
+            connection.send(frame)
+        self._engine.loop.call_at(time.monotonic() + self.INTERVAL, self._send)
+
+    def _finish(self) -> None:
+        if self._reader.close_code is not None:
+            self._watcher.send(self._frame(number=self._number, closed=self._reader.close_code))
+        # The reader's own close, after which nothing of it is left.
+        self._peer.close()
+        type(self)._is_running = False
+
+    def _frame(self, **more: Any) -> bytes:
+        limit = self._engine.settings.max_queue
+        payload = {"unsent": self._reader.unsent_bytes, "limit": limit, **more}
+        return message_frame("demo.flood", payload, "demo")
 
 
 def request_text(name: str, default: str | None = None) -> str:
@@ -6450,6 +8006,64 @@ def request_text(name: str, default: str | None = None) -> str:
     return value.strip()
 
 
+def is_local_request() -> bool:
+    """Return whether the request comes from this machine, and no proxy has forwarded it."""
+    is_forwarded = any(
+        name.startswith("X-Forwarded") or name in ("Forwarded", "Via", "X-Real-Ip")
+        for name, _ in request.headers
+    )
+    address = (request.remote_addr or "").removeprefix("::ffff:")
+    return not is_forwarded and (address == "::1" or address.startswith("127."))
+
+
+def demo_address() -> str:
+    """Return the address that other machines use. It is the request's, unless that is localhost."""
+    is_wildcard = request.environ.get("SERVER_NAME") in ("0.0.0.0", "::")
+    if is_wildcard and is_local_request():
+        return f"{network_address()}:{request.environ['SERVER_PORT']}"
+    return request.host
+
+
+def add_lesson_routes(app: Flask, entries: DemoEntries, people: DemoPeople) -> None:
+    """Add what the lesson needs: names, polling, faults and Reset."""
+
+    @app.get("/api/poll")
+    def poll() -> ResponseReturnValue:
+        return {"lastId": hub.last_id(), "people": people.count()}
+
+    @app.get("/api/token")
+    def token() -> ResponseReturnValue:
+        # A class has no passwords, so a visitor may have any name. A site checks its login here.
+        return {"token": hub.issue_token(request_text("user"))}
+
+    @app.post("/api/name")
+    def name() -> ResponseReturnValue:
+        unique = people.reserve_name(request_text("key"), request_text("name"))
+        return {"name": unique, "token": hub.issue_token(unique)}
+
+    @app.post("/api/cut")
+    def cut() -> ResponseReturnValue:
+        # Without a close frame, as if a cable were pulled. The page stays away by itself.
+        engine = hub._engine()
+        engine.loop.call(people.find(engine, request_text("key")).abort)
+        return {}
+
+    @app.post("/api/flood")
+    def flood() -> ResponseReturnValue:
+        engine = hub._engine()
+        DemoFlood.start(engine, people.find(engine, request_text("key")))
+        return {}
+
+    @app.post("/api/reset")
+    def reset() -> ResponseReturnValue:
+        # A form on another site cannot send JSON.
+        request.get_json()
+        if not is_local_request():
+            abort(403, "only the machine that serves the demo may reset it")
+        entries.reset()
+        return {}
+
+
 def demo_app() -> Flask:
     """Return a small CMS with a REST API. Its pages show each other's changes."""
     app = Flask(__name__)
@@ -6457,6 +8071,8 @@ def demo_app() -> Flask:
         # A new key, so that tokens of other sites are not accepted here.
         SWIFTCMS_WS_JWT_KEY=secrets.token_hex(),
         SWIFTCMS_WS_INSPECTOR=True,
+        # A class does not wait half a minute for a heartbeat.
+        SWIFTCMS_WS_HEARTBEAT=10,
         # The demo must not join the shared log of a site.
         SWIFTCMS_WS_DATABASE=None,
         SWIFTCMS_WS_REDIS_URL=None,
@@ -6466,7 +8082,6 @@ def demo_app() -> Flask:
     app.register_blueprint(blueprint)
     settings = Settings.from_config(app.config)
     entries = DemoEntries()
-    cuts = DemoCuts(app)
     list_url = "/api/<any(posts, pages):content_type>"
     entry_url = f"{list_url}/<int:entry_id>"
 
@@ -6485,7 +8100,17 @@ def demo_app() -> Flask:
 
     @app.get("/")
     def page() -> ResponseReturnValue:
-        return render_page(demo=True)
+        return render_template_string(
+            PAGE,
+            demo=True,
+            address=demo_address(),
+            can_reset=is_local_request(),
+            heartbeat=app.config["SWIFTCMS_WS_HEARTBEAT"],
+        )
+
+    @app.get("/demo.js")
+    def script() -> ResponseReturnValue:
+        return page_file(DEMO_JS, "text/javascript")
 
     @app.get(list_url)
     def list_entries(content_type: str) -> ResponseReturnValue:
@@ -6525,22 +8150,13 @@ def demo_app() -> Flask:
         values = {"state": "published", "updated_by": user_id()}
         return entries.change("content.published", content_type, entry_id, values)
 
-    @app.get("/api/token")
-    def token() -> ResponseReturnValue:
-        # A class has no passwords, so a visitor may have any name. A site checks its login here.
-        return {"token": hub.issue_token(request_text("user"))}
-
     @app.post("/api/notices")
     def notify() -> ResponseReturnValue:
         recipient = request_text("to")
         notice = {"from": user_id(), "text": request_text("text")}
         return {"id": publish("notification", "users", notice, to=recipient)}, 201
 
-    @app.post("/api/cut")
-    def cut() -> ResponseReturnValue:
-        cuts.cut(request_text("line"))
-        return {"seconds": cuts.SECONDS}
-
+    add_lesson_routes(app, entries, DemoPeople(app))
     return app
 
 
@@ -6552,7 +8168,7 @@ def serve_demo(options: argparse.Namespace) -> int:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         reason = str(error)
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             reason = "another program uses it; choose another port with --port"
@@ -6564,8 +8180,14 @@ def serve_demo(options: argparse.Namespace) -> int:
         os.environ.pop(CONFIG_PREFIX + key, None)
     with listener:
         server = make_server(host, port, demo_app(), threaded=True, fd=listener.fileno())
-    shown_host = f"[{host}]" if ":" in host else host
-    print(f"SwiftCMS demo: http://{shown_host}:{server.port}/ (press Ctrl+C to stop)", flush=True)
+        # Not "localhost", because another program may listen on the same port of [::1].
+        address, port = listener.getsockname()[:2]
+    others = ""
+    if address == "0.0.0.0":
+        others = f", on other computers http://{network_address()}:{port}/"
+        address = "127.0.0.1"
+    shown = f"[{address}]" if ":" in address else address
+    write_line(f"SwiftCMS demo: http://{shown}:{port}/{others} (press Ctrl+C to stop)")
     try:
         server.serve_forever()
     finally:
@@ -6573,19 +8195,17 @@ def serve_demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def network_address() -> str:
+    """Return the address of this computer in its network. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))
+        except OSError:
+            return socket.gethostname()
+        return str(sock.getsockname()[0])
+
+
 # == 19. client.js and pages =====================================================================
-
-
-def render_page(*, demo: bool) -> str:
-    """Return the inspector: alone for GET /ws, or beside the demo's CMS."""
-    if not demo:
-        return render_template_string(PAGE, demo=False, ws_url=request.root_path + request.path)
-    return render_template_string(
-        PAGE,
-        demo=True,
-        ws_url=url_for("swiftcms_ws.about"),
-        client_js_url=url_for("swiftcms_ws.client_js"),
-    )
 
 
 CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resumes where it was.
@@ -6594,6 +8214,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 //   const stop = cms.subscribe("content.*", "posts", event => show(event.payload))
 //   cms.onstatus = status => …              // "connecting", "online", "offline" or "refused"
 //   cms.ongap = subscriptions => …          // events are lost: load the page's data again
+//   cms.transport                           // "websocket", "events" (plain HTTP), null (offline)
 //   const edit = cms.edit("posts", "42")    // the entry's other editors, and their changes
 //   cms.close()
 (() => {
@@ -6609,20 +8230,47 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   // Firefox closes connections when a link or a download is clicked. That is soon repaired.
   const OFFLINE_DELAY = 2_000;
   const UNSENT = "SwiftCMS: messages wait for two seconds; the server slows fast senders down";
-  const MAX_WAIT = 30_000;
-  const CLOSE = { SHUTTING_DOWN: 1001, MESSAGE_TOO_BIG: 1009, UNAUTHORIZED: 4401 };
+  const MAX_WAIT = 10_000;
+  const CLOSE = { SHUTTING_DOWN: 1001, LOST: 1006, MESSAGE_TOO_BIG: 1009, UNAUTHORIZED: 4401 };
   // Of these, only the first two need a subscription.
   const EDITING = ["user.editing", "user.stoppedEditing", "user.edited", "system.editing"];
 
+  // Plain HTTP is tried if a page's first WebSocket is still pending after this time.
+  const FIRST_WAIT = 2_000;
+  // If a stream has opened and its first message does not come in this time, a proxy buffers it.
+  const BUFFER_TIMEOUT = 3_000;
+  // A server that cannot stream ends its response so soon after a heartbeat.
+  const POLL_END = 100;
+  // A hidden page waits so long, or up to twice as long, between two polls.
+  const HIDDEN_PAUSE = 15_000;
+  const NO_EDITING = "SwiftCMS: edit() needs a WebSocket, and this page gets events by plain HTTP";
+  // The errors that end events over plain HTTP, and the close code of a WebSocket in their place.
+  const ENDS = { token_expired: 4401, signed_out: 4401, going_away: 1001, too_slow: 1013 };
+
   // An id is two numbers: milliseconds and a counter.
+  const EVENT_ID = /^\d{1,20}-\d{1,20}$/;
   const sortKey = id => id.replace(/\d+/g, number => number.padStart(20, "0"));
   const isLater = (id, other) => id && (!other || sortKey(id) > sortKey(other));
+  const earlier = (id, other) => (isLater(id, other) ? other : id);
   const isMatch = (pattern, name) =>
     pattern.endsWith("*") ? name.startsWith(pattern.slice(0, -1)) : name === pattern;
+  // Over plain HTTP the server refuses the whole request if one pattern is malformed.
+  const isPattern = text =>
+    /^(?!.{129})(\*|[\p{L}\p{M}\p{N}_-]+(\.[\p{L}\p{M}\p{N}_-]+)*(\.\*)?)$/u.test(text);
   const patternOf = ({ type, contentType }) => ({ type, contentType });
   const hasKey = (set, key) => [...set].some(each => each.key === key);
   // A handler that throws must not affect others: its error becomes an unhandled rejection.
   const call = async (handler, ...values) => handler?.(...values);
+
+  // A browser opens six connections to a host, so only one of its pages streams: the one that has
+  // the lock. Promises the function that releases it, or null if this page cannot have it.
+  const takeLock = () =>
+    new Promise(resolve => {
+      if (!navigator.locks) return resolve(null);
+      const hold = lock => (lock ? new Promise(release => resolve(release)) : resolve(null));
+      const locked = navigator.locks.request("swiftcms-stream", { ifAvailable: true }, hold);
+      locked.catch(() => resolve(null));
+    });
 
   // All open connections, and the one of the SwiftCMS objects that have neither url nor token.
   const connections = new Set();
@@ -6630,7 +8278,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   for (const type of ["online", "offline", "pagehide", "pageshow", "visibilitychange"])
     addEventListener(type, event => connections.forEach(each => each.wakeUp(event)));
 
-  // One WebSocket after the other, for one or more SwiftCMS objects.
+  // One WebSocket after the other, or plain HTTP, for one or more SwiftCMS objects.
   const createConnection = (url, givenToken) => {
     // For each SwiftCMS object its option `since`, until the client has connected.
     const clients = new Map();
@@ -6646,12 +8294,21 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     let newestId, heardId;
     // After the server has closed the connection with 4401, only the same user is accepted.
     let isSignedOut, ownUserId;
-    // isReady: the server has greeted this client, and there is a token if one is needed.
-    let socket, status, isReady, maxSilence, attemptedAt, offlineTimer;
+    let socket, status, maxSilence, attemptedAt, offlineTimer;
     let attempts = 0;
     let timers = {};
+    // Plain HTTP, if it is tried or used: {source, opened, token, isStream, isAnswered, beatAt}.
+    // `opened` are the subscriptions of the request. All events up to their `since` were received.
+    let events, lock;
+    // isPlain: the page stays with plain HTTP. isProbe: the next attempt shows whether it works.
+    // mustPoll: streams do not work. hadSocket: a WebSocket was online. failures: attempts in a
+    // row with a WebSocket that was not.
+    let isPlain, isProbe, mustPoll, hadSocket;
+    let failures = 0;
     const ownIds = new Set();
-    const connection = { clientId: null, add, remove, subscribe, edit, wakeUp };
+    // transport: null until the server has greeted this client, and there is a token if needed.
+    const methods = { add, remove, reopen, subscribe, edit, wakeUp };
+    const connection = { clientId: null, transport: null, spread: 0, ...methods };
     const base = page?.baseURI ?? location.href;
     const address = new URL(url ?? SCRIPT_URL ?? location.origin + WEBSOCKET_PATH, base);
     address.protocol = address.protocol.replace("http", "ws");
@@ -6664,7 +8321,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       // Not now, because the page has not set its handlers yet.
       setTimeout(() => {
         if (!clients.has(cms)) return;
-        if (isReady) clients.set(cms, undefined);
+        if (connection.transport) clients.set(cms, undefined);
         if (!status || status === "refused") connect();
         else if (oldStatus) call(cms.onstatus, status);
       });
@@ -6682,15 +8339,25 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     function connect() {
       disconnect("connecting");
       attemptedAt = performance.now();
+      if (isPlain || isProbe) return openEvents();
       try {
         socket = new WebSocket(address);
       } catch ({ message }) {
         return refuse(`cannot connect to ${address}, which must be like wss://HOST/ws: ${message}`);
       }
-      socket.onclose = reconnect;
       socket.onmessage = ({ data }) => receive(data);
+      socket.onclose = end => (events ? (socket = undefined) : reconnect(end));
       // Messages restart it only when the client is ready, because a token may never come.
       later("silence", CONNECT_TIMEOUT, reconnect);
+      // If the WebSocket is only slow, it replaces plain HTTP later.
+      if (!hadSocket) later("events", FIRST_WAIT, openEvents);
+    }
+
+    // For the user that the browser's cookies name now.
+    function reopen() {
+      if (!connection.transport) return;
+      ownUserId = undefined;
+      connect();
     }
 
     function disconnect(newStatus) {
@@ -6698,8 +8365,9 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       timers = {};
       if (socket) socket.onclose = socket.onmessage = null;
       socket?.close();
+      closeEvents();
       socket = heardId = undefined;
-      isReady = false;
+      connection.transport = null;
       requests = [];
       for (const each of subscriptions)
         if (!each.early) Object.assign(each, { since: newestId, early: new Set() });
@@ -6707,21 +8375,27 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     }
 
     function reconnect({ code, reason } = {}) {
-      if (!code && heardId && !isReady)
+      if (!code && heardId && !connection.transport)
         console.error("SwiftCMS: no token came in 15 seconds, will ask for it again");
       if (code === CLOSE.MESSAGE_TOO_BIG)
         console.error("SwiftCMS: the message that was too big is dropped; reconnecting without it");
       if (code === CLOSE.UNAUTHORIZED) isSignedOut = true;
+      isProbe = false;
+      if (socket && !events) {
+        const isBlocked = code === CLOSE.LOST ? status !== "online" : !code && !heardId;
+        failures = isBlocked ? failures + 1 : 0;
+        isProbe = failures >= (hadSocket || heardId ? 3 : 1);
+      }
       // A random time, so that not all clients of a server reconnect at once.
       let wait = Math.random() * Math.min(MAX_WAIT, 1_000 * 2 ** attempts);
       // Firefox itself delays an attempt after failed ones: that time has passed already.
       if (!heardId) wait -= performance.now() - attemptedAt;
       // Without a reason it was not the server that closed the connection, but the browser.
-      if (code !== CLOSE.SHUTTING_DOWN || reason) attempts++;
+      if (!isProbe && (code !== CLOSE.SHUTTING_DOWN || reason)) attempts++;
       if (code === CLOSE.SHUTTING_DOWN && reason) wait += 1_000;
       disconnect("connecting");
       offlineTimer ??= setTimeout(() => setStatus("offline"), OFFLINE_DELAY);
-      later("connect", wait, connect);
+      later("connect", isProbe ? 0 : wait, connect);
     }
 
     function refuse(message) {
@@ -6734,11 +8408,12 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       if (type === "pagehide") disconnect("connecting");
       else if (type === "pageshow") persisted && connect();
       else if (type === "offline") {
-        if (!socket && !timers.connect) return;
+        if (!socket && !events && !timers.connect) return;
         reconnect();
         setStatus("offline");
       } else if (timers.connect && !page?.hidden) connect();
-      else if (isReady && !page?.hidden) {
+      else if (events) openEvents();
+      else if (connection.transport && !page?.hidden) {
         // The network or the tab is back: check within five seconds that the connection works.
         send({ action: "heartbeat" });
         later("silence", 5_000, reconnect);
@@ -6763,7 +8438,9 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 
     // Until the client is ready, messages are dropped: greet() then sends the current state.
     function send(message) {
-      if (!isReady) return;
+      if (!connection.transport) return;
+      if (events && message.action === "unsubscribe") later("events", 0, openEvents);
+      if (events) return message.action === "editStart" && console.warn(NO_EDITING);
       const text = JSON.stringify(message);
       // Started by the first message that has to wait: the others find the buffer filled.
       if (!socket.bufferedAmount)
@@ -6772,20 +8449,24 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       for (const cms of clients.keys()) call(cms.onframe, "out", text);
     }
 
-    function receive(text) {
+    // Over plain HTTP, all events up to the id `place` have been received.
+    function receive(text, place) {
       const { type, contentType, payload, id, timestamp } = JSON.parse(text);
-      if (isReady) later("silence", maxSilence, reconnect);
+      if (connection.transport) later("silence", maxSilence, reconnect);
+      if (payload?.spread >= 0) connection.spread = payload.spread;
       for (const cms of clients.keys()) call(cms.onframe, "in", text);
       // That handler may have closed the connection.
-      if (!socket) return;
+      if (!socket && !events) return;
       if (type === "system.connected") greet(payload);
       else if (type === "system.authenticated") accept(payload, timestamp);
       else if (type === "system.heartbeat") {
         // A connection that lives for a heartbeat is a good one.
         attempts = 0;
-        move(payload.lastId);
+        if (events) events.beatAt = performance.now();
+        move(place ?? payload.lastId);
         send({ action: "pong" });
       } else if (type === "system.error") handleError(payload);
+      else if (type === "system.subscribed" && events) resume(payload, place, timestamp);
       else if (type === "system.subscribed") startReplay(payload);
       else if (EDITING.includes(type))
         for (const { key, update } of [...edits])
@@ -6793,46 +8474,188 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       if (!type.startsWith("system.")) dispatch(text, type, contentType, id);
     }
 
-    async function greet({ clientId, userId, heartbeat, lastId }) {
-      const ownSocket = socket;
-      connection.clientId = clientId;
-      ownIds.add(clientId);
-      move(lastId);
-      const isStranger = isSignedOut && (userId === null || userId !== ownUserId);
-      let token;
+    // Resolves to null if there is no token, and to undefined if it did not come.
+    async function fetchToken() {
       try {
-        token = typeof givenToken === "function" ? await givenToken() : !isSignedOut && givenToken;
+        if (typeof givenToken === "function") return (await givenToken()) ?? null;
+        return isSignedOut ? null : (givenToken ?? null);
       } catch (error) {
         console.error("SwiftCMS: no token came, will ask for it again:", error);
-        return ownSocket.close();
       }
+    }
+
+    async function greet({ clientId, userId, heartbeat, lastId }) {
+      const ownSocket = socket;
+      // A WebSocket that was slow to open replaces plain HTTP.
+      closeEvents();
+      connection.transport = isPlain = null;
+      ownIds.add(clientId);
+      move(lastId);
+      const token = await fetchToken();
+      if (token === undefined) return ownSocket.close();
       // The connection may have been lost in the meantime.
-      if (ownSocket !== socket) return;
+      if (ownSocket !== socket || !welcome(clientId, userId, token, heartbeat)) return;
+      if (token) send({ action: "authenticate", token });
+      for (const each of subscriptions) each.since ??= lastId;
+      request([...subscriptions]);
+      for (const each of edits) each.send("editStart");
+    }
+
+    // The connection is ready, unless the user is not the one who was signed out.
+    function welcome(clientId, userId, token, heartbeat) {
+      const isStranger = isSignedOut && (userId === null || userId !== ownUserId);
       if (isStranger && !token) return refuse("the user is signed out");
+      Object.assign(connection, { clientId, userId });
       ownUserId = userId ?? ownUserId;
       isSignedOut = isStranger;
-      isReady = true;
+      connection.transport = events ? "events" : "websocket";
       // Two heartbeats, and half of one for delays.
       maxSilence = 2_500 * heartbeat;
       later("silence", maxSilence, reconnect);
-      if (token) send({ action: "authenticate", token });
-      for (const each of subscriptions) each.since ??= lastId;
       for (const cms of clients.keys()) clients.set(cms, undefined);
-      request([...subscriptions]);
-      for (const each of edits) each.send("editStart");
+      return true;
     }
 
     function accept({ userId, expiresAt }, timestamp) {
       ownUserId = userId;
       isSignedOut = false;
+      // If it fails, the server closes the connection, and the next one asks for a token again.
+      renew(expiresAt, timestamp, async () =>
+        send({ action: "authenticate", token: await givenToken() }),
+      );
+    }
+
+    function renew(expiresAt, timestamp, action) {
       if (typeof givenToken !== "function") return;
       const left = Date.parse(expiresAt) - Date.parse(timestamp);
-      // If it fails, the server closes the connection, and the next one asks for a token again.
-      const renew = async () => send({ action: "authenticate", token: await givenToken() });
-      later("renewal", Math.max(left - RENEWAL_LEAD, left * 0.8), renew);
+      later("renewal", Math.max(left - RENEWAL_LEAD, left * 0.8), action);
+    }
+
+    // Ask for events over plain HTTP, from the place of the subscription that is furthest back.
+    async function openEvents() {
+      events?.source?.close();
+      const own = (events = { opened: [] });
+      later("silence", CONNECT_TIMEOUT, reconnect);
+      own.token = await fetchToken();
+      own.isStream = await canStream();
+      // The connection may have been closed in the meantime.
+      if (own !== events) return;
+      if (own.token === undefined) return reconnect();
+      // Subscriptions that have no place yet get the newest one first.
+      const unplaced = [...subscriptions].filter(each => !each.since);
+      own.opened = unplaced.length ? unplaced : [...subscriptions];
+      own.source = new EventSource(eventsAddress(own), { withCredentials: true });
+      const poll = () => {
+        mustPoll = true;
+        openEvents();
+      };
+      // A proxy may keep back the events of a stream, or even its headers.
+      own.source.onopen = () => own.isStream && later("events", BUFFER_TIMEOUT, poll);
+      if (own.isStream) later("silence", CONNECT_TIMEOUT, poll);
+      own.source.onerror = () => endEvents(own);
+      for (const type of ["message", "system.subscribed", "system.heartbeat", "system.error"])
+        own.source.addEventListener(type, ({ data, lastEventId }) => receive(data, lastEventId));
+    }
+
+    function eventsAddress({ opened, token, isStream }) {
+      const result = new URL(address);
+      result.protocol = address.protocol.replace("ws", "http");
+      result.pathname += "/events";
+      const { searchParams } = result;
+      const names = new Set();
+      for (const { type, contentType } of opened)
+        if (isPattern(type) && isPattern(contentType)) names.add(`${type}:${contentType}`);
+        else console.error(`SwiftCMS: no ${type} of ${contentType}: malformed (invalid_type)`);
+      // Without any, the server would send all events.
+      for (const name of names.size ? names : ["system.none"]) searchParams.append("sub", name);
+      const since = opened.map(each => each.since).reduce(earlier, opened[0]?.since);
+      if (since) searchParams.set("since", since);
+      if (token) searchParams.set("token", token);
+      if (!isStream) searchParams.set("mode", "poll");
+      return result;
+    }
+
+    function closeEvents() {
+      events?.source?.close();
+      events = undefined;
+      releaseLock();
+      clearTimeout(timers.events);
+      clearTimeout(timers.renewal);
+    }
+
+    async function canStream() {
+      if (mustPoll || page?.hidden) releaseLock();
+      else lock ??= takeLock();
+      const own = lock;
+      const isTaken = Boolean(await own);
+      if (!isTaken && own === lock) lock = undefined;
+      return isTaken;
+    }
+
+    function releaseLock() {
+      lock?.then(release => release?.());
+      lock = undefined;
+    }
+
+    // The first message of a stream, and of each poll.
+    function resume({ clientId, userId, heartbeat, ...answer }, place, timestamp) {
+      if (hadSocket) {
+        // The server is there again: one more attempt shows whether WebSockets get through.
+        hadSocket = isProbe = false;
+        return connect();
+      }
+      if (!welcome(clientId, userId, events.token, heartbeat)) return;
+      clearTimeout(timers.events);
+      if (answer.recovered) move(place);
+      else lose(subscriptions, place);
+      if (events.isAnswered === undefined) {
+        report(answer.refused);
+        if (events.isStream) watch(events.source);
+        if (events.token) renew(answer.expiresAt, timestamp, openEvents);
+        for (const each of edits) each.send("editStart");
+      }
+      isPlain = events.isAnswered = true;
+      if (![...subscriptions].every(each => events.opened.includes(each)))
+        later("events", 0, openEvents);
+      proceed();
+    }
+
+    // Firefox closes a stream without an event when a link to a download is clicked.
+    function watch(source) {
+      if (source !== events?.source) return;
+      if (source.readyState === EventSource.CLOSED) openEvents();
+      else later("watch", 1_000, () => watch(source));
+    }
+
+    // A poll has ended, or the connection is lost, or the server has refused it.
+    async function endEvents(own) {
+      const { source, token, isAnswered } = own;
+      const isRefused = source.readyState === EventSource.CLOSED;
+      own.isAnswered = false;
+      if (own.isStream) mustPoll ||= performance.now() - own.beatAt < POLL_END;
+      own.isStream &&= !mustPoll;
+      if (isAnswered && !own.isStream && !isRefused) {
+        // The browser asks again by itself, after the time that the server has named.
+        later("silence", CONNECT_TIMEOUT, reconnect);
+        if (page?.hidden) {
+          source.close();
+          clearTimeout(timers.silence);
+          later("events", HIDDEN_PAUSE * (1 + Math.random()), openEvents);
+        } else if ((await canStream()) && own === events) openEvents();
+        return;
+      }
+      if (isRefused && !(token && typeof givenToken === "function")) {
+        // EventSource does not say why. If the token is missing or wrong, this is final.
+        const options = { method: "HEAD", credentials: "include" };
+        const { status: reason } = await fetch(source.url, options).catch(() => ({}));
+        if (own !== events) return;
+        if (reason === 401) return refuse("the user is not signed in, or the token is not valid");
+      }
+      reconnect();
     }
 
     function handleError({ code, message, action }) {
+      if (events && code in ENDS) return reconnect({ code: ENDS[code], reason: message });
       console.error(`SwiftCMS: ${message} (${code})`);
       if (action === "authenticate") reconnect({ code: CLOSE.UNAUTHORIZED });
       if (code !== "invalid_since") return;
@@ -6842,22 +8665,23 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       startReplay({ recovered: false, replayed: 0 });
     }
 
-    function subscribe(cms, type, contentType, handler) {
+    function subscribe(cms, type, contentType, handler, known = clients.get(cms)) {
       if (!clients.has(cms)) throw new Error("this SwiftCMS is closed; make a new one");
       const key = `${type} ${contentType}`;
-      const since = clients.get(cms) ?? newestId;
+      const since = known ?? newestId;
       const stop = () => {
         if (subscriptions.delete(own) && !hasKey(subscriptions, key))
           send({ action: "unsubscribe", type, contentType });
       };
       const own = { cms, key, type, contentType, handler, stop, since, early: new Set() };
       subscriptions.add(own);
-      if (isReady) request([own]);
+      if (connection.transport) request([own]);
       return stop;
     }
 
     // Subscribe and get what was missed: a message for each distinct `since`, and 1,000 items.
     function request(rest) {
+      if (events) return later("events", 0, openEvents);
       while (rest.length) {
         const { since } = rest[0];
         const group = rest.filter(each => each.since === since).slice(0, 1_000);
@@ -6870,17 +8694,22 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 
     function startReplay({ refused = [], recovered, replayed }) {
       const [answered] = requests;
-      for (const { type, contentType, code, message } of refused)
-        console.error(`SwiftCMS: no ${type} of ${contentType}: ${message} (${code})`);
+      report(refused);
       answered.left = replayed;
       if (recovered) move(answered.since);
-      else {
-        // The server may have restarted with a wrong clock: only here the place moves back.
-        newestId = heardId;
-        for (const each of answered.subscriptions)
-          Object.assign(each, { since: heardId, isLost: !EDITING.includes(each.type) });
-      }
+      else lose(answered.subscriptions, heardId);
       proceed();
+    }
+
+    function report(refused) {
+      for (const { type, contentType, code, message } of refused)
+        console.error(`SwiftCMS: no ${type} of ${contentType}: ${message} (${code})`);
+    }
+
+    function lose(lost, since) {
+      // The server may have restarted with a wrong clock: only here the place moves back.
+      newestId = heardId = since;
+      for (const each of lost) Object.assign(each, { since, isLost: !EDITING.includes(each.type) });
     }
 
     function proceed() {
@@ -6891,22 +8720,27 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       for (const each of lost) each.isLost = false;
       for (const cms of new Set(lost.map(each => each.cms)))
         call(cms.ongap, lost.filter(each => each.cms === cms).map(patternOf));
-      if (isReady) setStatus("online");
+      if (!connection.transport) return;
+      hadSocket = !events;
+      setStatus("online");
     }
 
     function move(id) {
       if (isLater(id, heardId)) heardId = id;
       if (isLater(id, newestId)) newestId = id;
+      for (const each of events?.opened ?? []) if (isLater(id, each.since)) each.since = id;
     }
 
     function dispatch(text, type, contentType, id) {
-      move(id);
       const [first] = requests;
-      for (const each of [...subscriptions]) {
-        if (!isMatch(each.type, type) || !isMatch(each.contentType, contentType)) continue;
-        // It may be older than subscribe(), or come again after an interrupted replay.
-        if (id && (!isLater(id, each.since) || each.early?.has(id))) continue;
-        each.early?.add(id);
+      // It may be older than subscribe(), or come again after an interrupted replay.
+      const isNew = each => !id || (isLater(id, each.since) && !each.early?.has(id));
+      const takers = (events?.opened ?? [...subscriptions]).filter(
+        each => isMatch(each.type, type) && isMatch(each.contentType, contentType) && isNew(each),
+      );
+      move(id);
+      for (const each of takers) {
+        if (!events) each.early?.add(id);
         // Each handler gets an object of its own. A handler may unsubscribe others.
         if (subscriptions.has(each)) call(each.handler, JSON.parse(text));
       }
@@ -6946,6 +8780,441 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     }
   };
 
+  // -- Live pages: <ul id="posts" data-live="content.* posts, schema.changed *"> ------------------
+  //
+  // After a matching event the page is fetched again, and the element is changed as the server has
+  // changed it. What the visitor or a script changed stays, unless the server changed it as well.
+
+  // For each node of such an element a copy of what the server sent last, and the reverse. The
+  // document of the copies shows nothing, loads nothing and runs nothing.
+  const copyOf = new WeakMap();
+  const nodeOf = new WeakMap();
+  const copies = page?.implementation.createHTMLDocument();
+  const isKept = node => node.nodeType === 1 && node.hasAttribute("data-live-keep");
+
+  function pair(copy, node) {
+    copyOf.set(node, copy);
+    nodeOf.set(copy, node);
+    for (let a = copy.firstChild, b = node.firstChild; a && b; a = a.nextSibling, b = b.nextSibling)
+      pair(a, b);
+    return copy;
+  }
+
+  // isEqualNode() ignores what is in a template, so it becomes the template's children. Unlike a
+  // page, an answer has elements in noscript, templates of shadow roots, and readable nonces.
+  function tidy(root) {
+    for (const each of root.querySelectorAll("[nonce]")) each.removeAttribute("nonce");
+    for (const each of root.querySelectorAll("noscript")) each.replaceChildren();
+    for (const each of root.querySelectorAll("template[shadowrootmode]")) each.remove();
+    for (const each of root.querySelectorAll("template")) {
+      each.append(each.content);
+      tidy(each);
+    }
+    return root;
+  }
+
+  // The server has changed `before` to `after`. Change the node on the page in the same way, and
+  // make its copy `before` equal to `after`. Returns whether the page has changed.
+  function morph(before, after, live) {
+    if (before.isEqualNode(after) || isKept(live)) return false;
+    if (after.nodeType === 1) {
+      const hasNewAttributes = morphAttributes(before, after, live);
+      return morphChildren(before, after, live) || hasNewAttributes;
+    }
+    const isNew = live.data !== after.data;
+    if (isNew) live.data = after.data;
+    before.data = after.data;
+    return isNew;
+  }
+
+  function morphAttributes(before, after, live) {
+    let isNew = false;
+    // Not element.attributes: in a form, this may be a field of that name.
+    for (const name of new Set([...before.getAttributeNames(), ...after.getAttributeNames()])) {
+      const [old, value, current] = [before, after, live].map(each => each.getAttribute(name));
+      if (old === value) continue;
+      const change = element => {
+        if (value === null) return element.removeAttribute(name);
+        // setAttribute() refuses names like @click.
+        const attribute = after.getAttributeNode(name);
+        element.setAttributeNode(element.ownerDocument.importNode(attribute));
+      };
+      try {
+        change(before);
+        if (current === value) continue;
+        if (name === "class" && current !== old) mergeClasses(live, old ?? "", value ?? "");
+        else change(live);
+        isNew = true;
+      } catch (error) {
+        console.error(`SwiftCMS: the page does not allow a change of ${name}:`, error);
+      }
+    }
+    return isNew;
+  }
+
+  function mergeClasses(live, ...texts) {
+    const [old, added] = texts.map(text => new Set(text.match(/\S+/g)));
+    for (const name of old) if (!added.delete(name)) live.classList.remove(name);
+    live.classList.add(...added);
+  }
+
+  function morphChildren(before, after, live) {
+    const [old, fresh] = [before, after].map(each => [...each.childNodes]);
+    const partners = findPartners(old, fresh);
+    const order = partners.filter(index => index >= 0);
+    const isReordered = order.some((index, place) => index < order[place - 1]);
+    // For each child its node, and whether that has changed; undefined for new children.
+    const nodes = partners.map(index => nodeOf.get(old[index]));
+    const changes = nodes.map((node, i) => node && morph(old[partners[i]], fresh[i], node));
+    const own = new Set(nodes);
+    let isNew = isReordered || changes.some(each => each !== false);
+
+    const kept = [];
+    for (const copy of old) {
+      const node = nodeOf.get(copy);
+      if (own.has(node)) continue;
+      // It is removed when it is not kept any more.
+      if (isKept(node)) kept.push(copy);
+      else {
+        isNew ||= node.isConnected;
+        node.parentNode?.removeChild(node);
+      }
+    }
+
+    // Where the next child belongs. Nodes that scripts have added are passed.
+    let next = live.firstChild;
+    const pass = removes => {
+      while (next && !own.has(next)) {
+        const other = next;
+        next = next.nextSibling;
+        if (removes && !copyOf.has(other) && !isKept(other)) live.removeChild(other);
+      }
+    };
+    // Children that are new, or that a script has removed or replaced by nodes of its own. If the
+    // server has changed one in a row of them, these nodes are out of date.
+    const isOut = nodes.map(node => !node || !(node.parentNode === live || node.isConnected));
+    let isRestored;
+    const current = fresh.map((child, place) => {
+      const node = nodes[place];
+      if (isOut[place] && !isOut[place - 1]) {
+        const end = isOut.indexOf(false, place);
+        const hasChanged = changes.slice(place, end < 0 ? fresh.length : end).includes(true);
+        isRestored = hasChanged && next && !own.has(next);
+        if (isRestored) pass(true);
+        else if (!place) pass();
+      }
+      if (!node) {
+        // A script may have added the same one already.
+        const double = page.getElementById(child.getAttribute?.("id") ?? "");
+        if (double?.parentNode === live && !copyOf.has(double) && !isKept(double)) {
+          if (double === next) next = next.nextSibling;
+          live.removeChild(double);
+        }
+        return addChild(live, child, next);
+      }
+      if (isOut[place]) {
+        if (isRestored || changes[place]) live.insertBefore(node, next);
+      } else if (node.parentNode === live) {
+        // If the server has not changed the order, the order that a script has made stays.
+        if (isReordered) pass();
+        if (isReordered && node !== next) moveChild(live, node, next);
+        next = node.nextSibling;
+      }
+      return old[partners[place]];
+    });
+    if (isReordered || order.length < current.length || order.length < old.length)
+      before.replaceChildren(...current, ...kept);
+    return isNew;
+  }
+
+  // For each new child the index of the old one that it continues, or -1: equal ones at both ends,
+  // others by id, and without ids in their order. A text belongs to the element before it.
+  function findPartners(old, fresh) {
+    const partners = fresh.map(() => -1);
+    let [start, oldEnd, end] = [0, old.length, fresh.length];
+    const isEqual = (a, b) => start < Math.min(oldEnd, end) && old[a].isEqualNode(fresh[b]);
+    while (isEqual(start, start)) partners[start] = start++;
+    while (isEqual(oldEnd - 1, end - 1)) partners[--end] = --oldEnd;
+    const keyOf = node => {
+      const element = node.nodeType === 1 ? node : node.previousSibling;
+      const [id, name] = ["id", "name"].map(each => element?.getAttribute?.(each) ?? "");
+      return `${node.nodeName} ${id ? `#${id}` : name}`;
+    };
+    const groups = new Map();
+    for (let index = start; index < oldEnd; index++) {
+      const key = keyOf(old[index]);
+      groups.set(key, groups.get(key) ?? []);
+      groups.get(key).push(index);
+    }
+    for (; start < end; start++) {
+      const child = fresh[start];
+      // Scripts and templates are replaced by new ones, unless they are equal.
+      const isWhole = /^(SCRIPT|TEMPLATE)$/i.test(child.nodeName);
+      const group = groups.get(keyOf(child)) ?? [];
+      const found = group.findIndex(index => !isWhole || old[index].isEqualNode(child));
+      if (found >= 0) [partners[start]] = group.splice(found, 1);
+    }
+    return partners;
+  }
+
+  // Add what the server has added, and return its copy.
+  function addChild(live, child, next) {
+    const holder = page.createDocumentFragment();
+    holder.append(page.importNode(child, true));
+    const copy = pair(copies.importNode(child, true), holder.firstChild);
+    for (const each of holder.querySelectorAll("template")) each.content.append(...each.childNodes);
+    // An element that is added with autofocus takes the focus, so it gets the attribute later.
+    const removed = [...holder.querySelectorAll("[autofocus]")].map(each => [
+      each,
+      each.removeAttributeNode(each.getAttributeNode("autofocus")),
+    ]);
+    live.insertBefore(holder, next);
+    for (const [each, attribute] of removed) each.setAttributeNode(attribute);
+    return copy;
+  }
+
+  function moveChild(live, node, next) {
+    const put = (live.isConnected && live.moveBefore) || live.insertBefore;
+    const hasFocus = [0, 20].includes(node.compareDocumentPosition(page.activeElement ?? page));
+    // What has the focus might lose it, or be scrolled to. The nodes before it are moved instead.
+    const end = node.nextSibling;
+    if (!hasFocus) put.call(live, node, next);
+    while (hasFocus && next !== node) {
+      const moved = next;
+      next = next.nextSibling;
+      put.call(live, moved, end);
+    }
+  }
+
+  // Find the elements with data-live, and fetch the page after events of their keys. `since` is the
+  // newest event that the page contains. A key is "TYPE CONTENT_TYPE".
+  function watchPage(since) {
+    const elements = new Map();
+    const stops = new Map();
+    const complaints = new Set();
+    const edited = new WeakSet();
+    const take = ({ type, contentType }) => {
+      due.add(`${type} ${contentType}`);
+      schedule();
+    };
+    const client = { onstatus, ongap: list => list.forEach(take) };
+    const addressNow = () => location.href.split("#")[0];
+    // Inner elements before outer ones.
+    const elementsOf = keys =>
+      [...elements.keys()].filter(each => elements.get(each).some(key => keys.has(key))).reverse();
+    // Keys of events that the page does not show yet.
+    let due = new Set();
+    let connection, userId, isOnline, isParsed, isReopened, lastScript, request, timer;
+    let [lastDuration, notBefore] = [0, 0];
+    const observer = new MutationObserver(records => {
+      if (!isParsed) copyParsed(records);
+      find(isParsed ? undefined : since);
+    });
+    const attributeFilter = ["data-live", "data-live-within"];
+    const observe = characterData =>
+      observer.observe(page, { subtree: true, childList: true, attributeFilter, characterData });
+    observe(true);
+    page.querySelectorAll("[data-live]").forEach(copyWhole);
+    lastScript = page.currentScript;
+    if (page.readyState !== "loading") finish();
+    else page.addEventListener("readystatechange", finish, { once: true });
+    page.addEventListener("visibilitychange", schedule);
+    page.addEventListener("input", ({ target }) => edited.add(target), true);
+    const forget = ({ target }) => Array.from(target.elements ?? [], each => edited.delete(each));
+    page.addEventListener("reset", forget, true);
+
+    function finish() {
+      copyParsed(observer.takeRecords());
+      isParsed = true;
+      // Observers do not see what is in a template.
+      for (const each of page.querySelectorAll("[data-live] template"))
+        copyOf.get(each)?.content.replaceChildren(copies.importNode(each.content, true));
+      observe(false);
+      find(since);
+      schedule();
+    }
+
+    // The parser adds nodes behind the last script. It lets observers run before each script, and
+    // before a callback of a custom element. So it is known which nodes scripts have added.
+    function copyParsed(records) {
+      const isBehind = node => !lastScript || !(node.compareDocumentPosition(lastScript) & 4);
+      const custom = new Set();
+      let script = lastScript;
+      for (const { target, addedNodes, nextSibling } of records) {
+        const parent = copyOf.get(target);
+        if (target.nodeType === 3 && parent && isBehind(target)) parent.data = target.data;
+        for (const node of addedNodes) {
+          const isScript = node.localName === "script" && !node.async;
+          const isLive = parent || (node.nodeType === 1 && node.hasAttribute("data-live"));
+          if (!(isScript || isLive) || custom.has(target) || !isBehind(node)) continue;
+          if (isScript) script = node;
+          if (!isLive) continue;
+          if (customElements.get(node.localName)?.prototype.connectedCallback) custom.add(node);
+          const copy = copyOf.get(node) ?? copies.importNode(node);
+          const next = copyOf.get(nextSibling);
+          pair(copy, node);
+          parent?.insertBefore(copy, next?.parentNode === parent ? next : null);
+        }
+      }
+      lastScript = script;
+    }
+
+    function copyWhole(element) {
+      if (copyOf.has(element)) return;
+      const copy = pair(copies.importNode(element, true), element);
+      // If a script has added the attributes, it is not the server that removes them.
+      for (const name of attributeFilter) copy.removeAttribute(name);
+    }
+
+    // `version`: the newest event that elements contain which are found now, if it is known.
+    function find(version) {
+      const former = new Map(elements);
+      const wanted = new Set();
+      elements.clear();
+      for (const element of page.querySelectorAll("[data-live]")) {
+        copyWhole(element);
+        const pairs = element.getAttribute("data-live").split(",");
+        const keys = pairs.map(each => each.trim().split(/\s+/).join(" "));
+        const wrong = keys.find(each => !/^\S+ \S+$/.test(each));
+        if (wrong !== undefined)
+          complain(`data-live must be like "content.* posts, content.* pages", not "${wrong}"`);
+        else if (page.getElementById(element.getAttribute("id")) === element)
+          elements.set(element, keys);
+        else complain(`the element with data-live="${keys}" needs an id that no other has`);
+        for (const key of elements.get(element) ?? []) {
+          wanted.add(key);
+          if (version || (former.has(element) && stops.has(key))) continue;
+          // It may be out of date already.
+          due.add(key);
+          schedule();
+        }
+      }
+      for (const [key, stop] of stops) if (!wanted.has(key) && stops.delete(key)) stop();
+      for (const key of wanted) if (!stops.has(key)) stops.set(key, subscribe(key, version));
+    }
+
+    function subscribe(key, version) {
+      if (!connection) (connection = shared ??= createConnection()).add(client);
+      const [type, contentType] = key.split(" ");
+      const takeIt = () => take({ type, contentType });
+      return connection.subscribe(client, type, contentType, takeIt, version);
+    }
+
+    function onstatus(status) {
+      page.documentElement.dataset.swiftcms = status;
+      isOnline = status === "online";
+      if (!isOnline) return;
+      if (userId !== undefined && userId !== connection.userId) due = new Set(stops.keys());
+      userId = connection.userId;
+      schedule();
+    }
+
+    function schedule() {
+      if (!isOnline || !isParsed || page.hidden || request || timer) return;
+      const found = elementsOf(due);
+      if (!found.length) return;
+      const within = Math.min(...found.map(each => each.getAttribute("data-live-within") ?? 0.5));
+      const longest = Math.max(1_000 * within, lastDuration, 1_000 * connection.spread);
+      const wait = Math.max(Math.random() * longest, notBefore - performance.now());
+      timer = setTimeout(refresh, Math.min(wait, 2 ** 31 - 1));
+    }
+
+    function refresh() {
+      timer = undefined;
+      if (!isOnline || page.hidden) return;
+      const keys = due;
+      due = new Set();
+      const address = addressNow();
+      const startedAt = performance.now();
+      request = new XMLHttpRequest();
+      request.open("GET", address);
+      request.responseType = "document";
+      request.timeout = 20_000;
+      request.setRequestHeader("X-SwiftCMS-Live", "1");
+      // Otherwise browsers may answer from their cache.
+      request.setRequestHeader("Cache-Control", "no-cache");
+      request.onloadend = ({ target }) => {
+        request = undefined;
+        lastDuration = performance.now() - startedAt;
+        // A script may have changed the address.
+        const isLeft = addressNow() !== address;
+        const problem = isLeft || (problemOf(target, address) ?? apply(target, keys));
+        const isDue = due.size || isLeft;
+        if (problem) due = new Set([...due, ...keys]);
+        if (problem && !isLeft) complain(`the page is not refreshed, because ${problem}`, "warn");
+        if (isDue) schedule();
+      };
+      request.send();
+    }
+
+    // Returns why the answer is not the page, if it is not.
+    function problemOf(answer, address) {
+      const { status, responseURL } = answer;
+      if (!status) return "there was no answer";
+      const wait = answer.getResponseHeader("Retry-After");
+      if (wait && (status === 429 || status === 503))
+        notBefore = performance.now() + (1_000 * wait || Date.parse(wait) - Date.now() || 0);
+      const isElsewhere = responseURL !== address;
+      const hasEnded = isElsewhere || status === 401 || status === 403;
+      // The connection is still that of the user whose session has ended.
+      if (hasEnded && !isReopened) connection.reopen();
+      isReopened = hasEnded;
+      if (isElsewhere) return `it was redirected to ${responseURL}`;
+      if (status !== 200) return `it has status ${status}`;
+      const type = answer.getResponseHeader("Content-Type");
+      if (!/^text\/html/i.test(type) || !answer.response) return `it is not HTML, but ${type}`;
+      const mustReload = answer.getResponseHeader("X-SwiftCMS-Live") === "reload";
+      const isEdited = each =>
+        each.options || each.value !== each.defaultValue || each.checked !== each.defaultChecked;
+      if (mustReload && editedFields().some(isEdited))
+        return "it must be loaded again, but a field was changed";
+      // If the browser stores no cookies, loading the page again once has not helped.
+      if (mustReload === Boolean(history.state?.swiftcms)) return;
+      // After replaceState(), the answer to a form is loaded again without the form.
+      history.replaceState({ ...history.state, swiftcms: mustReload }, "");
+      if (mustReload) location.reload();
+    }
+
+    function editedFields() {
+      return [...page.querySelectorAll("input, select, textarea")].filter(each => edited.has(each));
+    }
+
+    function apply(answer, keys) {
+      const fresh = tidy(answer.response);
+      // An attribute of another option or radio button must not undo the visitor's choice.
+      const boxes = editedFields().flatMap(each => [...(each.options ?? [each])]);
+      const states = boxes.map(({ selected, checked }) => selected ?? checked);
+      let problem;
+      const changed = elementsOf(keys).filter(element => {
+        const after = fresh.getElementById(element.getAttribute("id"));
+        if (after?.nodeName === element.nodeName)
+          return morph(tidy(copyOf.get(element)), after, element);
+        problem = `it has no element #${element.getAttribute("id")}`;
+      });
+      boxes.forEach((each, index) => {
+        each["selected" in each ? "selected" : "checked"] = states[index];
+      });
+      const timing = answer.getResponseHeader("Server-Timing");
+      find(timing?.match(/(?:^|[\s,])swiftcms;desc="?(\d+-\d+)/)?.[1]);
+      for (const each of changed)
+        each.dispatchEvent(new CustomEvent("swiftcms:refresh", { bubbles: true }));
+      return problem;
+    }
+
+    function complain(message, level = "error") {
+      if (!complaints.has(message)) console[level](`SwiftCMS: ${message}`);
+      complaints.add(message);
+    }
+  }
+
+  // Not if the script was loaded twice.
+  if (page && !globalThis.SwiftCMS) {
+    const [navigation] = performance.getEntriesByType("navigation");
+    const timing = navigation?.serverTiming?.find(each => each.name === "swiftcms");
+    const ids = [page.currentScript?.dataset.since, timing?.description];
+    watchPage(ids.find(each => EVENT_ID.test(each)));
+  }
+
   globalThis.SwiftCMS = class SwiftCMS {
     onstatus = null;
     ongap = null;
@@ -6958,7 +9227,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       const [unknown] = Object.keys(others);
       if (unknown !== undefined)
         throw new TypeError(`SwiftCMS has no option ${unknown}, only url, token and since`);
-      if (since !== undefined && !/^\d{1,20}-\d{1,20}$/.test(since))
+      if (since !== undefined && !EVENT_ID.test(since))
         throw new TypeError(`since must be the id of an event, not ${JSON.stringify(since)}`);
       if (url !== undefined || token !== undefined) this.#connection = createConnection(url, token);
       else this.#connection = shared ??= createConnection();
@@ -6968,6 +9237,10 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     // Identifies this page among the editors of an entry.
     get clientId() {
       return this.#connection.clientId;
+    }
+
+    get transport() {
+      return this.#connection.transport;
     }
 
     // Call handler(event) for each event from now on. Returns a function that unsubscribes.
@@ -6990,555 +9263,1528 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 })();
 """
 
+INSPECTOR_SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
+<path fill="#5a2ca0" d="M0 0h16v16H0z"/>
+<path fill="#fff" d="M2 4h8V2l4 3-4 3V6H2zM14 10H6V8l-4 3 4 3v-2h8z"/></svg>
+"""
+
 PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ "SwiftCMS demo" if demo else "WebSocket inspector" }}</title>
-<link rel="icon" href="data:,">
-<style>
-:root {
-  color-scheme: light dark;
-  --ground: light-dark(#fff, #11161c); --panel: light-dark(#eef2f7, #1c242d);
-  --ink: light-dark(#111, #f3f5f7); --quiet: light-dark(#47525e, #b6c2cf);
-  --edge: light-dark(#7d8b9a, #71808f); --notice: light-dark(#fff1b8, #453800);
-  --in: light-dark(#00458f, #93c7ff); --out: light-dark(#8a3a00, #ffbd80);
-  --good: light-dark(#005c2a, #7ce8a6); --bad: light-dark(#a3001b, #ffa3a3);
-}
-/* On a projector, which is wide, the text is larger. */
-html { font-size: clamp(100%, 1.15vw, 180%); }
-* { box-sizing: border-box; margin: 0; }
-body { background: var(--ground); color: var(--ink); font: 1.2rem/1.35 system-ui, sans-serif; }
-main { display: grid; gap: 1.5rem; padding: 1rem; }
-section { min-width: 0; }
-ul, ol { padding: 0; list-style: none; }
-.entries { margin-bottom: .7rem; }
-h1 { font-size: 1.7rem; }
-h2 { font-size: 1.3rem; }
-.row, .row > span { display: flex; flex-wrap: wrap; gap: .5rem .7rem; align-items: end; }
-.row { margin-bottom: .7rem; }
-header.row, .tools { align-items: center; }
-header.row > :first-child { flex: 1; }
-label { display: grid; flex: 1 1 8rem; color: var(--quiet); font-size: 1rem; }
-label.wide { flex-basis: 100%; }
-label.check { display: flex; flex: none; gap: .4rem; align-items: center; }
-input, select, textarea, button {
-  min-width: 0; border: 2px solid var(--edge); border-radius: 6px;
-  background: var(--ground); color: var(--ink); font: inherit;
-}
-label > :not([type=checkbox]) { padding: .35rem .5rem; font-size: 1.2rem; }
-[type=checkbox] { width: 1.3rem; height: 1.3rem; }
-textarea { resize: vertical; }
-button { padding: .35rem .8rem; border-color: var(--in); color: var(--in); font-weight: 600; }
-button:hover, [aria-pressed=true] { background: var(--panel); }
-:focus-visible { outline: 4px solid var(--out); outline-offset: 2px; }
-.state { font-weight: 700; color: var(--out); }
-.online, .published { color: var(--good); }
-.offline, .refused { color: var(--bad); }
-#log {
-  height: 60vh; overflow: auto; padding: .5rem; background: var(--panel); border-radius: .4rem;
-}
-#log li {
-  margin-bottom: .6rem; padding-left: .6rem; border-left: 5px solid; font-family: monospace;
-}
-#log code { display: block; font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }
-#log .in { color: var(--in); } #log .out { color: var(--out); } #log .note { color: var(--quiet); }
-#log.calm .heartbeat { display: none; }
-.entries li {
-  display: flex; flex-wrap: wrap; gap: .3rem .7rem; padding: .4rem 0;
-  align-items: center; justify-content: space-between; border-top: 1px solid var(--edge);
-}
-.entries small { display: block; color: var(--quiet); font-size: 1rem; }
-#editor, #typing li, .notice { padding: .5rem .7rem; margin-bottom: .7rem; border-radius: .4rem; }
-#editor { background: var(--panel); }
-#typing li { background: var(--ground); }
-#typing li, #theirs { white-space: pre-wrap; overflow-wrap: anywhere; }
-.notice { background: var(--notice); }
-.notice:empty { display: none; }
-.name { padding: 0 .5rem; border-radius: 1rem; color: #fff; font-weight: 600; }
-@media (min-width: 70rem) and (min-height: 40rem) {
-  main { height: 100vh; grid-auto-flow: column; grid-auto-columns: 1fr; }
-  main > section { overflow: auto; padding: 5px; }
-  #inspector { display: flex; flex-direction: column; }
-  #log { flex: 1; min-height: 15rem; }
-}
-</style>
+<title>{{ "WebSocket, live: SwiftCMS demo" if demo else "WebSocket inspector" }}</title>
+<link rel="icon" href="ws/inspector.svg">
+<link rel="stylesheet" href="ws/inspector.css">
+{% if demo %}<script src="ws/client.js"></script>{% endif %}
+<script type="module" src="{{ 'demo.js' if demo else 'ws/inspector.js' }}"></script>
 </head>
-<body>
-<main>
+<body{% if demo %} class="demo"{% endif %}>
+<header>
+  <h1>{{ "WebSocket, live" if demo else "WebSocket inspector" }}</h1>
+  {% if demo %}
+  {% if can_reset %}<button id="reset">Reset</button>{% endif %}
+  <button id="reopen" hidden>Lesson</button>
+  <button id="rename">You</button>
+  <output id="people">… here</output>
+  {% endif %}
+  <strong>{{ address }}</strong>
+</header>
 {% if demo %}
-<section aria-labelledby="cms">
-  <header class="row">
-    <h1 id="cms">A tiny CMS</h1>
-    <output id="line" class="state"></output>
-    <button id="cut">Cut the connection</button>
-  </header>
-  <form id="sign-in" class="row" autocomplete="off">
-    <label>Your name, on this side
-      <input name="user" required maxlength="40" pattern=".*\S.*">
-    </label>
-    <button>Sign in</button>
-  </form>
-  <p id="news" class="notice" role="status"></p>
-  <ul id="notices" role="log" aria-label="Notices to you"></ul>
-  <form id="editor" autocomplete="off" hidden>
-    <p id="editors" class="row" role="status"></p>
-    <div class="row">
-      <label class="wide">Title <input name="title" required maxlength="200"></label>
-      <label class="wide">Text <textarea name="body" rows="3" maxlength="10000"></textarea></label>
-      <button>Save</button> <button type="button" id="leave">Close</button>
-    </div>
-    <div id="conflict" class="notice" role="alert" hidden>
-      <p id="refusal"></p>
-      <p id="theirs"></p>
-      <button type="button" id="take">Take theirs</button>
-      <button type="button" id="keep">Keep mine</button>
-    </div>
-    <ul id="typing" aria-label="What others are typing"></ul>
-  </form>
-  <form id="create" class="row" autocomplete="off">
-    <label>New
-      <select name="contentType"><option value="posts">post<option value="pages">page</select>
-    </label>
-    <label>Title <input name="title" required maxlength="200"></label>
-    <button>Create</button>
-  </form>
-  <h2>Posts</h2>
-  <ul id="posts" class="entries"></ul>
-  <h2>Pages</h2>
-  <ul id="pages" class="entries"></ul>
-  <form id="tell" class="row" autocomplete="off">
-    <label>Notice to <input name="to" value="ana" required maxlength="40"></label>
-    <label>Text <input name="text" required maxlength="500"></label>
-    <button>Send</button>
-  </form>
+<section id="lesson" aria-label="Lesson">
+  <nav id="steps" aria-label="Steps"></nav>
+  <button id="dismiss" aria-label="Close the lesson">×</button>
+  <article data-right="1"><h2>Ask, or be told?</h2>
+    <p>Something changes on the server. This page asks every second: “anything new?” It is also
+      told, by an open connection.</p>
+    <p data-options="Asking|Being told|Both at once">Which way is the news here first?</p>
+    <p>Asking is mostly in vain, and late. Being told, <em>push</em>, is one message, at once,
+      only if there is news.</p></article>
+  <article data-right="1"><h2>Open the connection</h2>
+    <p>A browser can ask a server. Can a server speak first? Open a connection, and see who sends
+      what.</p>
+    <p data-options="This browser|The server|Neither">Once it is open, who speaks first?</p>
+    <p>The handshake, once: the browser asked (GET, Upgrade), the server agreed (101). Since then
+      both may send at any time. The server did: connected.</p></article>
+  <article data-right="0"><h2>Subscribe</h2>
+    <p>The server sends only what you ask for. Subscribe to content.* of posts. Then create a post
+      and a page.</p>
+    <p data-options="The post|The page|Both">What will you get?</p>
+    <p>content.* stands for content.created too, but pages are not posts. An arrow
+      that stops at ✕ is an event that you did not get, and why.</p></article>
+  <article data-right="1"><h2>Signs of life</h2>
+    <p>Nobody writes anything for {{ heartbeat }} seconds. A closed laptop says no goodbye: how
+      can the server know that you are there?</p>
+    <p data-options="Nothing|A sign of life|Goodbye">What will the server send?</p>
+    <p>A heartbeat every {{ heartbeat }} s; you answer pong. After two without an answer it
+      closes the connection: dead ones would stay for ever.</p></article>
+  <article data-right="1"><h2>Mistakes</h2>
+    <p>Send a misspelt action, “subscrbe”. Then something that is not even JSON.</p>
+    <p data-options="Hangs up|Says what is wrong|Nothing">What does the server do?</p>
+    <p>An error is an answer: a code for programs, a sentence for people. The connection stays
+      open, as the second answer proves.</p></article>
+  <article data-right="2"><h2>Who are you?</h2>
+    <p>The server does not know who you are. Show it a token that says so. Then change one letter
+      of the token.</p>
+    <p data-options="Somebody else|Nobody|Still you">Who are you then?</p>
+    <p>The server has signed the token. With a letter changed the signature is wrong: it refuses
+      the token, and you are still who you were.</p></article>
+  <article data-right="0"><h2>Lose the connection</h2>
+    <p>Lose it for five seconds. Meanwhile a neighbour creates two posts (or let the button do
+      it).</p>
+    <p data-options="Both|The last|Neither">Which do you have when it is back?</p>
+    <p>The server keeps the latest events. Your browser sent the last id that it had, as
+      since, and the server sent what came after it.</p></article>
+  <article data-right="1"><h2>Two editors</h2>
+    <p>You open a post. A neighbour opens it too, and saves first (or let the button do it). Now
+      you save.</p>
+    <p data-options="It wins|It is refused|It is merged">What happens to the second save?</p>
+    <p>A save names the version that it changed. Yours is old: it would wipe out what the
+      neighbour wrote. So the server refuses it, and you choose.</p></article>
+  <article data-right="2"><h2>One who does not read</h2>
+    <p>A client with a bad network does not read what it gets. The server starts one, and sends
+      the same to it and to you.</p>
+    <p data-options="I wait too|I lose some|Nothing">What happens to you?</p>
+    <p>What it does not read waits in the server’s memory. At 1 MiB, only that client is closed
+      (1013); it may come back with since. The others never wait.</p></article>
+  <div id="expect"></div>
+  <output id="verdict"></output>
+  <button id="act" class="filled">…</button>
+  <button id="next">Next →</button>
 </section>
+<section id="cms" aria-label="A small CMS">
+  <form id="create" autocomplete="off">
+    <input name="title" required maxlength="200" placeholder="Title of a new post" aria-label="New">
+    <button value="posts">post</button>
+    <button value="pages">page</button>
+  </form>
+  <ul id="entries"></ul>
+  <form id="editor" autocomplete="off">
+    <input name="title" required maxlength="200" aria-label="Title">
+    <textarea name="body" rows="2" maxlength="10000" aria-label="Text"></textarea>
+    <output id="others"></output>
+    <div id="conflict" role="alert" hidden>
+      <p id="refusal"></p>
+      <button type="button" id="theirs">Take theirs</button>
+      <button type="button" id="mine">Keep mine</button>
+    </div>
+    <button>Save</button>
+    <button type="button" id="leave">Close</button>
+    <button type="button" id="publish">Publish</button>
+    <button type="button" id="delete">Delete</button>
+  </form>
+  <footer id="below">
+    <button id="fresh" hidden>new</button>
+    <button id="more" hidden>more</button>
+    <output id="news"></output>
+  </footer>
+</section>
+<dialog id="welcome" aria-labelledby="who">
+  <form id="name" autocomplete="off">
+    <h2 id="who">What is your name?</h2>
+    <p>The class will see it.</p>
+    <input name="name" required maxlength="20" pattern=".*\S.*" aria-label="Your name">
+    <button class="filled">Begin</button>
+  </form>
+</dialog>
 {% endif %}
-<section id="inspector" aria-labelledby="heading">
-  <header class="row">
-    <h1 id="heading">WebSocket inspector</h1>
-    <output id="state" class="state"></output>
-    <button id="toggle">Connect</button>
+<section id="inspector" aria-label="Messages">
+  <header>
+    <b id="you">○ You</b> <b id="server">Server</b> <b id="own" class="own">CMS</b>
+    {% if demo %}
+    <button id="both" aria-pressed="false">
+      + <span>the</span> CMS<span>’s own connection</span></button>
+    {% endif %}
+    <button id="hold" aria-pressed="false">Hold</button>
+    <button id="clear">Clear</button>
+    <button id="toggle">Open</button>
   </header>
-  <form id="subscriptions" class="row" autocomplete="off">
-    <label>type <input name="type" value="content.*"></label>
-    <label>contentType <input name="contentType" value="posts"></label>
-    <label>since <input name="since" placeholder="an id"></label>
-    <span>
+  <template id="rails">
+    <svg class="none"><path class="you" d="M20 0v36"/><path d="M140 0v36"/>
+      <path class="own" d="M240 0v36"/></svg>
+    <svg class="out"><path d="M22 18h106"/><path d="M138 18l-14-8v16z"/></svg>
+    <svg class="in"><path d="M138 18H32"/><path d="M22 18l14-8v16z"/></svg>
+    <svg class="ghost"><path d="M138 18H92"/><path d="M72 10l16 16m0-16L72 26"/></svg>
+    <svg class="lost"><path d="M6 23l7-10 7 10 7-10 7 10"/></svg>
+    <svg class="cms out"><path d="M238 18h-86"/><path d="M142 18l14-8v16z"/></svg>
+    <svg class="cms in"><path d="M142 18h86"/><path d="M238 18l-14-8v16z"/></svg>
+  </template>
+  <ul id="log" role="listbox" aria-label="Messages, oldest first" tabindex="0"></ul>
+  <p id="empty">Nothing has been sent yet.</p>
+  <button id="unseen" hidden>new</button>
+  <div id="details">
+    <pre id="json"></pre>
+    <div id="explanation">Select a row to see the message, and what each of its fields means.</div>
+  </div>
+  <footer>
+    <nav role="tablist" aria-label="Send">
+      <button role="tab" id="tab-ask" aria-controls="ask" aria-selected="true">Ask</button>
+      <button role="tab" id="tab-sign" aria-controls="sign-in">Sign in</button>
+      <button role="tab" id="tab-write" aria-controls="write">Write</button>
+      {% if demo %}<button role="tab" id="tab-tell" aria-controls="tell">Tell</button>{% endif %}
+      <button role="tab" id="tab-break" aria-controls="break">Break</button>
+    </nav>
+    <form id="ask" role="tabpanel" aria-labelledby="tab-ask" autocomplete="off">
+      <input name="type" value="{{ 'content.*' if demo else '*' }}" aria-label="type"> of
+      <input name="contentType" value="{{ 'posts' if demo else '*' }}" aria-label="contentType">
       <button value="subscribe">Subscribe</button>
       <button value="unsubscribe">Unsubscribe</button>
-    </span>
-  </form>
-  <form id="sign" class="row" autocomplete="off">
+    </form>
+    <form id="sign-in" role="tabpanel" aria-labelledby="tab-sign" autocomplete="off" hidden>
+      {% if demo %}
+      as <input name="name" required maxlength="20" aria-label="Name">
+      <button>Get a token and send it</button>
+      {% else %}
+      <input name="token" required placeholder="a token" aria-label="Token">
+      <button>Authenticate</button>
+      {% endif %}
+    </form>
+    <form id="write" role="tabpanel" aria-labelledby="tab-write" autocomplete="off" hidden>
+      <input name="text" list="examples" placeholder='{"action": …}' aria-label="Any message">
+      <datalist id="examples">
+        <option>{"action": "heartbeat", "ref": 1}</option>
+        <option>{"action": "subscribe", "since": "1-0"}</option>
+        <option>{"action": "unsubscribe"}</option>
+        <option>{"action": "presence"}</option>
+        <option>{"action": "subscribe", "type": "con*"}</option>
+      </datalist>
+      <button>Send</button>
+    </form>
     {% if demo %}
-    <label>name <input id="whose" value="ana"></label>
-    <button type="button" id="get-token">Get token</button>
+    <form id="tell" role="tabpanel" aria-labelledby="tab-tell" autocomplete="off" hidden>
+      <input name="to" required maxlength="40" placeholder="whom" aria-label="To">
+      <input name="text" required maxlength="500" placeholder="only for them" aria-label="Text">
+      <button>Tell</button>
+    </form>
     {% endif %}
-    <label>token <input name="token" required></label>
-    <button>Authenticate</button>
-  </form>
-  <form id="free" class="row" autocomplete="off">
-    <label>any message <input name="text" list="examples" placeholder='{"action": …}'></label>
-    <datalist id="examples">
-      <option>{"action": "heartbeat", "ref": 1}
-      <option>{"action": "subscribe"}
-      <option>{"action": "unsubscribe"}
-      <option>{"action": "presence"}
-      <option>{"action": "editStart", "contentType": "posts", "entryId": "1"}
-      <option>{"action": "subscrbe"}
-      <option>{"action": "subscribe", "type": "con*"}
-      <option>this is not JSON
-    </datalist>
-    <button>Send</button>
-  </form>
-  <div class="row tools">
-    {% if demo %}
-    <label class="check"><input type="checkbox" id="both"> client.js too</label>
-    {% endif %}
-    <label class="check"><input type="checkbox" id="calm"> no heartbeats</label>
-    <button id="pause" aria-pressed="false">Pause</button>
-    <button id="clear">Clear</button>
-  </div>
-  <ol id="log" role="log" aria-label="Messages" tabindex="0"></ol>
+    <div id="break" role="tabpanel" aria-labelledby="tab-break" hidden>
+      {% if demo %}<button id="cut">Lose it for 5 s</button>{% endif %}
+      <button id="forge">Bad token</button>
+      <button id="fast">Send 300</button>
+      {% if demo %}<button id="flood">Slow reader</button>{% endif %}
+    </div>
+  </footer>
 </section>
-</main>
-<script>
-"use strict";
-const $ = id => document.getElementById(id);
+</body>
+</html>
+"""
+
+INSPECTOR_CSS = r""":root {
+  color-scheme: light dark;
+  --ground: #fff; --panel: #f0f4f9; --ink: #111418; --quiet: #47525e; --edge: #7d8b9a;
+  --accent: #5a2ca0; --on-accent: #fff; --chosen: #fff1c2; --good: #0a6632; --on-good: #fff;
+  --out: #944000; --in: #0a4d9c; --bad: #a3001b; --bad-ground: #f8e0e3; --replay: #e6eef8;
+  /* The widths of the log's first columns, and the height of the forms below it. */
+  --time: 4.6rem; --rail: 10rem; --dock: 3.75rem;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #11161c; --panel: #1c242d; --ink: #f3f5f7; --quiet: #b6c2cf; --edge: #71808f;
+    --accent: #cdb0ff; --on-accent: #11161c; --chosen: #453800; --good: #7ce8a6;
+    --on-good: #11161c; --out: #ffb26b; --in: #8fc4ff; --bad: #ff9d9d; --bad-ground: #35222a;
+    --replay: #1b2833;
+  }
+}
+/* All sizes grow with the window: on a projector they can be read from the back row. */
+html { font-size: clamp(15px, min(1.25vw, 2.222vh), 32px); }
+* { box-sizing: border-box; margin: 0; }
+[hidden] { display: none !important; }
+body {
+  display: grid; grid: "head" 3.5rem "log" minmax(0, 1fr) / minmax(0, 1fr); height: 100vh;
+  height: 100dvh; background: var(--ground); color: var(--ink);
+  font: 1.1875rem/1.3 system-ui, sans-serif;
+}
+body.demo {
+  grid: "head head" 3.5rem "lesson log" 21.5rem "cms log" minmax(0, 1fr) / 26.25rem minmax(0, 1fr);
+}
+body.no-lesson { grid-template-rows: 3.5rem 0 minmax(0, 1fr); }
+.no-lesson #lesson { display: none; }
+h1, h2 { font-size: 1.5rem; line-height: 1.2; }
+button, input, textarea {
+  min-width: 0; height: 2.25rem; padding: 0 .6rem; border: 2px solid var(--edge);
+  border-radius: .4rem; background: var(--ground); color: var(--ink); font: inherit;
+}
+button { font-size: 1.1rem; font-weight: 600; white-space: nowrap; touch-action: manipulation; }
+button:hover:enabled { border-color: var(--ink); }
+button:disabled { opacity: .6; }
+.filled { border-color: var(--accent); background: var(--accent); color: var(--on-accent); }
+[aria-pressed=true] { border-color: var(--ink); background: var(--chosen); }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+small, time, pre, header strong { color: var(--quiet); font: 1rem/1.35 ui-monospace, monospace; }
+header, footer { display: flex; gap: .6rem; align-items: center; }
+body > header { grid-area: head; padding: 0 1rem; border-bottom: 2px solid var(--edge); }
+header button, footer button, footer input { font-size: 1rem; }
+h1 { flex: 1; white-space: nowrap; }
+header strong { color: var(--ink); font-size: 1.4rem; font-weight: 700; }
+
+#lesson {
+  position: relative; grid-area: lesson; padding: .6rem 1rem; overflow: hidden;
+  border: solid var(--edge); border-width: 0 2px 2px 0; background: var(--panel);
+}
+#steps { display: flex; gap: .3rem; margin: 0 2.4rem .4rem 0; }
+#steps button, #dismiss { width: 2.1rem; height: 2.1rem; padding: 0; }
+#steps .done { border-color: var(--good); background: var(--good); color: var(--on-good); }
+#steps [aria-current=step] { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); }
+#dismiss { position: absolute; top: .6rem; right: .6rem; border: 0; background: none; }
+#lesson p, #verdict { margin-top: .2rem; font-size: 1.125rem; }
+[data-options] { font-weight: 600; }
+article p:last-child, .done [data-options], .done #expect { display: none; }
+#expect { display: flex; gap: .4rem; margin: .3rem 0 .5rem; }
+#verdict { display: block; }
+#verdict b { color: var(--good); }
+#act, #next { position: absolute; bottom: .7rem; left: 1rem; width: calc(100% - 8.8rem); }
+#next { right: 1rem; left: auto; width: 6.2rem; }
+
+#cms {
+  display: flex; grid-area: cms; flex-direction: column; padding: .6rem 1rem 0;
+  border-right: 2px solid var(--edge);
+}
+#create { display: flex; gap: .5rem; padding-bottom: .5rem; }
+#create input, #write input, #sign-in input { flex: 1; }
+#entries { flex: 1; padding: 0; overflow-y: auto; list-style: none; }
+#entries li {
+  display: flex; gap: .6rem; align-items: center; height: 2.75rem;
+  border-top: 1px solid var(--edge);
+}
+body:not(.no-lesson) #entries:not(.all) li:nth-child(n + 6), .no-lesson #more { display: none; }
+#entries b { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#entries small { font-family: inherit; white-space: nowrap; }
+#entries button, #below button { height: 1.8rem; }
+#entries .gone { opacity: .6; text-decoration: line-through; }
+#below { flex: none; height: 2.5rem; border-top: 1px solid var(--edge); font-size: 1rem; }
+.editing #create, .editing #entries, .editing #below button, #cms:not(.editing) #editor,
+#conflict:not([hidden]) ~ button { display: none; }
+#editor {
+  display: flex; flex: 1; flex-wrap: wrap; gap: .5rem; align-content: flex-start; overflow-y: auto;
+}
+#editor input, #editor textarea, #others, #conflict { flex: 1 1 100%; overflow-wrap: anywhere; }
+#editor textarea { height: 3.6rem; resize: none; }
+#conflict { padding: .4rem; background: var(--chosen); }
+dialog {
+  margin: auto; padding: 2rem; border: 2px solid var(--edge); border-radius: .6rem;
+  background: var(--ground); color: var(--ink);
+}
+dialog form { display: grid; gap: 1rem; justify-items: start; }
+
+#inspector {
+  display: flex; position: relative; grid-area: log; flex-direction: column; min-height: 0;
+}
+#inspector > header {
+  position: relative; flex: none; gap: .4rem; justify-content: flex-end; height: 2.75rem;
+  padding: 0 .6rem; border-bottom: 2px solid var(--edge); background: var(--panel);
+}
+header > b {
+  position: absolute; left: calc(var(--time) + 1.25rem); transform: translateX(-50%);
+  white-space: nowrap;
+}
+#server { left: calc(var(--time) + 8.75rem); }
+#own { left: calc(var(--time) + 15rem); }
+body:not(.both) :is(.own, .cms) { display: none; }
+.both { --rail: 16.5rem; }
+#log {
+  flex: 1; min-height: 0; padding: 0; overflow-y: scroll; overflow-anchor: none; list-style: none;
+  outline-offset: -3px;
+}
+#log li { display: flex; align-items: center; height: 2.25rem; padding-right: .6rem; }
+#log time { flex: none; width: var(--time); padding-left: .5rem; }
+#log i { position: relative; flex: none; width: var(--rail); height: 2.25rem; }
+svg {
+  position: absolute; width: 10rem; height: 2.25rem; overflow: visible; fill: currentcolor;
+  stroke: currentcolor; stroke-width: 4;
+}
+svg.ghost, svg.lost { fill: none; }
+.none { color: var(--edge); }
+.dashed path:first-child, .ghost path:first-child { stroke-dasharray: 8 5; }
+#log .none path { stroke-dasharray: none; }
+#log .away .you { stroke-dasharray: 2 9; }
+#log p {
+  flex: 1; overflow: hidden; font-size: 1.3125rem; text-overflow: ellipsis; white-space: nowrap;
+}
+.out b, svg.out { color: var(--out); }
+.in b, svg.in { color: var(--in); }
+#log .ghost, #log .ghost b { color: var(--quiet); font-weight: 400; }
+#log .err b, #log .err svg:last-child { color: var(--bad); }
+#log .lost.err { background: var(--bad-ground); }
+#log .replay { background: var(--replay); }
+#log .replay p { padding-left: .6rem; border-left: .3rem solid var(--in); }
+/* The last `since` stays in sight, because it explains the rows below it. */
+#log .since {
+  position: sticky; z-index: 1; top: 0; background: var(--ground); box-shadow: 0 1px var(--edge);
+}
+#log [aria-selected=true] { background: var(--chosen); }
+#empty { position: absolute; top: 5rem; left: 5.8rem; color: var(--quiet); font-size: 1.4rem; }
+#unseen { position: absolute; right: 1.5rem; bottom: calc(var(--dock) + 12.2rem); }
+#details {
+  display: grid; flex: none; grid: 11.5rem / 1fr 1fr; border: solid var(--edge);
+  border-width: 2px 0; background: var(--panel);
+}
+#details > * { padding: .5rem .8rem; overflow: auto; }
+#json code {
+  display: block; padding: 0 .2rem; color: var(--ink); font: inherit; white-space: pre-wrap;
+  overflow-wrap: anywhere;
+}
+#json .focused { outline: 2px solid var(--accent); background: var(--chosen); }
+#explanation { border-left: 1px solid var(--edge); }
+#explanation small { display: block; margin-top: .6rem; font-family: inherit; }
+#inspector footer { justify-content: space-between; height: var(--dock); padding: 0 .7rem; }
+[role=tabpanel] {
+  display: flex; flex: 1; gap: .4rem; align-items: center; justify-content: flex-end; min-width: 0;
+}
+#ask input, #tell [name=to] { width: 6.6rem; }
+#tell [name=text] { flex: 1; }
+[role=tablist] { white-space: nowrap; }
+[role=tab] {
+  padding: 0 .45rem; border: 0; border-bottom: 4px solid transparent; border-radius: 0;
+  background: none; color: var(--quiet);
+}
+[role=tab][aria-selected=true] { border-color: var(--accent); color: var(--ink); }
+@keyframes arrive { from { background-color: var(--chosen); } }
+@media (prefers-reduced-motion: no-preference) { #entries li { animation: arrive 1.5s; } }
+@media (max-width: 1100px) {
+  :root { --dock: 6rem; }
+  body.demo { grid-template-columns: 25.5rem minmax(0, 1fr); }
+  #both span { display: none; }
+  #inspector footer { flex-direction: column; justify-content: center; }
+  [role=tabpanel] { flex: none; width: 100%; }
+}
+@media (max-width: 700px) {
+  :root { --time: 0rem; --rail: 5.5rem; }
+  html { font-size: 16px; }
+  body, body.demo { display: flex; flex-direction: column; height: auto; }
+  body > header { flex-wrap: wrap; height: auto; padding: .5rem 1rem; }
+  h1 { flex: 1 1 100%; }
+  #lesson { height: 25rem; border-width: 0 0 2px; }
+  #inspector { height: 45rem; }
+  #cms { order: 1; height: 21rem; border: 0; }
+  #log time { display: none; }
+  #log svg { transform: scaleX(.5); transform-origin: left; }
+  #you, #server { left: .2rem; transform: none; }
+  #server { left: 4.2rem; }
+  #both, #hold { display: none; }
+  #inspector footer { height: auto; padding: .5rem .7rem; }
+  [role=tabpanel] { flex-wrap: wrap; }
+}
+"""
+
+INSPECTOR_JS = r"""// The WebSocket inspector: a connection, its messages as arrows and in words.
+// GET /ws shows it alone. The demo's page imports it.
+const MAX_ROWS = 300;
+// Messages of one kind become one row while they follow each other within so many milliseconds.
+const RUN_TIME = 2_000;
+// A run is looked for in so many rows. Further up, nobody would see its count change.
+const RUN_ROWS = 8;
+// Longer strings are cut.
+const MAX_STRING = 300;
+const MAX_WAIT = 4_000;
+
+export const $ = id => document.getElementById(id);
 // Children that are strings become text, never markup.
-const make = (tag, properties, ...children) => {
+export const make = (tag, properties, ...children) => {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
   return element;
 };
-const on = (id, type, action) => $(id).addEventListener(type, action);
-const onSubmit = (id, action) =>
-  on(id, "submit", event => {
+export const setAria = (element, name, value) => element.setAttribute(`aria-${name}`, value);
+export const onSubmit = (id, action) =>
+  $(id).addEventListener("submit", event => {
     event.preventDefault();
     action(Object.fromEntries(new FormData(event.target)), event);
   });
-const showState = (id, state) =>
-  Object.assign($(id), { textContent: state, className: `state ${state}` });
 
-// -- The inspector: a WebSocket of its own, and all of its messages --
+// -- Ids, patterns and words: pure functions --
 
-const MAX_MESSAGES = 500;
-// Of longer messages the rest is shown after a click.
-const MAX_LENGTH = 1_000;
-const DIRECTIONS = { in: "← in", out: "→ out", note: "•" };
-// Close codes that the browser reports without a reason.
-const CLOSE_REASONS = {
-  1000: "closed as asked",
-  1005: "closed without a code",
-  1006: "no close frame: the connection broke, or there was none",
+export function shortId(id) {
+  const [milliseconds, counter] = String(id).split("-");
+  return `…${milliseconds.slice(-4)}${counter > 0 ? `-${counter}` : ""}`;
+}
+const sortKey = id => id.replace(/\d+/g, digits => digits.padStart(20, "0"));
+export const isLater = (id, other) => !other || sortKey(id) > sortKey(other);
+const isMatch = (pattern, name) =>
+  pattern.endsWith("*") ? name.startsWith(pattern.slice(0, -1)) : name === pattern;
+const patternText = ({ type = "*", contentType = "*" }) => `${type} of ${contentType}`;
+
+// Why an event did not reach a connection that was in this state when the event came.
+export function whyNot(event, { isOpen, patterns, to }) {
+  if (to) return `it was for ${to} only`;
+  if (!isOpen) return "you were away";
+  if (!patterns.length) return "you have not subscribed to anything";
+  const near = patterns.find(({ type }) => isMatch(type, event.type)) ?? patterns[0];
+  if (!isMatch(near.type, event.type)) return `${patternText(near)} does not match ${event.type}`;
+  const doesMatch = each =>
+    isMatch(each.type, event.type) && isMatch(each.contentType, event.contentType);
+  if (patterns.some(doesMatch)) return "it was for one user, as whom you are not signed in here";
+  return `${patternText(near)} does not match ${event.contentType}`;
+}
+
+const nameOf = editor => editor?.userId ?? "somebody";
+const editorsText = ({ editors }) => `open at ${editors.map(nameOf).join(", ") || "nobody"}`;
+const singular = contentType => String(contentType).replace(/s$/, "");
+const entryText = ({ contentType, entryId }) => `${singular(contentType)} ${entryId}`;
+
+const OUT_WORDS = {
+  subscribe: ({ subscriptions, since, ...pattern }) =>
+    (since ? `since ${shortId(since)}: ` : "")
+    + (subscriptions ? `${subscriptions.length} patterns` : patternText(pattern)),
+  unsubscribe: ({ type, contentType }) =>
+    type || contentType ? patternText({ type, contentType }) : "from all",
+  authenticate: () => "with a token",
+  pong: () => "I am still here",
+  heartbeat: () => "are you still there?",
+  editStart: entryText,
+  editStop: entryText,
 };
-const address = new URL({{ ws_url | tojson }}, location);
-address.protocol = address.protocol.replace("http", "ws");
-let socket = null;
-// Messages to show in the next animation frame. A burst that is shown one by one blocks the page.
-let waiting = [];
-let isPaused = false;
+const IN_WORDS = {
+  "system.connected": ({ clientId, userId }) =>
+    `you are client …${clientId.slice(-4)}, user ${userId ?? "unknown"}`,
+  "system.subscribed": ({ recovered }) =>
+    recovered ? "from now on" : "but what you missed is gone: load the page’s data again",
+  "system.unsubscribed": ({ removed }) => `${removed} removed`,
+  "system.authenticated": ({ userId }) => `you are ${userId}`,
+  "system.heartbeat": ({ lastId }) => `I am still here, and sent all up to ${shortId(lastId)}`,
+  "system.error": ({ code, message }) => `${code}: ${message}`,
+  "system.editing": editorsText,
+  "user.editing": payload => `entry ${payload.entryId}, ${editorsText(payload)}`,
+  "user.stoppedEditing": payload => `entry ${payload.entryId}, ${editorsText(payload)}`,
+  "user.edited": ({ entryId, editor }) => `entry ${entryId}, ${nameOf(editor)} is typing`,
+  notification: ({ from, text }) => `from ${from}: ${text}`,
+  "demo.flood": ({ closed, unsent, limit }) =>
+    closed
+      ? `slow reader closed with ${closed}, not you`
+      : `${unsent >> 10} of ${limit >> 10} KiB wait for the slow reader`,
+};
+function eventWords({ contentType, payload }) {
+  const { title, updated_by: author } = payload ?? {};
+  const text = title === undefined ? JSON.stringify(payload) : `“${title}”`;
+  return `${singular(contentType)} ${text}${author ? ` by ${author}` : ""}`;
+}
 
-const embolden = text =>
-  text
-    .split(/("(?:action|type)": ?"[^"]*")/)
-    .map((part, index) => (index % 2 ? make("b", {}, part) : part));
-
-function log(direction, text, source = "") {
-  const now = new Date();
-  const milliseconds = String(now.getMilliseconds()).padStart(3, "0");
-  const time = `${now.toTimeString().slice(0, 8)}.${milliseconds}`;
-  const code = make("code", {}, ...embolden(text.slice(0, MAX_LENGTH)));
-  const heading = make("time", {}, `${DIRECTIONS[direction]} ${time} ${source}`);
-  const message = make("li", { className: direction }, heading, code);
-  message.classList.toggle("heartbeat", /"(system\.heartbeat|pong)"/.test(text));
-  if (text.length > MAX_LENGTH) {
-    const showAll = () => code.replaceChildren(...embolden(text));
-    const label = `… ${text.length - MAX_LENGTH} more characters`;
-    code.append(make("button", { onclick: showAll }, label));
+// {message, head, words} of a message's text. `message` is null if it is not understood.
+export function describe(isOut, text) {
+  try {
+    const message = JSON.parse(text);
+    const { action, type, payload } = message;
+    if (isOut)
+      return { message, head: String(action), words: OUT_WORDS[action]?.(message) ?? text };
+    const words = IN_WORDS[type]?.(payload) ?? eventWords(message);
+    return { message, head: type.replace("system.", ""), words };
+  } catch {
+    return { message: null, head: "not JSON", words: text };
   }
-  waiting.push(message);
-  if (waiting.length > MAX_MESSAGES) waiting.shift();
+}
+
+// Messages with the same key may become one row. Without a key, a message has a row of its own.
+export function runKey(isOut, message) {
+  const { action, type, contentType, payload } = message ?? {};
+  if (isOut) return ["pong", "heartbeat", "editChange"].includes(action) ? action : null;
+  if (type === "system.heartbeat") return type;
+  return type.startsWith("system.") || payload?.closed ? null : `${type} of ${contentType}`;
+}
+
+// The row that a further message with this key belongs to. A row without a key ends all runs.
+export function findRun(rows, key, now) {
+  for (const row of rows.slice(-RUN_ROWS).reverse()) {
+    const isFresh = now - row.seenAt <= RUN_TIME || /heartbeat|pong/.test(key);
+    if (row.key === null || row.key === key) return row.key && isFresh ? row : undefined;
+  }
+}
+
+const CLOSE_WORDS = {
+  1000: "as you asked",
+  1001: "the server is shutting down",
+  1006: "nobody said goodbye",
+  1013: "you read too slowly",
+  4401: "sign in again",
+  4408: "the server heard nothing from you for two heartbeats",
+};
+const FIELDS = {
+  GET: "The browser asks for this address, as for any page: a WebSocket begins as HTTP.",
+  Host: "Which site is meant: one server may have several.",
+  Origin: "The site of the page that asks. The server refuses pages of other sites.",
+  Upgrade: "The browser asks, and the server agrees, to go on as a WebSocket, not as HTTP.",
+  "Sec-WebSocket-Key": "Random. The server must answer with a number that is computed from it.",
+  "HTTP/1.1": "101: the server agrees, once. From now on both sides may send, at any time.",
+  "Sec-WebSocket-Accept": "Computed from the key: it proves that the server knows WebSockets.",
+  action: "What this browser wants from the server. A pong only says: I am still here.",
+  type: "What kind of message this is: words joined by dots. A pattern may end with *.",
+  contentType: "The kind of data that the event is about, such as posts.",
+  since: "The last id that this browser has. The server first sends all that came after it.",
+  ref: "Any value of the sender’s. The answer carries it back.",
+  token: "Says who you are. The server signed it: change a letter, and the signature is wrong.",
+  id: "The number of this event. They only grow. After a loss, a client sends the last, as since.",
+  timestamp: "When it happened, by the server’s clock, in universal time.",
+  payload: "The content, from the application.",
+  clientId: "The server’s name for this connection. The next connection gets another.",
+  userId: "Who is signed in on this connection; null: nobody.",
+  heartbeat: "So many seconds are between two heartbeats of the server.",
+  lastId: "The newest event’s id: all up to here that you asked for was sent to you.",
+  recovered: "true: you have missed nothing. false: the server does not have it any more.",
+  replayed: "So many events that you missed follow, in their order.",
+  code: "What went wrong, as a word for programs.",
+  message: "What went wrong, and what would be right, for people.",
+  editors: "All who have this entry open now.",
+  conflict: "true: more than one has this entry open.",
+  version: "Grows with each save. A save must name the version that it changed.",
+  unsent: "So many bytes wait in the server’s memory, because the slow reader does not read.",
+  limit: "If more bytes than this wait for a client, the server closes its connection.",
+  closed: "The close code. 1013: it read too slowly. It may come back, with since.",
+};
+export const explain = field => FIELDS[field] ?? "A field of the application’s.";
+
+// A frame is a message with a header of its own: 2 to 10 bytes, and 4 more if it is masked.
+export function frameText(isOut, text) {
+  const size = new TextEncoder().encode(text).length;
+  const header = (size < 126 ? 2 : size < 65_536 ? 4 : 10) + (isOut ? 4 : 0);
+  return `One frame: ${header} bytes of header${isOut ? ", masked" : ""}, and ${size} of text.`;
+}
+
+const shorten = (key, value) =>
+  value?.length > MAX_STRING && value.slice ? `${value.slice(0, MAX_STRING)}…` : value;
+const detailLines = ({ message, text }) =>
+  (message ? JSON.stringify(message, shorten, 2) : text).split("\n").slice(0, 100);
+// The field of a line of JSON, or the header of a line of HTTP. An entry has an id of its own.
+function fieldOf(line = "") {
+  const [, indent, name] = line.match(/^( +)"([^"]+)": /) ?? [];
+  if (!name) return Object.keys(FIELDS).find(each => line.startsWith(each));
+  return name === "id" && indent.length > 2 ? "payload.id" : name;
+}
+
+// -- The log --
+
+const list = $("log");
+let rows = [];
+// The row that was added or changed last, and when.
+let latest, lastAt;
+let selected, fieldIndex;
+let isHeld = false;
+let isFrameAsked = false;
+// Whether the log scrolls with its rows: it does unless the reader has scrolled up.
+let isFollowing = true;
+// Rows below what is shown, and rows removed above it since the last animation frame.
+let unseen = 0;
+// Of the last row. Ids of rows end with it.
+let number = 0;
+let height = 0;
+let removed = 0;
+const isInside = () => list.matches(":hover") || list.contains(document.activeElement);
+const isAtEnd = () => list.scrollHeight - list.scrollTop - list.clientHeight < 20;
+
+// row: {kind: its classes, head, words, text, and maybe key, id, message, isOut, note}
+export function addRow({ key = null, ...fields }) {
+  const now = performance.now();
+  let row = key && findRun(rows, key, now);
+  if (!row) rows.push((row = { key, count: 0, beganAt: now, gap: now - (lastAt ?? now) }));
+  Object.assign(row, fields, { count: row.count + 1, seenAt: now, isDirty: true });
+  [latest, lastAt] = [row, now];
+  for (; rows.length > MAX_ROWS; removed++) rows.shift().element?.remove();
   // A hidden page gets no animation frames, so it must not ask for more and more of them.
-  if (waiting.length === 1) requestAnimationFrame(showWaiting);
+  if (!isFrameAsked) requestAnimationFrame(render);
+  isFrameAsked = true;
 }
 
-function showWaiting() {
-  if (isPaused || !waiting.length) return;
-  const list = $("log");
-  const isAtEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 50;
-  list.append(...waiting);
-  waiting = [];
-  while (list.children.length > MAX_MESSAGES) list.firstChild.remove();
-  if (isAtEnd) list.scrollTop = list.scrollHeight;
+// The lifelines, and the arrow of a row between them.
+function rail(kind) {
+  const names = kind.split(" ").filter(name => /^(out|in|ghost|lost|cms)$/.test(name));
+  const drawn = $("rails").content.querySelector(`.${names.join(".") || "none"}`);
+  const [lifelines] = $("rails").content.querySelectorAll(".none");
+  const copies = [lifelines, drawn].map(svg => svg.cloneNode(true));
+  for (const svg of copies) svg.setAttribute("viewBox", "0 0 160 36");
+  return make("i", {}, ...copies);
 }
 
-function connect() {
-  const showConnection = () => {
-    const state = ["connecting", "online", "closing", "offline"][socket.readyState];
-    showState("state", state);
-    $("toggle").textContent = state === "offline" ? "Connect" : "Disconnect";
+function fill(row) {
+  const gap =
+    row.gap < 1_000 ? `${Math.round(row.gap)}ms` : `${+(row.gap / 1_000).toPrecision(2)}s`;
+  const seconds = Math.round((row.seenAt - row.beganAt) / 1_000);
+  const times = row.count > 1 ? `× ${row.count}${seconds ? ` in ${seconds} s` : ""} · ` : "";
+  row.element.className = row.kind;
+  row.element.replaceChildren(
+    make("time", {}, `+${gap}`),
+    rail(row.kind),
+    make("p", {}, make("b", {}, row.head), ` ${times}${row.words.slice(0, MAX_STRING)}`),
+    make("small", {}, row.id ? shortId(row.id) : ""),
+  );
+  row.isDirty = false;
+  if (row === selected) select(row);
+}
+
+function render() {
+  isFrameAsked = false;
+  if (isHeld) return;
+  if (!isFollowing || isInside()) list.scrollTop -= removed * (list.firstChild?.offsetHeight ?? 0);
+  removed = 0;
+  for (const row of rows.filter(({ isDirty }) => isDirty)) {
+    if (!row.element) {
+      row.element = make("li", { id: `row${++number}`, onclick: () => select(row) });
+      row.element.setAttribute("role", "option");
+      list.append(row.element);
+      unseen++;
+    }
+    fill(row);
+  }
+  $("empty").hidden = rows.length > 0;
+  follow();
+}
+
+// Show the newest rows, unless the reader has scrolled up, or rows would move under the pointer.
+function follow() {
+  if (isFollowing && !isInside()) list.scrollTop = list.scrollHeight;
+  if (isAtEnd()) unseen = 0;
+  height = list.clientHeight;
+  $("unseen").hidden = !unseen;
+  $("unseen").textContent = `${unseen} new ▾`;
+}
+
+export function clear() {
+  for (const { element } of rows) element?.remove();
+  rows = [];
+  lastAt = undefined;
+  render();
+}
+
+function select(row) {
+  if (row !== selected) fieldIndex = undefined;
+  if (selected?.element) setAria(selected.element, "selected", false);
+  selected = row;
+  setAria(row.element, "selected", true);
+  setAria(list, "activedescendant", row.element.id);
+  const lines = detailLines(row);
+  const codes = lines.map((line, index) =>
+    make("code", { onclick: () => focusField(lines, index) }, line),
+  );
+  $("json").replaceChildren(...codes);
+  const indexOf = name => lines.findIndex(line => fieldOf(line) === name);
+  const best = ["since", "code", "closed", "replayed", "id", "GET", "HTTP/1.1", "action", "type"];
+  focusField(lines, fieldIndex ?? best.map(indexOf).find(index => index >= 0) ?? 0);
+}
+
+// Select the row that was added or changed last, when it is drawn.
+export function selectLatest() {
+  latest.isDirty = true;
+  if (selected?.element) setAria(selected.element, "selected", false);
+  [selected, fieldIndex] = [latest, undefined];
+}
+
+function focusField(lines, index) {
+  fieldIndex = index;
+  const { note, isOut, text } = selected;
+  const field = fieldOf(lines[index]);
+  for (const [at, code] of [...$("json").children].entries())
+    code.classList.toggle("focused", at === index && Boolean(field));
+  $("json").children[index].scrollIntoView({ block: "nearest" });
+  $("explanation").replaceChildren(
+    make("p", {}, make("b", {}, field ?? ""), field ? ` ${explain(field)}` : ""),
+    make("small", {}, note ?? frameText(isOut, text)),
+  );
+}
+
+list.onkeydown = event => {
+  const steps = { ArrowDown: 1, ArrowUp: -1, End: MAX_ROWS, Home: -MAX_ROWS };
+  const shown = rows.filter(({ element }) => element);
+  const lines = selected ? detailLines(selected) : [];
+  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (event.key in steps && shown.length) {
+    const from = selected ? shown.indexOf(selected) : shown.length;
+    const row = shown[Math.min(Math.max(from + steps[event.key], 0), shown.length - 1)];
+    select(row);
+    row.element.scrollIntoView({ block: "nearest" });
+  } else if (step && selected) {
+    let index = fieldIndex + step;
+    while (lines[index] && !fieldOf(lines[index])) index += step;
+    if (lines[index]) focusField(lines, index);
+  } else return;
+  event.preventDefault();
+};
+list.onscroll = () => {
+  // If the height has changed, it was not the reader who scrolled.
+  if (list.clientHeight === height) isFollowing = isAtEnd();
+  follow();
+};
+list.onpointerleave = list.onblur = window.onresize = follow;
+$("unseen").onclick = () => {
+  isFollowing = true;
+  follow();
+};
+$("clear").onclick = clear;
+$("hold").onclick = ({ target }) => {
+  isHeld = !isHeld;
+  setAria(target, "pressed", isHeld);
+  render();
+};
+
+// -- The connection --
+
+// Called with each thing that happens: ("open" | "in" | "out" | "lost", message or close code).
+export const listeners = new Set();
+const emit = (...values) => listeners.forEach(listener => listener(...values));
+export const link = {
+  // The demo tells the server with it which page this is.
+  query: "",
+  isReady: false,
+  // From the greeting until the user closes it, with all losses in between.
+  isWanted: false,
+  userId: null,
+  // Accepted subscriptions: text -> {type, contentType}.
+  wanted: new Map(),
+};
+// The id up to which everything has arrived, to be sent as `since` after a loss.
+let place = null;
+let greetedId;
+let socket, retryTimer, askedSince, ownToken;
+// Of the messages authenticate that are not answered yet.
+let sentTokens = [];
+let attempts = 0;
+let replayLeft = 0;
+// It does not reconnect before this time, of performance.now().
+let awayUntil = 0;
+const address = new URL("../ws", import.meta.url);
+const REQUEST = `GET ${address.pathname} HTTP/1.1
+Host: ${address.host}
+Upgrade: websocket
+Connection: Upgrade
+Sec-WebSocket-Version: 13
+Sec-WebSocket-Key: (random)
+Origin: ${location.origin}`;
+const RESPONSE = `HTTP/1.1 101 Switching Protocols
+Upgrade: websocket
+Connection: Upgrade
+Sec-WebSocket-Accept: (computed from the key)`;
+
+function addHandshake(kind, head, words, text) {
+  const note = "Dashed: the browser does this. A page cannot see it; this is what it looks like.";
+  addRow({ kind: `${kind} dashed`, head, words, text, note });
+}
+
+function showState() {
+  const seconds = Math.ceil((awayUntil - performance.now()) / 1_000);
+  const isClosed = !retryTimer && !(socket?.readyState < WebSocket.CLOSING);
+  $("you").textContent = link.isReady ? "● You" : seconds > 0 ? `○ ${seconds} s` : "○ You";
+  $("toggle").textContent = isClosed ? "Open" : "Close";
+  if (seconds > 0) setTimeout(showState, 250);
+}
+
+export function open() {
+  retryTimer = clearTimeout(retryTimer);
+  const url = new URL(address);
+  url.protocol = url.protocol.replace("http", "ws");
+  url.search = link.query;
+  const own = (socket = new WebSocket(url));
+  const begin = () => addHandshake("out", "GET … Upgrade", "a request, once", REQUEST);
+  if (!attempts) begin();
+  own.onopen = () => {
+    if (attempts) begin();
+    addHandshake("in", "101", "Switching Protocols, once", RESPONSE);
+    attempts = awayUntil = 0;
+    emit("open");
   };
-  log("note", `connecting to ${address}`);
-  socket = new WebSocket(address);
-  socket.onopen = showConnection;
-  socket.onmessage = ({ data }) => log("in", data);
-  socket.onclose = ({ code, reason }) => {
-    const explanation = reason || CLOSE_REASONS[code] || "see RFC 6455 section 7.4";
-    log("note", `closed with ${code}: ${explanation}`);
-    showConnection();
-  };
-  showConnection();
+  own.onmessage = ({ data }) => own === socket && receive(data);
+  own.onclose = event => own === socket && lose(event);
+  showState();
 }
 
-function send(message) {
+// Close it as the user wishes: it does not reconnect.
+export function close() {
+  retryTimer = clearTimeout(retryTimer);
+  attempts = awayUntil = 0;
+  place = ownToken = null;
+  link.isWanted = false;
+  link.wanted.clear();
+  if (socket?.readyState < WebSocket.CLOSING) socket.close(1000);
+  showState();
+}
+
+// Reconnect so many milliseconds later than otherwise.
+export function stayAway(milliseconds) {
+  awayUntil = Math.max(awayUntil, performance.now()) + milliseconds;
+  if (retryTimer) retry();
+  showState();
+}
+
+function retry() {
+  clearTimeout(retryTimer);
+  const wait = Math.min(MAX_WAIT, 1_000 * 2 ** attempts++);
+  retryTimer = setTimeout(open, Math.max(wait, awayUntil - performance.now()));
+}
+
+function lose({ code, reason }) {
+  const text = `code: ${code}\nreason: ${reason || "none was given"}`;
+  const note = "A page learns no more than this. It has to reconnect by itself.";
+  const words = `${code}, ${CLOSE_WORDS[code] ?? (reason || "see RFC 6455 section 7.4")}`;
+  if (code === 1000) addRow({ kind: "lost", head: "closed", words, text, note });
+  else if (attempts && !link.isReady)
+    addRow({ kind: "away", key: "away", head: "no answer", words: "will try again", text, note });
+  else addRow({ kind: "lost err", head: "connection lost", words, text, note });
+  link.isReady = false;
+  link.userId = null;
+  sentTokens = [];
+  replayLeft = 0;
+  if (code !== 1000) retry();
+  showState();
+  emit("lost", code);
+}
+
+export function send(message) {
   const text = typeof message === "string" ? message : JSON.stringify(message);
-  if (socket.readyState !== WebSocket.OPEN) return log("note", "not sent: connect first");
+  if (!link.isReady)
+    return addRow({ kind: "note", head: "not sent", words: "open the connection first", text });
   socket.send(text);
-  log("out", text);
+  const { action, since, token } = show(true, text) ?? {};
+  askedSince = since ?? askedSince;
+  if (action === "authenticate") sentTokens.push(token);
 }
 
-onSubmit("subscriptions", (fields, { submitter }) => {
-  const filled = Object.entries(fields).filter(([, value]) => value);
-  send({ action: submitter.value, ...Object.fromEntries(filled) });
-});
-onSubmit("sign", ({ token }) => send({ action: "authenticate", token }));
-onSubmit("free", ({ text }) => send(text));
-on("toggle", "click", () =>
-  socket.readyState < WebSocket.CLOSING ? socket.close(1000) : connect(),
-);
-on("calm", "change", ({ target }) => $("log").classList.toggle("calm", target.checked));
-on("clear", "click", () => $("log").replaceChildren());
-on("pause", "click", ({ target }) => {
-  isPaused = !isPaused;
-  target.ariaPressed = isPaused;
-  showWaiting();
-});
-connect();
-log("note", "subscribe to see events");
-</script>
-{% if demo %}
-<script src="{{ client_js_url }}"></script>
-<script>
-"use strict";
-// -- The demo: a CMS. Only events change its lists, also if this page has changed an entry --
+// Add the row of a message, and return the message. `source` is "cms " for client.js's messages.
+export function show(isOut, text, source = "", more = {}) {
+  const described = describe(isOut, text);
+  const { message } = described;
+  const key = runKey(isOut, message);
+  let kind = source + (isOut ? "out" : "in");
+  if (message?.type === "system.error") kind += " err";
+  if (message?.since) kind += " since";
+  if (!link.isReady && source) kind += " away";
+  addRow({ kind, key: key && source + key, id: message?.id, isOut, text, ...described, ...more });
+  if (!source) emit(isOut ? "out" : "in", message);
+  return message;
+}
 
-// The server cuts the connection with this name.
-const connectionName = Math.random().toString(36).slice(2);
-// "posts/7" -> {entry, element, …}
-const rows = new Map();
-// Keys of deleted entries, which a late response must not bring back.
-const deleted = new Set();
+const pairsOf = payload => payload.subscriptions ?? [payload];
+const keyOf = ({ type, contentType }) => `${type} ${contentType}`;
+// What a message changes. It returns what its row shows otherwise than usual.
+const EFFECTS = {
+  "system.connected"({ userId, lastId }) {
+    Object.assign(link, { userId, isReady: true, isWanted: true });
+    greetedId = lastId;
+    // After the row of this message.
+    queueMicrotask(() => resume(lastId));
+  },
+  "system.subscribed"(payload) {
+    for (const { type, contentType } of pairsOf(payload))
+      link.wanted.set(keyOf({ type, contentType }), { type, contentType });
+    // Ids may begin again after a restart. Only then the place moves back.
+    if (!payload.recovered) place = greetedId;
+    replayLeft = payload.replayed;
+    if (!replayLeft) return {};
+    const words = `since ${shortId(askedSince)}`;
+    return { kind: "in replay", head: `${replayLeft} you missed`, words };
+  },
+  "system.unsubscribed"(payload) {
+    if (payload.removed === link.wanted.size) link.wanted.clear();
+    for (const pair of pairsOf(payload)) link.wanted.delete(keyOf(pair));
+  },
+  "system.authenticated"({ userId }) {
+    ownToken = sentTokens.shift();
+    link.userId = userId;
+  },
+  "system.heartbeat"({ lastId }) {
+    if (!replayLeft && isLater(lastId, place)) place = lastId;
+  },
+  "system.error"({ action, code, message }) {
+    if (action !== "authenticate") return {};
+    sentTokens.shift();
+    return { words: `${code}: you are still ${link.userId ?? "unknown"}; ${message}` };
+  },
+};
+
+function receive(text) {
+  const { type, payload, id, ref } = JSON.parse(text);
+  let more = EFFECTS[type]?.(payload);
+  if (id && replayLeft) {
+    replayLeft--;
+    more = { kind: "in replay", key: null };
+    place = id;
+  } else if (id && isLater(id, place)) place = id;
+  show(false, text, "", more);
+  if (type === "system.heartbeat" && ref === undefined) send({ action: "pong" });
+  showState();
+}
+
+function resume(lastId) {
+  if (ownToken) send({ action: "authenticate", token: ownToken });
+  const subscriptions = [...link.wanted.values()];
+  const patterns = subscriptions.length === 1 ? subscriptions[0] : { subscriptions };
+  if (subscriptions.length) send({ action: "subscribe", ...patterns, since: place });
+  else place = lastId;
+}
+
+// -- The forms --
+
+const tabs = [...document.querySelectorAll("[role=tab]")];
+const showTab = shown => {
+  for (const tab of tabs) {
+    setAria(tab, "selected", tab === shown);
+    tab.tabIndex = tab === shown ? 0 : -1;
+    $(tab.getAttribute("aria-controls")).hidden = tab !== shown;
+  }
+};
+for (const [index, tab] of tabs.entries()) {
+  tab.onclick = () => showTab(tab);
+  tab.onkeydown = ({ key }) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[key];
+    if (step) tabs.at((index + step) % tabs.length).focus();
+  };
+}
+onSubmit("ask", (pattern, { submitter }) => send({ action: submitter.value, ...pattern }));
+onSubmit("write", ({ text }) => send(text));
+$("toggle").onclick = ({ target }) => (target.textContent === "Open" ? open() : close());
+// It is answered more slowly than it is sent: the server reads no faster than it wants to.
+$("fast").onclick = () => {
+  for (let ref = link.isReady ? 1 : 300; ref <= 300; ref++) send({ action: "heartbeat", ref });
+};
+showTab(tabs[0]);
+showState();
+if (!document.body.classList.contains("demo")) {
+  onSubmit("sign-in", ({ token }) => send({ action: "authenticate", token }));
+  $("forge").onclick = () => send({ action: "authenticate", token: "not.a.token" });
+  open();
+}
+"""
+
+DEMO_JS = r"""// The demo's page: a lesson, and a small CMS that only events change.
+import * as inspector from "./ws/inspector.js";
+
+const { $, make, setAria, onSubmit, link, send, listeners } = inspector;
+let storage = {};
+try {
+  storage = window.sessionStorage;
+} catch {
+  // It is blocked: a reload asks for the name again.
+}
+// The server knows this page by this key, and no other page knows it.
+const key = (storage.page ??= Math.random().toString(36).slice(2));
 let cms, user, token;
-// The entry in the editor: {key, version, theirs, presence, typed, focused}
-let opened = null;
 
-const showNews = text => {
+async function api(method, path, body, bearer = token) {
+  const headers = { "Content-Type": "application/json" };
+  if (bearer) headers.Authorization = `Bearer ${bearer}`;
+  const response = await fetch(`api/${path}`, { method, headers, body: JSON.stringify(body) });
+  const answer = await response.json();
+  if (!response.ok) throw Object.assign(new Error(answer.message), answer);
+  return answer;
+}
+const say = text => {
   $("news").textContent = text;
 };
 const attempt =
   action =>
   async (...values) => {
+    say("");
     try {
-      await action(...values);
+      return await action(...values);
     } catch (error) {
-      showNews(error.message);
+      say(error.message);
     }
   };
+const tokenOf = async name => (await api("GET", `token?user=${encodeURIComponent(name)}`)).token;
+const asNeighbour = () => tokenOf("A neighbour");
+const poll = async () => {
+  // The server may be away.
+  const { people, lastId } = await api("GET", "poll").catch(() => ({ people: "…" }));
+  $("people").textContent = `${people} here`;
+  return lastId;
+};
 
-async function api(method, path, body) {
-  const headers = { "Content-Type": "application/json" };
-  if (token) headers.Authorization = `Bearer ${token}`;
-  const response = await fetch(`/api/${path}`, { method, headers, body: JSON.stringify(body) });
-  const answer = await response.json();
-  if (!response.ok) throw Object.assign(new Error(answer.message), answer);
-  return answer;
+// -- The name, and the CMS's own connection --
+
+async function signIn() {
+  ({ token, name: user } = await api("POST", "name", { key, name: user }, null));
+  storage.name = $("sign-in").elements.name.value = user;
+  $("rename").textContent = `You: ${user} ✎`;
+  return token;
 }
-const getToken = async name => (await api("GET", `token?user=${encodeURIComponent(name)}`)).token;
 
-function signIn(name) {
-  leave();
+function start(name) {
+  user = name;
   cms?.close();
-  user = sessionStorage.user = $("sign-in").elements.user.value = name;
-  cms = new SwiftCMS({
-    url: `{{ ws_url }}?line=${connectionName}`,
-    token: async () => (token = await getToken(user)),
-  });
-  let isFirst = true,
-    hasGap = false,
-    replayed = 0;
-  cms.subscribe("content.*", "*", take);
-  cms.subscribe("notification", "users", ({ payload }) => notify(payload));
+  cms = new SwiftCMS({ url: `ws?cms=${key}`, token: signIn });
+  cms.subscribe("*", "*", take);
+  let isStale = true;
   cms.ongap = () => {
-    hasGap = true;
-  };
-  cms.onframe = (direction, text) => {
-    if ($("both").checked) log(direction, text, "client.js");
-    const { type, payload } = JSON.parse(text);
-    if (type === "system.subscribed") replayed = payload.replayed;
+    isStale = true;
   };
   cms.onstatus = state => {
-    showState("line", state);
-    if (state === "offline")
-      showNews("The connection is lost. Changes made now will arrive when it is back.");
+    say(state === "offline" ? "The server is away. This page will try again." : "");
     if (state !== "online") return;
-    if (isFirst || hasGap) load();
-    const count = `${replayed} event${replayed === 1 ? "" : "s"} replayed`;
-    if (isFirst) showNews("");
-    else if (hasGap) showNews("Connected again: some events are lost, so everything was reloaded.");
-    else showNews(`Connected again: ${count}.`);
-    isFirst = hasGap = false;
+    if (isStale) load();
+    isStale = false;
+  };
+  cms.onframe = (direction, text) => {
+    if (document.body.classList.contains("both")) inspector.show(direction === "out", text, "cms ");
+    if (text.includes('"system.heartbeat"')) poll();
   };
 }
-
-// -- Lists --
-
-const load = attempt(async () => {
-  for (const { element } of rows.values()) element.remove();
-  rows.clear();
-  deleted.clear();
-  for (const contentType of ["posts", "pages"])
-    for (const entry of await api("GET", contentType)) put(contentType, entry);
+onSubmit("name", ({ name }) => {
+  start(name.trim());
+  $("welcome").close();
 });
+$("welcome").onclose = () => user || $("welcome").showModal();
+$("rename").onclick = () => $("welcome").showModal();
+$("both").onclick = ({ target }) => {
+  setAria(target, "pressed", document.body.classList.toggle("both"));
+};
 
-function take({ type, contentType, payload: entry }) {
-  const key = `${contentType}/${entry.id}`;
-  if (type === "content.deleted") {
-    rows.get(key)?.element.remove();
-    rows.delete(key);
-    deleted.add(key);
-  } else {
-    put(contentType, entry);
-    rows.get(key)?.element.animate([{ background: "var(--notice)" }, {}], 3_000);
+// -- Events that the inspector's connection did not get --
+
+// Ids that it got, and {event, state, at} for events of which this is not known yet.
+const received = new Set();
+const undecided = [];
+
+function decide(newest) {
+  const isLate = ({ event, at }) =>
+    received.has(event.id)
+    || (newest && inspector.isLater(newest, event.id))
+    || performance.now() - at > 990;
+  while (undecided.length && isLate(undecided[0])) {
+    const { event, state } = undecided.shift();
+    if (received.has(event.id)) continue;
+    const text = JSON.stringify(event);
+    const { message, words } = inspector.describe(false, text);
+    const reason = inspector.whyNot(event, state);
+    const kind = state.isOpen ? "ghost" : "ghost away";
+    const note = `Not sent to you: ${reason}. This page got it by the CMS’s own connection.`;
+    const runKey = `${event.type} ${event.contentType} ${reason}`;
+    const head = `${words.replace(/ by [^”]*$/, "")}:`;
+    inspector.addRow({ kind, head, words: reason, text, message, key: runKey, note });
+    watch("ghost", event);
   }
 }
 
-function put(contentType, entry) {
-  const key = `${contentType}/${entry.id}`;
-  if (deleted.has(key) || rows.get(key)?.entry.version > entry.version) return;
-  if (!rows.has(key)) addRow(contentType, key);
-  const row = rows.get(key);
+function consider(event, to) {
+  if (!link.isWanted) return;
+  const state = { isOpen: link.isReady, patterns: [...link.wanted.values()], to };
+  undecided.push({ event, state, at: performance.now() });
+  setTimeout(decide, 1_000);
+}
+
+function take(event) {
+  const { id, type, contentType, payload } = event;
+  news.told++;
+  watch("told", event);
+  if (id) consider(event);
+  if (type === "class.reset") {
+    delete storage.name;
+    location.replace(location.pathname);
+  } else if (type === "notification") say(`${payload.from}: ${payload.text}`);
+  else if (type.startsWith("content."))
+    put(`${contentType}/${payload.id}`, type === "content.deleted" ? null : payload);
+}
+
+listeners.add((name, message) => {
+  watch(name, message);
+  if (name !== "in" || !message.id) return;
+  received.add(message.id);
+  if (received.size > 1_000) received.delete(received.values().next().value);
+  decide(message.id);
+});
+
+// -- The list. No row moves while the pointer or the focus is inside --
+
+const list = $("entries");
+const SHOWN = 5;
+// "posts/7" -> {entry, element}. Without an element, it waits; without an entry, it was deleted.
+const rows = new Map();
+
+const load = attempt(async () => {
+  list.replaceChildren();
+  rows.clear();
+  for (const type of ["posts", "pages"])
+    for (const entry of await api("GET", type)) put(`${type}/${entry.id}`, entry);
+  poll();
+});
+
+function put(name, entry) {
+  const row = rows.get(name) ?? {};
+  // An answer may be older than an event that has come meanwhile.
+  if (row.entry === null || row.entry?.version > entry?.version) return;
   row.entry = entry;
-  row.title.textContent = `${entry.title} `;
-  row.state.textContent = entry.state;
-  row.state.className = `state ${entry.state}`;
-  row.about.textContent = `version ${entry.version}, by ${entry.updated_by}`;
+  rows.set(name, row);
+  if (row.element && entry) show(name, row);
+  else arrange();
 }
 
-function addRow(contentType, key) {
-  const button = (label, action) => make("button", { onclick: attempt(action) }, label);
-  const row = { title: make("b"), state: make("span"), about: make("small") };
-  row.element = make(
-    "li",
-    {},
-    make("div", {}, row.title, row.state, row.about),
-    make(
-      "div",
-      {},
-      button("Edit", () => openEditor(key, row.entry)),
-      " ",
-      button("Publish", () => api("POST", `${key}/publish`, {})),
-      " ",
-      button("Delete", () => api("DELETE", key)),
-    ),
-  );
-  rows.set(key, row);
-  $(contentType).prepend(row.element);
+function arrange() {
+  const isFixed = list.matches(":hover, :focus-within");
+  let [count, waiting] = [0, 0];
+  for (const [name, row] of rows) {
+    if (row.entry) count++;
+    if (row.entry && !row.element && isFixed) waiting++;
+    else if (row.entry) show(name, row);
+    else if (isFixed) row.element?.classList.add("gone");
+    else {
+      row.element?.remove();
+      row.element = null;
+      // Late answers about the oldest are not expected any more.
+      if (rows.size > 300) rows.delete(name);
+    }
+  }
+  $("fresh").hidden = !waiting;
+  $("fresh").textContent = `${waiting} new`;
+  $("more").hidden = count <= SHOWN;
+  $("more").textContent = list.classList.contains("all") ? "fewer" : `${count - SHOWN} more`;
 }
 
-// -- Editor --
+function show(name, row) {
+  const { id, title, state, updated_by: author } = row.entry;
+  if (!row.element) {
+    row.element = make("li", { value: id }, make("b"), make("small"), make("button", {}, "Edit"));
+    row.element.lastChild.onclick = () => edit(name);
+    list.insertBefore(row.element, [...list.children].find(each => each.value < id) ?? null);
+  }
+  row.element.children[0].textContent = title;
+  const kind = name.startsWith("pages") ? "page · " : "";
+  row.element.children[1].textContent = `${kind}${state} · ${author}`;
+}
 
-function openEditor(key, entry) {
+list.onpointerleave = arrange;
+list.addEventListener("focusout", () => setTimeout(arrange));
+$("fresh").onclick = arrange;
+$("more").onclick = () => {
+  list.classList.toggle("all");
+  arrange();
+};
+const create = attempt((type, title, bearer) => api("POST", type, { title }, bearer));
+onSubmit("create", ({ title }, { submitter, target }) => {
+  create(submitter.value, title);
+  target.reset();
+});
+
+// -- The editor --
+
+const editor = $("editor");
+// {name, version, theirs, presence, typed}
+let opened = null;
+const written = () => Object.fromEntries(new FormData(editor));
+
+function edit(name) {
   leave();
-  const presence = cms.edit(...key.split("/"));
-  opened = { key, presence, typed: new Map(), focused: document.activeElement };
+  const presence = cms.edit(...name.split("/"));
+  opened = { name, presence, typed: new Map() };
   presence.oneditors = showOthers;
   presence.onchange = (change, { clientId }) => {
-    // A change that was sent from the inspector may be any JSON.
-    const isText = typeof change?.title === "string";
-    const text = isText ? `${change.title}\n${change.body}` : JSON.stringify(change);
-    opened.typed.set(clientId, text);
+    opened.typed.set(clientId, change?.title ?? JSON.stringify(change));
     showOthers();
   };
   showOthers();
-  fill(entry);
-  $("editor").hidden = false;
-  $("editor").elements.title.focus();
+  fill(rows.get(name).entry);
+  $("cms").classList.add("editing");
+  editor.elements.title.focus();
 }
 
-function leave() {
-  if (!opened) return;
-  opened.presence.stop();
-  $("editor").hidden = true;
-  opened.focused.focus();
-  opened = null;
-}
-
-function fill(entry) {
-  opened.version = entry.version;
-  $("editor").elements.title.value = entry.title;
-  $("editor").elements.body.value = entry.body;
+function fill({ version, title, body }) {
+  opened.version = version;
+  editor.elements.title.value = title;
+  editor.elements.body.value = body;
   $("conflict").hidden = true;
 }
 
-const written = () => Object.fromEntries(new FormData($("editor")));
+function leave() {
+  opened?.presence.stop();
+  opened = null;
+  $("cms").classList.remove("editing");
+}
+
+function showOthers() {
+  const texts = opened.presence.editors
+    .filter(({ clientId }) => clientId !== cms.clientId)
+    .map(({ clientId, userId }) => {
+      const typed = opened.typed.get(clientId);
+      return typed ? `${userId}, who is typing “${typed}”` : userId;
+    });
+  $("others").textContent = texts.length ? `Also here: ${texts.join("; ")}` : "Only you are here.";
+}
 
 const save = attempt(async () => {
   const saved = opened;
   try {
-    await api("PUT", saved.key, { ...written(), version: saved.version });
-    // The user may have opened another entry meanwhile.
+    await api("PUT", saved.name, { ...written(), version: saved.version });
     if (opened === saved) leave();
   } catch (error) {
     if (!error.entry || opened !== saved) throw error;
     saved.theirs = error.entry;
-    $("refusal").textContent = `Not saved: ${error.message}. That version is:`;
-    $("theirs").textContent = `${error.entry.title}\n${error.entry.body}`;
+    $("refusal").textContent = `Not saved: ${error.message}: “${error.entry.title}”.`;
     $("conflict").hidden = false;
+    watch("refused");
   }
 });
-
-const nameOf = ({ userId, clientId }) => {
-  const hue = parseInt(clientId.slice(-4), 16) % 360;
-  const style = `background: hsl(${hue} 70% 28%)`;
-  return make("span", { className: "name", style }, userId ?? "somebody");
-};
-
-function showOthers() {
-  const others = opened.presence.editors.filter(({ clientId }) => clientId !== cms.clientId);
-  $("editors").className = others.length ? "notice row" : "row";
-  $("editors").replaceChildren(
-    ...(others.length
-      ? ["Also editing this:", ...others.map(nameOf), "The second to save will be asked."]
-      : ["Nobody else is editing this."]),
-  );
-  const typing = others.filter(({ clientId }) => opened.typed.has(clientId));
-  $("typing").replaceChildren(
-    ...typing.map(other =>
-      make("li", {}, nameOf(other), ` is typing:\n${opened.typed.get(other.clientId)}`),
-    ),
-  );
-}
-
 onSubmit("editor", save);
-on("editor", "input", () => opened.presence.send(written()));
-on("leave", "click", leave);
-on("take", "click", () => {
-  fill(opened.theirs);
-  opened.presence.send(written());
-});
-on("keep", "click", () => {
+editor.oninput = () => opened.presence.send(written());
+$("leave").onclick = leave;
+$("theirs").onclick = () => fill(opened.theirs);
+$("mine").onclick = () => {
   opened.version = opened.theirs.version;
   save();
-});
+};
+$("publish").onclick = attempt(() => api("POST", `${opened.name}/publish`, {}).then(leave));
+$("delete").onclick = attempt(() => api("DELETE", opened.name).then(leave));
 
-// -- Other forms --
+// -- What the lesson's button and the dock do --
 
-function notify({ from, text }) {
-  $("notices").prepend(make("li", { className: "notice" }, make("b", {}, from), `: ${text}`));
-  while ($("notices").children.length > 3) $("notices").lastChild.remove();
+// Tests of things that happen: (name, message) => whether it is what is awaited.
+const is = wanted => name => name === wanted;
+const got =
+  (type, test = () => true) =>
+  (name, message) =>
+    name === "in" && message.type === type && test(message.payload, message);
+
+const happens = test =>
+  new Promise(resolve => {
+    listeners.add(function listener(...values) {
+      if (!test(...values)) return;
+      listeners.delete(listener);
+      resolve();
+    });
+  });
+
+async function connect() {
+  if (link.isReady) return;
+  inspector.open();
+  await happens(got("system.connected"));
+}
+const sendAfterwards = async message => connect().then(() => send(message));
+
+async function subscribe() {
+  await sendAfterwards({ action: "subscribe", type: "content.*", contentType: "posts" });
+  await happens(got("system.subscribed"));
+}
+const authenticate = async () =>
+  sendAfterwards({
+    action: "authenticate",
+    token: await tokenOf($("sign-in").elements.name.value),
+  });
+const forge = async () => {
+  const letter = token.at(-9) === "A" ? "B" : "A";
+  const changed = token.slice(0, -9) + letter + token.slice(-8);
+  await sendAfterwards({ action: "authenticate", token: changed });
+};
+const cut = async () => {
+  // A second time, it is lost already, and stays away longer.
+  if (link.isReady || !link.isWanted) await api("POST", "cut", { key });
+  inspector.stayAway(5_000);
+};
+const flood = async () => {
+  await connect();
+  await api("POST", "flood", { key });
+};
+
+// For "Ask, or be told?": what the questions since the first one have brought.
+const NO_NEWS = { asked: 0, vain: 0, told: 0, id: null, toldId: null };
+const news = { ...NO_NEWS };
+const addNews = (kind, head, words, note) =>
+  inspector.addRow({ kind, head, words, text: `${head}: ${words}`, note, key: head + words });
+async function askOnce() {
+  const note = "An ordinary HTTP request and its answer, without a WebSocket.";
+  addNews("out dashed", "GET api/poll", "anything new?", note);
+  const id = (await poll()) ?? news.id;
+  // Of the first answer it is not known what is new in it, unless the page was told meanwhile.
+  const isFirst = news.id === null && (!news.toldId || inspector.isLater(news.toldId, id));
+  const isVain = id === news.id || isFirst;
+  addNews("in dashed", "200", isVain ? "no" : "yes", note);
+  Object.assign(news, { id, asked: news.asked + 1, vain: news.vain + isVain });
+  hint(`Asked ${news.asked} times, ${news.vain} in vain; told ${news.told} times.`);
+  watch("asked", id);
+}
+function ask() {
+  news.timer = clearInterval(news.timer);
+  Object.assign(news, NO_NEWS, { timer: setInterval(askOnce, 1_000) });
+  askOnce();
+}
+const isTold = (name, event) => {
+  if (name !== "told" || !event.id || !news.timer) return false;
+  Object.assign(news, { toldId: event.id, toldAt: performance.now() });
+  addNews("in", "told", inspector.describe(false, JSON.stringify(event)).words);
+  return true;
+};
+const isHeard = (name, id) => name === "asked" && !inspector.isLater(news.toldId, id);
+const newsText = () => {
+  const late = Math.round(performance.now() - news.toldAt);
+  return `Told ${late} ms earlier; ${news.vain} of ${news.asked} questions in vain. `;
+};
+
+// -- The lesson: for each step its actions, and what proves, in this order, that it was done --
+
+const STEPS = [
+  {
+    acts: { "Start asking": ask, "Create a post": () => create("posts", `Hello from ${user}`) },
+    proof: [isTold, isHeard],
+    result: newsText,
+  },
+  {
+    acts: { "Open the connection": () => [inspector.close(), inspector.open()] },
+    proof: [is("open"), got("system.connected")],
+    shown: 0,
+  },
+  {
+    acts: {
+      Subscribe: subscribe,
+      "Create a post and a page": async () => {
+        await create("posts", "A post");
+        await create("pages", "A page");
+      },
+    },
+    proof: [
+      got("content.created", (payload, { contentType }) => contentType === "posts"),
+      (name, event) => name === "ghost" && event.contentType === "pages",
+    ],
+  },
+  {
+    acts: { "Wait, and watch": connect },
+    proof: [
+      got("system.heartbeat", (payload, { ref }) => ref === undefined),
+      (name, message) => name === "out" && message?.action === "pong",
+    ],
+  },
+  {
+    acts: {
+      "Send “subscrbe”": () => sendAfterwards({ action: "subscrbe" }),
+      "Send what is not JSON": () => sendAfterwards("this is not JSON"),
+    },
+    proof: ["unknown_action", "invalid_json"].map(wanted =>
+      got("system.error", ({ code }) => code === wanted),
+    ),
+  },
+  {
+    acts: { "Show a token": authenticate, "Show a changed token": forge },
+    proof: [
+      got("system.authenticated"),
+      got("system.error", ({ code }) => code === "invalid_token"),
+    ],
+  },
+  {
+    acts: {
+      "Lose it for 5 s": async () => {
+        if (!link.wanted.has("content.* posts")) await subscribe();
+        await cut();
+      },
+      "Create two posts": async () => {
+        for (const title of ["While you were away", "And another"])
+          await create("posts", title, await asNeighbour());
+      },
+    },
+    proof: [
+      is("lost"),
+      (name, message) => name === "out" && message?.since,
+      got("system.subscribed", ({ replayed }) => replayed),
+    ],
+    shown: 1,
+  },
+  {
+    acts: {
+      "Open a post": () => edit([...rows.keys()].findLast(name => rows.get(name).entry)),
+      "Let a neighbour save first": async () => {
+        const { entry } = rows.get(opened.name);
+        const changed = { ...entry, title: `${entry.title}!` };
+        await api("PUT", opened.name, changed, await asNeighbour());
+      },
+      "Save yours": save,
+    },
+    proof: [is("refused")],
+  },
+  {
+    acts: { "Start a slow reader": flood },
+    proof: [got("demo.flood"), got("demo.flood", ({ closed }) => closed === 1013)],
+  },
+];
+const articles = [...document.querySelectorAll("#lesson article")];
+const chips = STEPS.map((step, index) =>
+  make("button", { title: `Step ${index}`, onclick: () => go(index) }),
+);
+$("steps").append(...chips);
+const done = new Set();
+// The step, the index of the expected answer, and how many acts and proofs there were.
+let current, expected, acted, proved;
+const go = number => {
+  location.hash = `lesson-${number}`;
+};
+const hint = text => done.has(current) || $("verdict").replaceChildren(text);
+
+function showStep() {
+  const number = Number(location.hash.match(/^#lesson-([0-8])$/)?.[1] ?? 0);
+  if (number === current) return;
+  news.timer = clearInterval(news.timer);
+  [current, expected, acted, proved] = [number, null, 0, 0];
+  done.delete(current);
+  const { options } = articles[current].querySelector("[data-options]").dataset;
+  const buttons = options
+    .split("|")
+    .map((text, index) => make("button", { onclick: () => expect(index) }, text));
+  $("expect").replaceChildren(...buttons);
+  hint("First: what do you expect?");
+  showLesson();
 }
 
-onSubmit("sign-in", ({ user: name }) => signIn(name));
-onSubmit(
-  "create",
-  attempt(async ({ contentType, title }, { target }) => {
-    await api("POST", contentType, { title });
-    target.elements.title.value = "";
-  }),
-);
+function expect(index) {
+  expected = index;
+  hint("Now press the button, and watch.");
+  showLesson();
+}
+
+function showLesson() {
+  const isDone = done.has(current);
+  $("lesson").classList.toggle("done", isDone);
+  for (const [index, article] of articles.entries()) article.hidden = index !== current;
+  for (const [index, button] of [...$("expect").children].entries())
+    setAria(button, "pressed", index === expected);
+  for (const [index, chip] of chips.entries()) {
+    chip.textContent = done.has(index) ? "✓" : index;
+    chip.className = done.has(index) ? "done" : "";
+    setAria(chip, "current", index === current ? "step" : false);
+  }
+  $("act").textContent = Object.keys(STEPS[current].acts)
+    .slice(0, acted + 1)
+    .at(-1);
+  $("act").disabled = expected === null;
+  $("act").classList.toggle("filled", !isDone);
+  $("next").classList.toggle("filled", isDone);
+  $("next").textContent = current + 1 < STEPS.length ? "Next →" : "Finish";
+}
+
+// Something has happened: does it prove that the current step was done?
+function watch(...values) {
+  if (expected === null || done.has(current)) return;
+  const { proof, result, shown = proof.length - 1 } = STEPS[current];
+  if (proof[proved](...values)) {
+    if (proved === shown) inspector.selectLatest();
+    proved++;
+  } else if (values[0] === "lost") proved = Number(Boolean(proof[0](...values)));
+  if (proved < proof.length) return;
+  news.timer = clearInterval(news.timer);
+  const [right, answers] = [Number(articles[current].dataset.right), $("expect").children];
+  const judged = expected === right ? "Right" : `Not “${answers[expected].textContent}”`;
+  const meaning = (result?.() ?? "") + articles[current].lastElementChild.textContent;
+  const verdict = `✓ ${judged}: ${answers[right].textContent}. `;
+  $("verdict").replaceChildren(make("b", {}, verdict), meaning);
+  done.add(current);
+  showLesson();
+}
+
+$("act").onclick = attempt(async () => {
+  const [step, acts] = [current, Object.values(STEPS[current].acts)];
+  await acts[Math.min(acted, acts.length - 1)]();
+  if (step === current) acted++;
+  showLesson();
+});
+$("next").onclick = () => (current + 1 < STEPS.length ? go(current + 1) : $("dismiss").click());
+$("dismiss").onclick = $("reopen").onclick = () => {
+  $("reopen").hidden = !document.body.classList.toggle("no-lesson");
+};
+addEventListener("hashchange", showStep);
+onSubmit("sign-in", attempt(authenticate));
 onSubmit(
   "tell",
-  attempt(async ({ to, text }, { target }) => {
-    await api("POST", "notices", { to, text });
-    target.elements.text.value = "";
-    showNews(`Sent to ${to}, in every window where ${to} is signed in.`);
+  attempt(async ({ to, text }) => {
+    const { id } = await api("POST", "notices", { to, text });
+    const event = { id, type: "notification", contentType: "users", payload: { from: user, text } };
+    // The others do not hear of it: `to` is known only to this page.
+    if (to !== user) consider(event, to);
   }),
 );
-on(
-  "cut",
+for (const [id, action] of Object.entries({ forge, cut, flood })) $(id).onclick = attempt(action);
+$("reset")?.addEventListener(
   "click",
-  attempt(async () => {
-    const { seconds } = await api("POST", "cut", { line: connectionName });
-    showNews(
-      `The connection is cut for ${seconds} seconds. Changes made now will arrive after it.`,
-    );
-  }),
+  attempt(() => confirm("Put everything back, on all pages?") && api("POST", "reset", {})),
 );
-on(
-  "get-token",
-  "click",
-  attempt(async () => {
-    $("sign").elements.token.value = await getToken($("whose").value);
-  }),
-);
-const NAMES = ["ana", "ben", "cleo", "dario", "eva"];
-signIn(sessionStorage.user ?? NAMES[Math.floor(Math.random() * NAMES.length)]);
-</script>
-{% endif %}
-</body>
-</html>
+link.query = `?page=${key}`;
+showStep();
+if (storage.name) start(storage.name);
+else $("welcome").showModal();
 """
 
 

@@ -23,9 +23,12 @@ matching    one subscriber, while others subscribe to something else
 redis       200 clients of another process than the one that publishes, beside one process alone
 file        the same with an SQLite file; four processes that publish at once; an idle process
 deploy      3,000 clients connect to gunicorn, with few threads, while pages are fetched
+live        one event for 200 live pages on four sync workers, while other pages are fetched
 many        15,000 clients of one process: one event, in turns with the raw loop
 idle_cpu    processor time for a connection that only answers pings
 return      1,000 clients reconnect with ten patterns each, while `authorize` looks something up
+http        the same over plain HTTP: a burst, memory of streams, and processor time of a poll
+refresh     a live page of 1,000 rows in Chromium, of which one changes (if there is Chromium)
 ceiling     how much the load client can count: it must be more than any server sends
 
 The load client checks that every client gets every event, complete and in order. If not, or if a
@@ -37,6 +40,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import hashlib
@@ -44,6 +48,7 @@ import http.client
 import json
 import os
 import platform
+import random
 import re
 import resource
 import select
@@ -111,6 +116,11 @@ class Server:
         return self.checkout is not None and int(version_in(self.checkout).partition(".")[0]) < 2
 
     @property
+    def has_events(self) -> bool:
+        """Return whether it serves the events over plain HTTP too."""
+        return self.checkout is not None and '"/ws/events"' in source_in(self.checkout)
+
+    @property
     def sends_pings(self) -> bool:
         """Return whether `--heartbeat` is implemented for it in bench_servers.py."""
         return self.checkout is not None or self.name in ("websockets", "flask-sock")
@@ -121,9 +131,12 @@ class Server:
         return self.name not in ("raw_python", "websockets")
 
 
+def source_in(checkout: Path) -> str:
+    return (checkout / "swiftcms_ws.py").read_text(encoding="utf-8")
+
+
 def version_in(checkout: Path) -> str:
-    source = (checkout / "swiftcms_ws.py").read_text(encoding="utf-8")
-    found = re.search(r'^__version__ = "([^"]+)"', source, re.M)
+    found = re.search(r'^__version__ = "([^"]+)"', source_in(checkout), re.M)
     return found[1] if found else "0"
 
 
@@ -444,6 +457,93 @@ class PageFetcher(threading.Thread):
         }
 
 
+class Visitors(threading.Thread):
+    """Thread: live pages, each of which does what client.js does for `data-live`.
+
+    A page is opened, subscribes, and learns the server's `spread` from a heartbeat. After an event
+    it waits for a random time, up to half a second or the spread, and fetches itself again.
+    """
+
+    def __init__(self, port: int, count: int, core: int | None) -> None:
+        super().__init__(daemon=True)
+        self.port, self.count, self.core = port, count, core
+        self.are_ready = threading.Event()
+        # Of each page that is subscribed, from its first heartbeat.
+        self.spreads: list[float] = []
+        # When the pages showed the event, of time.monotonic().
+        self.refreshed: list[float] = []
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        if self.core is not None:
+            os.sched_setaffinity(0, {self.core})
+        try:
+            asyncio.run(asyncio.wait_for(self.visit(), PATIENCE_S))
+        except Exception as error:
+            self.error = error
+        self.are_ready.set()
+
+    async def visit(self) -> None:
+        gate = asyncio.Semaphore(20)
+        await asyncio.gather(*(self.page(gate) for _ in range(self.count)))
+
+    async def page(self, gate: asyncio.Semaphore) -> None:
+        async with gate:
+            await self.fetch()
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            key = base64.b64encode(os.urandom(16)).decode()
+            head = f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nUpgrade: websocket\r\n"
+            head += f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\n"
+            writer.write(f"{head}Sec-WebSocket-Version: 13\r\n\r\n".encode())
+            await reader.readuntil(b"\r\n\r\n")
+            self.send(writer, {"action": "subscribe", "type": "content.*", "contentType": "posts"})
+            await self.message(reader, writer, "system.subscribed")
+        for _ in range(2):
+            # All pages have subscribed before the second one.
+            heartbeat = await self.message(reader, writer, "system.heartbeat")
+        spread = heartbeat["payload"]["spread"]
+        self.spreads.append(spread)
+        if len(self.spreads) == self.count:
+            self.are_ready.set()
+        await self.message(reader, writer, "content.created")
+        await asyncio.sleep(random.uniform(0, max(0.5, spread)))
+        await self.fetch("X-SwiftCMS-Live: 1\r\n")
+        self.refreshed.append(time.monotonic())
+        writer.close()
+
+    @staticmethod
+    def send(writer: asyncio.StreamWriter, message: dict) -> None:
+        data = json.dumps(message).encode()
+        # The mask is zero.
+        writer.write(bytes([0x81, 0x80 | len(data), 0, 0, 0, 0]) + data)
+
+    async def message(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, wanted: str
+    ) -> dict:
+        """Return the next message of this type. Answer heartbeats meanwhile."""
+        while True:
+            opcode, length = await reader.readexactly(2)
+            if length == 126:
+                length = int.from_bytes(await reader.readexactly(2), "big")
+            data = await reader.readexactly(length)
+            if opcode != 0x81:
+                continue
+            message = json.loads(data)
+            if message["type"] == "system.heartbeat":
+                self.send(writer, {"action": "pong"})
+            if message["type"] == wanted:
+                return message
+
+    async def fetch(self, header: str = "") -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        head = f"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\n{header}Connection: close\r\n\r\n"
+        writer.write(head.encode())
+        answer = await reader.read(-1)
+        writer.close()
+        if not answer.startswith(b"HTTP/1.1 200 "):
+            raise Failure(f"a live page was answered with {answer[:60]!r}")
+
+
 class Session:
     """One server with its clients."""
 
@@ -558,10 +658,15 @@ class Deployment(Session):
     """swiftcms_ws under gunicorn, in a small site."""
 
     def __init__(
-        self, bench: Bench, server: Server, options: list[str], lookup_s: float = 0.0
+        self,
+        bench: Bench,
+        server: Server,
+        options: list[str],
+        lookup_s: float = 0.0,
+        heartbeat: float | None = None,
     ) -> None:
         self.bench, self.kind, self.name = bench, server, server.name
-        app = f"bench_servers:deployed({str(server.checkout)!r}, {lookup_s})"
+        app = f"bench_servers:deployed({str(server.checkout)!r}, {lookup_s}, {heartbeat})"
         self.server = self.publisher = Gunicorn(options, app, bench.server_core)
         self.processes = [self.server]
 
@@ -573,6 +678,44 @@ class Deployment(Session):
             raise
         self.port = self.server.port
         return self
+
+
+class Poller:
+    """Clients that poll a deployment, each every two seconds, one after the other in one thread."""
+
+    INTERVAL_S = 2.0
+
+    def __init__(self, session: Deployment, count: int) -> None:
+        self.session = session
+        self.last_ids: list[str] = [""] * count
+
+    def poll_for(self, seconds: float, path: str) -> tuple[float, int]:
+        """Return the worker's processor time for one request, in ms, and their number."""
+        server, count = self.session.server, len(self.last_ids)
+        before = server.request("process")["cpu_ns"]
+        started = time.monotonic()
+        number = 0
+        while (due := number * self.INTERVAL_S / count) < seconds:
+            time.sleep(max(0.0, started + due - time.monotonic()))
+            if path != "/" and number % (count // 2) == 0:
+                server.request("burst 1")
+            self.fetch(number % count, path)
+            number += 1
+        return (server.request("process")["cpu_ns"] - before) / 1e6 / number, number
+
+    def fetch(self, client: int, path: str) -> None:
+        """Make one request on a connection of its own, and keep the last id of the response."""
+        address = ("127.0.0.1", self.session.port)
+        connection = http.client.HTTPConnection(*address, timeout=PATIENCE_S)
+        with contextlib.closing(connection):
+            last_id = self.last_ids[client]
+            connection.request("GET", path, headers={"Last-Event-ID": last_id} if last_id else {})
+            body = connection.getresponse().read().decode()
+        if path == "/":
+            return
+        if '"recovered": true' not in body:
+            raise Failure(f"{self.session.name}: a poll has missed events: {body}")
+        self.last_ids[client] = body.rpartition("\nid: ")[2].partition("\n")[0]
 
 
 # --- Measurements: each returns the figures of one round, by server -------------------------------
@@ -591,10 +734,15 @@ MEASUREMENTS = [
     "redis",
     "file",
     "deploy",
+    "live",
     "many",
     "idle_cpu",
     "return",
+    "http",
+    "refresh",
 ]
+# How clients join over plain HTTP.
+STREAM = ("/ws/events?sub=content.*", "--stream", "--answers", "1")
 BURST_COLUMNS = [(200, False), (200, True), (1000, False), (1000, True)]
 # The ten patterns of a client that reconnects. Events have the content type of the last one.
 CONTENT_TYPES = [*(f"section-{number}" for number in range(9)), "posts"]
@@ -709,6 +857,11 @@ class Bench:
                 for name, options in workers.items():
                     yield f"{name}, {how}", bind(self.deploy, server, options, parallel)
 
+    def live_variants(self, servers: list[Server]) -> Variants:
+        for server in servers:
+            if server.checkout and not server.holds_threads:
+                yield "", bind(self.live, server)
+
     def many_variants(self, servers: list[Server]) -> Variants:
         for server in servers:
             # The others need one or two threads for each client.
@@ -723,6 +876,19 @@ class Bench:
         for server in servers:
             if server.checkout:
                 yield "", bind(self.come_back, server)
+
+    def http_variants(self, servers: list[Server]) -> Variants:
+        for server in servers:
+            if server.has_events:
+                yield "burst", bind(self.http_burst, server)
+                yield "memory", bind(self.http_memory, server)
+                yield "poll", bind(self.http_poll, server)
+
+    def refresh_variants(self, servers: list[Server]) -> Variants:
+        for server in servers:
+            # Version 1.0.0 has no live pages.
+            if server.checkout and not server.holds_threads and shutil.which("chromium"):
+                yield "", bind(self.refresh, server)
 
     def burst(self, server: Server, clients: int, deflate: bool) -> Figures:
         with Session(self, server) as session:
@@ -932,6 +1098,34 @@ class Bench:
             }
         return {server.name: figures | alone | busy.report()}
 
+    def live(self, server: Server) -> Figures:
+        """Publish one event for live pages, and fetch other pages meanwhile; and again."""
+        figures: dict[str, float] = {"clients": 50 if self.quick else 200}
+        with tempfile.TemporaryDirectory() as directory:
+            options = ["--workers", "4", "--env", f"SWIFTCMS_WS_DATABASE={directory}/live.sqlite3"]
+            with Deployment(self, server, options, heartbeat=4.0) as session:
+                for name in ("first", "later"):
+                    figures |= self.one_event(session, int(figures["clients"]), name)
+        return {server.name: figures}
+
+    def one_event(self, session: Deployment, count: int, name: str) -> dict[str, float]:
+        visitors = Visitors(session.port, count, self.client_core)
+        visitors.start()
+        visitors.are_ready.wait(PATIENCE_S)
+        with PageFetcher(session.port, self.client_core) as pages:
+            began = time.monotonic()
+            session.server.request("burst 1")
+            visitors.join(PATIENCE_S)
+        if visitors.error or len(visitors.refreshed) != count:
+            shown = len(visitors.refreshed)
+            raise Failure(f"{shown} of {count} pages show the event: {visitors.error!r}")
+        return {
+            f"{name}_spread": statistics.median(visitors.spreads),
+            f"{name}_seconds": max(visitors.refreshed) - began,
+            f"{name}_p50_ms": pages.report()["page_p50_ms"],
+            f"{name}_p99_ms": pages.report()["page_p99_ms"],
+        }
+
     def many(self, server: Server) -> Figures:
         """Measure one event for as many clients as one process can have here."""
         wanted = 1500 if self.quick else 15_000
@@ -1014,6 +1208,50 @@ class Bench:
             # 1.0.0 has no `subscriptions`: it takes one message for each.
             return [{"action": "subscribe", "since": since, **each} for each in subscriptions]
         return [{"action": "subscribe", "since": since, "subscriptions": subscriptions}]
+
+    def http_burst(self, server: Server) -> Figures:
+        """Measure bursts to 200 streams and to 200 WebSockets of another process, in turns."""
+        rates: dict[str, list[float]] = {"websocket": [], "stream": []}
+        with Session(self, server) as one, Session(self, server) as other:
+            turns = [("websocket", one, one.join(200))]
+            turns.append(("stream", other, other.join(200, join=STREAM)))
+            for _, session, client in turns:
+                session.publish(client, 10)
+            for number in range(self.repeats):
+                for name, session, client in turns[:: 1 if number % 2 else -1]:
+                    rates[name].append(session.publish(client, self.burst_size)["per_second"])
+        figures = {name: statistics.median(each) for name, each in rates.items()}
+        return {server.name: figures | {"ratio": figures["stream"] / figures["websocket"]}}
+
+    def http_memory(self, server: Server) -> Figures:
+        found = {}
+        for name, join in (("websocket", server.join), ("stream", STREAM)):
+            joined = dataclasses.replace(server, join=join)
+            figures = self.memory(joined, 200 if self.quick else 1000)[server.name]
+            found |= {f"{name}_{key}": figures[key] for key in ("idle", "after_400")}
+        return {server.name: found}
+
+    def http_poll(self, server: Server) -> Figures:
+        """Measure a sync worker that 200 clients poll every two seconds; an event each second.
+
+        As many requests for a plain page show what the web server and Flask take of it.
+        """
+        seconds = 4 if self.quick else 20
+        with Deployment(self, server, []) as session:
+            poller, path = Poller(session, 200), f"{STREAM[0]}&mode=poll"
+            poller.poll_for(2, path)
+            poll_ms, polls = poller.poll_for(seconds, path)
+            page_ms, _ = poller.poll_for(seconds / 4, "/")
+        return {server.name: {"poll_ms": poll_ms, "polls": polls, "page_ms": page_ms}}
+
+    def refresh(self, server: Server) -> Figures:
+        """Change one row of a live page of 1,000 rows, and measure how long its scripts run."""
+        command = [sys.executable, str(HERE / "bench_page.py"), str(server.checkout)]
+        page = Process([*command, "10" if self.quick else "50"], None)
+        try:
+            return {server.name: page.receive(2 * PATIENCE_S)}
+        finally:
+            page.stop()
 
     def ceiling(self) -> Figures:
         with Session(self, RAW) as session:
@@ -1224,6 +1462,11 @@ GOALS: list[tuple[str, str, list[tuple[str, str, str]]]] = [
         for how in ("100 at a time", "all at once")
     ),
     (
+        "200 live pages, four sync workers, one event: p99 of other pages, ms; of a later event",
+        "< 500",
+        [("live", "first_p99_ms", WHOLE), ("live", "later_p99_ms", WHOLE)],
+    ),
+    (
         "15,000 clients, one event: until half have it, raw loop = 1",
         "≤ 1.2",
         [("many", "half_ratio", TWO)],
@@ -1251,6 +1494,30 @@ GOALS: list[tuple[str, str, list[tuple[str, str, str]]]] = [
         "≤ 4",
         [("return", "seconds", TWO)],
     ),
+    (
+        "burst over 200 streams of plain HTTP: share of the WebSocket's deliveries",
+        "≥ 0.5",
+        [("http: burst", "ratio", TWO)],
+    ),
+    (
+        "KiB per stream idle, after 400 events; the same of a WebSocket",
+        "no more",
+        [
+            ("http: memory", f"{name}_{key}", "{:.1f}")
+            for name in ("stream", "websocket")
+            for key in ("idle", "after_400")
+        ],
+    ),
+    (
+        "ms of processor time for a poll, 200 clients every 2 s; for a plain page",
+        "≤ 1",
+        [("http: poll", "poll_ms", TWO), ("http: poll", "page_ms", TWO)],
+    ),
+    (
+        "ms of scripts for a refresh of 1,000 rows, of which one changes (issue 26)",
+        "≤ 50",
+        [("refresh", "script_ms", WHOLE)],
+    ),
 ]
 
 
@@ -1261,7 +1528,7 @@ def goals(results: Results) -> Iterator[str]:
         if set(cells) != {NOTHING}:
             rows.append([figure, goal, "; ".join(cells)])
     if rows:
-        yield table(f"Goals of issue 22, and {OURS}", ["figure", "goal", "measured"], rows)
+        yield table(f"Goals of issues 22 and 28, and {OURS}", ["figure", "goal", "measured"], rows)
 
 
 MORE_IS_BETTER, LESS_IS_BETTER = 1, -1
@@ -1411,6 +1678,18 @@ def all_tables(results: Results) -> Iterator[str]:
     title = "deploy: clients connect to one gunicorn worker while pages are fetched"
     yield from by_variant(results, "deploy", title, fields)
     fields = {
+        f"{name} event: {label}": (f"{name}_{key}", form)
+        for name in ("first", "later")
+        for label, key, form in (
+            ("`spread`, s", "spread", "{:.1f}"),
+            ("s until all pages show it", "seconds", "{:.1f}"),
+            ("other pages: p50 ms", "p50_ms", "{:.0f}"),
+            ("p99 ms", "p99_ms", "{:.0f}"),
+        )
+    }
+    title = "live: 200 live pages, of 20 ms each, on four sync workers with an SQLite file"
+    yield from by_variant(results, "live", title, fields)
+    fields = {
         "µs a second": ("us_per_second", "{:.2f}"),
         "pings answered": ("pings",),
         "processor time for them, ms": ("cpu_ms",),
@@ -1423,6 +1702,9 @@ def all_tables(results: Results) -> Iterator[str]:
     }
     title = "return: seconds after which clients that reconnect have their answer"
     yield from by_variant(results, "return", title, fields)
+    fields = {"median": ("script_ms", "{:.1f}"), "most": ("most_ms", "{:.1f}")}
+    title = "refresh: ms in which client.js changes one of 1,000 rows of a live page"
+    yield from by_variant(results, "refresh", title, fields)
 
 
 def ceiling_line(results: Results) -> str:

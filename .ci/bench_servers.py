@@ -359,12 +359,12 @@ class SwiftCMS(Server):
 class DeployedSwiftCMS(SwiftCMS):
     """swiftcms_ws in an application that gunicorn serves, with a page and perhaps a slow hook."""
 
-    def __init__(self, checkout: str, lookup_s: float) -> None:
+    def __init__(self, checkout: str, lookup_s: float, heartbeat: float | None) -> None:
         Server.__init__(self, self.event)
         version = re.search(r'__version__ = "(\d+)', Path(checkout, "swiftcms_ws.py").read_text())
         # 1.0.0 accepts a thousand clients by default. Later versions derive the limit themselves.
         limit = 18_000 if version and int(version[1]) < 2 else None
-        self.configure(checkout, MAX_CONNECTIONS=limit)
+        self.configure(checkout, MAX_CONNECTIONS=limit, HEARTBEAT=heartbeat)
         self.add_views()
         if lookup_s:
             self.add_hook(lookup_s)
@@ -375,6 +375,12 @@ class DeployedSwiftCMS(SwiftCMS):
         @self.app.get("/")
         def page() -> str:
             return render_template_string(PAGE, title="Latest posts", posts=range(20))
+
+        @self.app.get("/live")
+        def live() -> str:
+            # A database.
+            time.sleep(0.018)
+            return page()
 
         @self.app.post("/command")
         def command() -> dict:
@@ -392,10 +398,10 @@ class DeployedSwiftCMS(SwiftCMS):
             return g.allowed
 
 
-def deployed(checkout: str, lookup_s: float) -> Callable:
+def deployed(checkout: str, lookup_s: float, heartbeat: float | None) -> Callable:
     """Return the application for gunicorn."""
     signal.alarm(LIFETIME_S)
-    return DeployedSwiftCMS(checkout, lookup_s).app
+    return DeployedSwiftCMS(checkout, lookup_s, heartbeat).app
 
 
 SERVERS = {

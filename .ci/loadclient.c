@@ -1,7 +1,9 @@
 /* The load client of bench.py: many WebSocket clients in one thread, with epoll.
  *
  *   loadclient PORT PATH COUNT [--send TEXT] [--repeat N] [--answers N] [--parallel N]
- *              [--deflate] [--engineio] [--stuck] [--spin]
+ *              [--deflate] [--engineio] [--stream] [--stuck] [--spin]
+ *
+ * With --stream they are clients of server-sent events over plain HTTP instead, and send nothing.
  *
  * It opens COUNT connections to 127.0.0.1, at most --parallel of them at the same time (default:
  * one after the other). On each it sends TEXT (there may be several) N times, and every '#' in it
@@ -64,7 +66,7 @@ typedef struct {
 } Client;
 
 static struct {
-    int port, parallel, deflate, engineio, stuck, spin, repeat, texts;
+    int port, parallel, deflate, engineio, stream, stuck, spin, repeat, texts;
     const char *path, *text[MAX_TEXTS];
     long answers;
 } options = {.parallel = 1, .repeat = 1};
@@ -193,10 +195,21 @@ static void on_message(Client *c, unsigned char *text, size_t n, int compressed,
     if (expected == 1) c->latency_ns = now - number_after("\"sent_ns\":", &sent_hint, text, n);
 }
 
+/* Handle the complete messages of an event stream. Return how many bytes they have. */
+static size_t feed_stream(Client *c, unsigned char *data, size_t n, int64_t now) {
+    unsigned char *at = data, *end = data + n, *stop;
+    while ((stop = memmem(at, end - at, "\n\n", 2))) {
+        unsigned char *text = memmem(at, stop - at, "data: ", 6);
+        if (text) on_message(c, text + 6, stop - text - 6, 0, now);
+        at = stop + 2;
+    }
+    return at - data;
+}
+
 /* Handle the complete frames in a buffer and keep the beginning of the next one. */
 static void feed(Client *c, unsigned char *data, size_t n, int64_t now) {
-    size_t at = 0;
-    while (n - at >= 2) {
+    size_t at = options.stream ? feed_stream(c, data, n, now) : 0;
+    while (!options.stream && n - at >= 2) {
         unsigned char *head = data + at;
         size_t length = head[1] & 0x7f, skip = 2;
         int opcode = head[0] & 0x0f;
@@ -282,6 +295,7 @@ static void send_handshake(Client *c) {
     getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &size);
     if (error) errno = error, die("connect");
     int n = snprintf(request, sizeof request,
+                     options.stream ? "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n%.0s\r\n" :
                      "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUpgrade: websocket\r\n"
                      "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
                      "Sec-WebSocket-Key: c3dpZnRjbXMtYmVuY2ghIQ==\r\n%s\r\n",
@@ -322,7 +336,7 @@ static void read_response(Client *c) {
     char *head = (char *)c->rest, *end = strstr(head, "\r\n\r\n");
     if (!end) return;
     *end = 0;
-    if (!strstr(head, " 101 ")) {
+    if (!strstr(head, options.stream ? " 200 " : " 101 ")) {
         fprintf(stderr, "loadclient: refused: %s\n", head);
         exit(1);
     }
@@ -477,6 +491,7 @@ static void parse_options(int argc, char **argv) {
         const char *name = argv[i];
         if (!strcmp(name, "--deflate")) options.deflate = 1;
         else if (!strcmp(name, "--engineio")) options.engineio = 1;
+        else if (!strcmp(name, "--stream")) options.stream = 1;
         else if (!strcmp(name, "--stuck")) options.stuck = 1;
         else if (!strcmp(name, "--spin")) options.spin = 1;
         else if (i + 1 == argc) fputs("loadclient: a value is missing\n", stderr), exit(2);

@@ -96,10 +96,13 @@ class Client:
         if error := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             sys.exit(f"loadclient: connect: {os.strerror(error)}")
         options = self.options
+        upgrade = (
+            "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            f"Sec-WebSocket-Key: {KEY}\r\n{OFFER if options.deflate else ''}"
+        )
         self.sock.sendall(
             f"GET {options.path} HTTP/1.1\r\nHost: 127.0.0.1:{options.port}\r\n"
-            "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            f"Sec-WebSocket-Key: {KEY}\r\n{OFFER if options.deflate else ''}\r\n".encode()
+            f"{'' if options.stream else upgrade}\r\n".encode()
         )
         self.state = State.UPGRADING
 
@@ -112,7 +115,7 @@ class Client:
         if b"\r\n\r\n" not in self.rest:
             return
         head, _, self.rest = self.rest.partition(b"\r\n\r\n")
-        if b" 101 " not in head:
+        if (b" 200 " if self.options.stream else b" 101 ") not in head:
             sys.exit(f"loadclient: refused: {head.decode(errors='replace')}")
         if b"permessage-deflate" in head.lower():
             self.inflater = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -162,6 +165,12 @@ class Client:
     def feed(self, data: bytes, run: Run) -> None:
         """Handle the complete frames in `data` and keep the beginning of the next one."""
         at, now = 0, time.monotonic_ns()
+        if self.options.stream:
+            *blocks, self.rest = data.split(b"\n\n")
+            for text in [block.partition(b"data: ")[2] for block in blocks]:
+                if text:
+                    self.on_message(text, now, run)
+            return
         while len(data) - at >= 2:
             first, length = data[at], data[at + 1]
             start = at + 2
@@ -378,7 +387,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--answers", type=int, default=0)
     parser.add_argument("--parallel", type=int, default=1)
-    for flag in ("--deflate", "--engineio", "--stuck", "--spin"):
+    for flag in ("--deflate", "--engineio", "--stream", "--stuck", "--spin"):
         parser.add_argument(flag, action="store_true")
     options = parser.parse_args()
     signal.alarm(LIFETIME_S)

@@ -19,5 +19,6 @@ export default [
       "prefer-const": "error",
     },
   },
+  { files: ["**/inspector.js", "**/demo.js"], languageOptions: { sourceType: "module" } },
   { files: ["**/demo.js"], languageOptions: { globals: { SwiftCMS: "readonly" } } },
 ];
