@@ -15919,6 +15919,491 @@ def test_demo_keeps_fifty_entries(demo: Process) -> None:
 # -- Command line and first steps ------------------------------------------------------------------
 
 
+class ChangingProxy(Proxy):
+    """A proxy that changes requests, or keeps a response without a length until it has ended."""
+
+    def __init__(self, port: int, *, old: bytes = b"", new: bytes = b"", keeps: bool = False) -> None:
+        self._change, self._keeps = (old, new), keeps
+        super().__init__(port)
+
+    def __enter__(self) -> ChangingProxy:
+        return self
+
+    def _relay(self, source: socket.socket, sink: socket.socket) -> None:  # type: ignore[override]
+        is_request = source.getsockname()[1] == self.port
+        kept = b""
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if is_request:
+                    data = re.sub(self._change[0], self._change[1], data)
+                elif self._keeps and b"event-stream" in data and b"Content-Length" not in data:
+                    kept = data
+                if not kept:
+                    sink.sendall(data)
+            sink.sendall(kept)
+            sink.shutdown(socket.SHUT_WR)
+
+
+def refuse_all(app: Flask, hub: Hub) -> None:
+    hub.authorize(lambda user, event_type, content_type: False)
+
+
+@pytest.mark.parametrize(
+    ("configure", "config", "query", "skipped"),
+    [
+        (None, {"AUTH": "required"}, "", "Add ?token=JWT"),
+        (None, {"AUTH": "required"}, f"?token={token(expires_in=600)}", None),
+        (None, {}, f"?token={token(expires_in=600)}", None),
+        (refuse_all, {}, "", "authorize hook does not allow"),
+    ],
+    ids=["AUTH without a token", "AUTH with a token", "token", "authorize"],
+)
+def test_check_sound_site(
+    quick_check: QuickCheck, configure: Any, config: dict[str, Any], query: str, skipped: str | None
+) -> None:
+    """Sound sites get no cross. A check that cannot be made is skipped, with the reason."""
+    with Server(configure, **config) as server:
+        found = quick_check(f"http://127.0.0.1:{server.port}/ws{query}")
+    assert False not in found
+    assert "visitors get a WebSocket" in found[True]
+    assert (None in found) == (skipped is not None)
+    assert (skipped or "") in found.get(None, "")
+
+
+def test_check_ipv6_and_origins_with_a_port(quick_check: QuickCheck) -> None:
+    """The address may be IPv6 without brackets; the page's origin has the port, as browsers send it."""
+    with Server() as server:
+        ipv6 = make_server("::1", 0, server.app, threaded=True)
+        server.app.config["SWIFTCMS_WS_ORIGINS"] = [f"http://[::1]:{ipv6.port}"]
+        thread = threading.Thread(target=ipv6.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            assert False not in quick_check(f"http://[::1]:{ipv6.port}")
+        finally:
+            ipv6.shutdown()
+            ipv6.server_close()
+            thread.join(PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("localhost:5000", "ws://localhost:5000/ws"),
+        ("https://example.org", "wss://example.org/ws"),
+        ("HTTPS://example.org/", "wss://example.org/ws"),
+        ("wss://example.org/live/ws", "wss://example.org/live/ws"),
+        ("http://::1", "ws://[::1]/ws"),
+        ("[::1]:5000?token=a.b", "ws://[::1]:5000/ws?token=a.b"),
+        ("example.org/ws?next=http://a/", "ws://example.org/ws?next=http://a/"),
+        ("b\u00fccher.example/\u00fc b", "ws://b\u00fccher.example/%C3%BC%20b"),
+        ("ftp://example.org", None),
+        ("http://", None),
+        ("localhost:http", None),
+        ("localhost:99999", None),
+        ("http://[::1", None),
+        (f"{'a' * 64}.org", None),
+    ],
+)
+def test_address_of_check_and_listen(text: str, url: str | None) -> None:
+    """An address may lack scheme and path. One that cannot be is a usage error, no traceback."""
+    if url is not None:
+        assert swiftcms_ws.websocket_url(text) == url
+        return
+    with pytest.raises(argparse.ArgumentTypeError):
+        swiftcms_ws.websocket_url(text)
+
+
+def test_check_redirect(quick_check: QuickCheck) -> None:
+    """A redirect is named, and followed once if it leads to the same host."""
+    head = "HTTP/1.1 301 Moved\r\nLocation: {}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    with Server() as server:
+        target = f"http://127.0.0.1:{server.port}/ws"
+        with answering(head.format(target).encode()) as address:
+            found = quick_check(address)
+    assert f"redirects to ws://127.0.0.1:{server.port}/ws, which is checked" in found[True]
+    assert False not in found
+    for target in ("https://www.example.org/ws", "/ws"):
+        with answering(head.format(target).encode()) as address:
+            found = quick_check(address)
+        assert f"a redirect to {target}" in found[False]
+        assert "cannot follow" in found[False]
+
+
+def hide_socket(app: Flask, hub: Hub) -> None:
+    serve = app.wsgi_app
+
+    def serve_without_socket(environ: dict[str, Any], start_response: Any) -> Any:
+        environ.pop("werkzeug.socket")
+        return serve(environ, start_response)
+
+    app.wsgi_app = serve_without_socket  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("configure", "proxy", "found"),
+    [
+        (
+            None,
+            {"old": rb"Upgrade: websocket\r\n", "new": b""},
+            {
+                False: ["get no WebSocket", "426", "removes the headers Upgrade"],
+                True: ["instead, they get a stream"],
+            },
+        ),
+        (
+            None,
+            {"old": rb"Host: [^\r]*", "new": b"Host: backend:8000"},
+            {
+                False: ["get no WebSocket", "403", "pass the Host header"],
+                True: ["instead, they get a stream"],
+            },
+        ),
+        (
+            None,
+            {"keeps": True},
+            {True: ["get a WebSocket"], False: ["without it, they poll", "buffering off"]},
+        ),
+        (
+            hide_socket,
+            {},
+            {None: ["get no WebSocket", "501"], True: ["instead, they poll", "cannot stream"]},
+        ),
+    ],
+    ids=["no Upgrade", "another Host", "buffering", "no socket"],
+)
+def test_check_names_the_transport_of_a_visitor(
+    quick_check: QuickCheck, configure: Any, proxy: Any, found: dict[bool | None, list[str]]
+) -> None:
+    """It says what a visitor's browser gets, and what to change if that is not a WebSocket."""
+    with Server(configure) as server, ChangingProxy(server.port, **proxy) as changing:
+        result = quick_check(f"127.0.0.1:{changing.port}")
+    for kind, words in found.items():
+        assert [word for word in words if word not in result[kind]] == []
+    assert result.keys() == found.keys()
+
+
+def test_output_in_a_terminal_without_unicode() -> None:
+    """Marks become words there, and an event stays JSON."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.json.ensure_ascii = False  # type: ignore[attr-defined]
+
+    with Server(configure) as server:
+        url = f"127.0.0.1:{server.port}"
+        run = command("check", url, PYTHONIOENCODING="cp437")
+        assert (run.returncode, run.stderr) == (0, "")
+        assert [line.split()[0] for line in run.stdout.splitlines()] == ["ok"] * 6
+        run = command("check", f"{url}/\u2713", PYTHONIOENCODING="ascii")
+        assert (run.returncode, run.stderr, run.stdout[:6]) == (1, "", "WRONG ")
+        with listening(url, PYTHONIOENCODING="cp1252") as (listener, _):
+            until(lambda: server.hub.stats()["subscriptions"] == 1)
+            server.publish(1, title="\u00e9 \u2713")
+            assert next_payload(listener) == {"n": 1, "title": "\u00e9 \u2713"}
+
+
+def test_listen_output_that_cannot_be_written() -> None:
+    """`listen | head -n 1` ends like other tools, and so does a full disk."""
+    with Server() as server, contextlib.ExitStack() as stack:
+        script = shlex.join([sys.executable, str(HERE / "swiftcms_ws.py"), "listen"])
+        script += f" 127.0.0.1:{server.port}"
+        results = []
+        for output in ("| head -n 1", "> /dev/full"):
+            popen = subprocess.Popen(
+                ["bash", "-o", "pipefail", "-c", f"{script} {output}"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.callback(popen.kill)
+            results.append(popen)
+        until(lambda: server.hub.stats()["subscriptions"] == 2)
+        for number in range(2):
+            server.publish(number)
+            assert server.hub.flush()
+            # `head` has exited when it has printed the first line.
+            if number == 0:
+                assert results[0].stdout is not None
+                assert json.loads(results[0].stdout.readline())["payload"] == {"n": 0}
+                results[1].wait(PATIENCE)
+        (_, of_head), (_, of_full) = (popen.communicate(timeout=PATIENCE) for popen in results)
+    assert [popen.returncode for popen in results] == [141, 1]
+    assert "Traceback" not in of_head + of_full
+    assert "No space left on device" in of_full
+
+
+def test_listen_whose_output_is_not_read() -> None:
+    """It does not read more than it prints, so the server closes it as a slow client."""
+
+    def is_closed() -> bool:
+        for _ in range(100):
+            server.publish(text="x" * 50_000)
+        assert server.hub.flush()
+        return server.hub.stats()["slow_clients"] > 0
+
+    with (
+        Server(MAX_QUEUE=100_000) as server,
+        listening(f"127.0.0.1:{server.port}") as (listener, _),
+    ):
+        until(lambda: server.hub.stats()["subscriptions"] == 1)
+        until(is_closed, "the close of the slow client")
+        status = Path(f"/proc/{listener.pid}/status").read_text()
+        assert int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) < 80_000
+        # As process 1 of a container it would ignore SIGTERM without a handler.
+        listener.terminate()
+        assert listener.wait(PATIENCE) == 128 + signal.SIGTERM
+
+
+def start_demo(*options: str, **more: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, str(HERE / "swiftcms_ws.py"), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **more)
+
+
+def test_demo_beside_another_program_on_localhost() -> None:
+    """Another program may have the port on [::1], where browsers look first for localhost.
+
+    No file can be written meanwhile, as on a read-only disk.
+    """
+    no_files = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (0, 0))
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
+        port = other.getsockname()[1]
+        with start_demo("--port", str(port), preexec_fn=no_files) as demo:
+            try:
+                assert demo.stdout is not None
+                line = demo.stdout.readline()
+                assert line.startswith(f"SwiftCMS demo: http://127.0.0.1:{port}/ ")
+                assert b"SwiftCMS" in http(f"http://127.0.0.1:{port}/")[2]
+                with Client(port) as client:
+                    client.subscribe()
+            finally:
+                demo.terminate()
+            assert demo.wait(PATIENCE) == 0
+
+
+def test_demo_on_all_addresses_names_the_one_for_others() -> None:
+    """With --host 0.0.0.0 the teacher reads what the class has to type."""
+    with start_demo("--host", "0.0.0.0", "--port", "0") as demo:
+        try:
+            assert demo.stdout is not None
+            line = demo.stdout.readline()
+            own, others = re.findall(r"http://\S+/", line)
+            assert own.startswith("http://127.0.0.1:")
+            assert not others.startswith(("http://127.", "http://0."))
+            assert b"SwiftCMS" in http(others)[2]
+        finally:
+            demo.terminate()
+
+
+def test_publish_before_the_blueprint_is_registered() -> None:
+    """The error says what to do first."""
+    with pytest.raises(RuntimeError, match=r"publish after app\.register_blueprint\(blueprint\)"):
+        Hub().publish("content.created", "posts", {})
+
+
+def sqlite_row() -> Any:
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        database.row_factory = sqlite3.Row
+        return database.execute("SELECT 1 AS id").fetchone()
+
+
+@pytest.mark.parametrize(
+    ("payload", "hint"),
+    [
+        (sqlite_row(), r"publish dict\(row\)$"),
+        ([sqlite_row()], r"publish dict\(row\)$"),
+        ({"tags": {"a"}}, r"publish a list: list\(…\)$"),
+        ({"a": 1}.keys(), r"publish a list: list\(…\)$"),
+        ({"price": float("nan")}, "publish None in its place$"),
+        ({"price": float("inf")}, "publish None in its place$"),
+        (object(), "a dict such as"),
+    ],
+    ids=["row", "rows", "set", "keys", "nan", "infinity", "object"],
+)
+def test_publish_says_how_to_send_such_a_payload(server: Server, payload: Any, hint: str) -> None:
+    with pytest.raises(TypeError, match=hint):
+        server.hub.publish("content.created", "posts", payload)
+
+
+def test_blueprint_registered_twice() -> None:
+    """The error does not suggest another name. With one, or in another blueprint, it is allowed."""
+    hub, app = Hub(), Flask("site")
+    hub.init_app(app)
+    with pytest.raises(ValueError, match="once") as caught:
+        app.register_blueprint(hub.blueprint)
+    assert "name=" not in str(caught.value)
+    app.register_blueprint(hub.blueprint, name="again", url_prefix="/again")
+    with pytest.raises(ValueError, match="name="):
+        app.register_blueprint(Hub().blueprint)
+
+
+@pytest.mark.parametrize("origin", ["null", "file://"])
+def test_page_that_was_opened_as_a_file(
+    server: Server, caplog: pytest.LogCaptureFixture, origin: str
+) -> None:
+    """Browsers send one of these origins for it. The log and the answer name the remedy."""
+    status, _, body = server.handshake(Origin=origin)
+    assert (status, "through http://" in body["message"]) == (403, True)
+    assert only_log_line(caplog, "open it through http://")
+
+
+@pytest.mark.parametrize("is_inspector_on", [False, True])
+def test_handshake_without_the_upgrade_header_is_logged(
+    caplog: pytest.LogCaptureFixture, is_inspector_on: bool
+) -> None:
+    """A proxy that drops it leaves the key of the handshake. A visitor's plain GET has none."""
+    with Server(INSPECTOR=is_inspector_on) as server:
+        server.get("/ws")
+        assert log_lines(caplog) == []
+        for _ in range(2):
+            server.get("/ws", Sec_WebSocket_Key="MDEyMzQ1Njc4OTAxMjM0NQ==")
+    assert only_log_line(caplog, "Upgrade and Connection on (README, Deployment, Proxies)")
+    assert "**Proxies.**" in README
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("item.add", "item.added", True),
+        ("item.added", "item.add", True),
+        ("items.*", "item.added", True),
+        ("item.*", "item.added", True),
+        ("*", "item.added", True),
+        ("Posts", "post", True),
+        ("orderPaid", "order_paid", True),
+        ("entries", "entry", True),
+        ("contnet.created", "content.created", False),
+        ("conten.created", "content.created", True),
+        ("content.created", "content.updated", False),
+        ("content.created", "content.deleted", False),
+        ("media.uploaded", "media.deleted", False),
+        ("posts.3.comments", "posts.4.comments", False),
+        ("posts", "pages", False),
+        ("user.login", "user.logout", False),
+    ],
+)
+def test_names_that_are_similar(pattern: str, name: str, expected: bool) -> None:
+    assert swiftcms_ws.is_similar(pattern, name) is expected
+
+
+def test_event_without_a_subscriber_beside_a_similar_name(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is logged once. An event that has a subscriber, or no similar name, is not."""
+    monkeypatch.setattr(swiftcms_ws.Heartbeat, "SLICES_PER_CHECK", 1)
+    with Server() as server, server.client() as client:
+        client.subscribe("item.add", "posts")
+        client.subscribe("content.created", "posts")
+        for event_type in ("item.add", "content.created", "content.updated", "other"):
+            server.hub.publish(event_type, "posts", {})
+        server.hub.publish("item.added", "posts", {}, to="ana")
+        client.receive_many(2)
+        until(lambda: engine_of(server).heartbeat._seen_id == server.hub._engine().loop.last_id)
+        assert log_lines(caplog) == []
+        server.hub.publish("item.added", "posts", {})
+        until(lambda: log_lines(caplog, "is one of these names a mistake"), "the log line")
+        server.hub.publish("item.added", "posts", {})
+        until(lambda: engine_of(server).heartbeat._seen_id == server.hub._engine().loop.last_id)
+    assert only_log_line(caplog, "event item.added of posts, but there is a subscription to item.add of")
+
+
+# Functions that browsers have had since Chrome 99, Firefox 105 or Safari 16.5, or later.
+TOO_NEW = r"\.(toSorted|toReversed|toSpliced|with|fromAsync|groupBy|withResolvers|isSubsetOf)\(|\b(AbortSignal\.any|Promise\.try|URL\.parse|Iterator\.from)\b"
+
+
+def test_oldest_browsers(demo: Process) -> None:
+    """README names the oldest browsers. CI's linter refuses newer syntax than theirs, ES2022."""
+    assert "Chrome or Edge 98, Firefox 104, Safari 16.4" in README
+    linter = (HERE / ".ci" / "embedded" / "eslint.config.js").read_text()
+    assert "ecmaVersion: 2022" in linter
+    paths = ("", "demo.js", "ws/inspector.js", "ws/client.js")
+    for path in paths:
+        status, _, text = http(f"http://127.0.0.1:{demo.port}/{path}")
+        assert (status, re.search(TOO_NEW, text.decode())) == (200, None), path
+
+
+def test_requests_of_the_blueprint_can_be_left_out_of_before_request() -> None:
+    """README: `request.blueprint` names the handshake, /ws/events and client.js, and nothing else."""
+    visits: list[str] = []
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @app.before_request
+        def note_visit() -> None:
+            if request.blueprint == "swiftcms_ws":
+                return
+            visits.append(request.path)
+
+        app.add_url_rule("/", view_func=lambda: "a page")
+
+    assert 'if request.blueprint == "swiftcms_ws"' in README
+    with Server(configure) as server, server.client() as client:
+        client.subscribe()
+        for path in ("/ws", "/ws/client.js", "/ws/events?mode=poll", "/"):
+            server.get(path)
+    assert visits == ["/"]
+
+
+def test_what_follows_from_the_defaults_of_tokens_and_editing() -> None:
+    """README's warnings: other tokens of the site, live text of all entries, and fewer claims."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @hub.authorize
+        def authorize(user: Any, event_type: str, content_type: str) -> bool:
+            return user.claims.get("role") == "editor"
+
+    def reset_token(**claims: Any) -> str:
+        claims = {"sub": "ana", "exp": time.time() + 60, "purpose": "reset", **claims}
+        return jwt.encode(claims, KEY, "HS256")
+
+    with Server(configure) as server, server.client() as client, server.client() as editor:
+        assert client.authenticate(reset_token(role="editor"))["type"] == "system.authenticated"
+        client.subscribe("content.*", "posts")
+        editor.authenticate(token("bob", role="editor"))
+        for each in (editor, client):
+            each.ask("editStart", contentType="posts", entryId="any entry")
+        editor.send(action="editChange", contentType="posts", entryId="any entry", payload="typed")
+        while (message := client.receive())["type"] != "user.edited":
+            pass
+        assert message["payload"]["change"] == "typed"
+        assert client.authenticate(reset_token())["type"] == "system.authenticated"
+        server.publish(1)
+        assert client.receive()["payload"] == {"n": 1}
+        assert client.ask("subscribe", type="other")["payload"]["code"] == "forbidden"
+    with Server(JWT_AUDIENCE="live") as server, server.client() as client:
+        assert client.authenticate(reset_token())["payload"]["code"] == "invalid_token"
+
+
+def test_parent_of_the_reloader_is_silent(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script that publishes from a thread runs twice under the reloader, which is no mistake."""
+    with Server() as server:
+        server.publish(1)
+        monkeypatch.setitem(sys.modules, "werkzeug._reloader", os)
+        engine_of(server).warn_if_alone()
+        assert log_lines(caplog) == []
+        monkeypatch.setenv("WERKZEUG_RUN_MAIN", "true")
+        engine_of(server).warn_if_alone()
+    assert only_log_line(caplog, "published 1 events and served no client")
+
+
+@needs_redis
+def test_polling_several_processes_needs_a_shared_log(
+    server: Server, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says so at the first poll, once."""
+
+    def poll(app: Flask) -> None:
+        environ = {"wsgi.multiprocess": True}
+        for _ in range(2):
+            response = app.test_client().get("/ws/events?mode=poll", environ_overrides=environ)
+            assert response.status_code == 200
+
+    with Server(REDIS_URL=redis.url) as sharing:
+        poll(sharing.app)
+    assert log_lines(caplog) == []
+    poll(server.app)
+    assert only_log_line(caplog, "polls misses some. Set SWIFTCMS_WS_DATABASE")
+
+
 # -- The model -------------------------------------------------------------------------------------
 #
 # A machine invents what publishers, clients, processes and logs do to each other. The truth is the
@@ -16598,7 +17083,7 @@ class SqliteModel(Model):
 
 
 MODEL_SETTINGS = settings(
-    max_examples=int(os.environ.get("MODEL_EXAMPLES", "15")),
+    max_examples=int(os.environ.get("MODEL_EXAMPLES", "5")),
     stateful_step_count=25,
     deadline=None,
     print_blob=True,
@@ -16619,486 +17104,3 @@ def test_model_with_redis(model_sites: None, redis: Redis) -> None:
 def test_model_with_sqlite(model_sites: None, tmp_path: Path) -> None:
     SqliteModel.directory = tmp_path
     run_state_machine_as_test(SqliteModel, settings=MODEL_SETTINGS)
-class ChangingProxy(Proxy):
-    """A proxy that changes requests, or keeps a response without a length until it has ended."""
-
-    def __init__(self, port: int, *, old: bytes = b"", new: bytes = b"", keeps: bool = False) -> None:
-        self._change, self._keeps = (old, new), keeps
-        super().__init__(port)
-
-    def __enter__(self) -> ChangingProxy:
-        return self
-
-    def _relay(self, source: socket.socket, sink: socket.socket) -> None:  # type: ignore[override]
-        is_request = source.getsockname()[1] == self.port
-        kept = b""
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                if is_request:
-                    data = re.sub(self._change[0], self._change[1], data)
-                elif self._keeps and b"event-stream" in data and b"Content-Length" not in data:
-                    kept = data
-                if not kept:
-                    sink.sendall(data)
-            sink.sendall(kept)
-            sink.shutdown(socket.SHUT_WR)
-
-
-def refuse_all(app: Flask, hub: Hub) -> None:
-    hub.authorize(lambda user, event_type, content_type: False)
-
-
-@pytest.mark.parametrize(
-    ("configure", "config", "query", "skipped"),
-    [
-        (None, {"AUTH": "required"}, "", "Add ?token=JWT"),
-        (None, {"AUTH": "required"}, f"?token={token(expires_in=600)}", None),
-        (None, {}, f"?token={token(expires_in=600)}", None),
-        (refuse_all, {}, "", "authorize hook does not allow"),
-    ],
-    ids=["AUTH without a token", "AUTH with a token", "token", "authorize"],
-)
-def test_check_sound_site(
-    quick_check: QuickCheck, configure: Any, config: dict[str, Any], query: str, skipped: str | None
-) -> None:
-    """Sound sites get no cross. A check that cannot be made is skipped, with the reason."""
-    with Server(configure, **config) as server:
-        found = quick_check(f"http://127.0.0.1:{server.port}/ws{query}")
-    assert False not in found
-    assert "visitors get a WebSocket" in found[True]
-    assert (None in found) == (skipped is not None)
-    assert (skipped or "") in found.get(None, "")
-
-
-def test_check_ipv6_and_origins_with_a_port(quick_check: QuickCheck) -> None:
-    """The address may be IPv6 without brackets; the page's origin has the port, as browsers send it."""
-    with Server() as server:
-        ipv6 = make_server("::1", 0, server.app, threaded=True)
-        server.app.config["SWIFTCMS_WS_ORIGINS"] = [f"http://[::1]:{ipv6.port}"]
-        thread = threading.Thread(target=ipv6.serve_forever, args=(0.02,))
-        thread.start()
-        try:
-            assert False not in quick_check(f"http://[::1]:{ipv6.port}")
-        finally:
-            ipv6.shutdown()
-            ipv6.server_close()
-            thread.join(PATIENCE)
-
-
-@pytest.mark.parametrize(
-    ("text", "url"),
-    [
-        ("localhost:5000", "ws://localhost:5000/ws"),
-        ("https://example.org", "wss://example.org/ws"),
-        ("HTTPS://example.org/", "wss://example.org/ws"),
-        ("wss://example.org/live/ws", "wss://example.org/live/ws"),
-        ("http://::1", "ws://[::1]/ws"),
-        ("[::1]:5000?token=a.b", "ws://[::1]:5000/ws?token=a.b"),
-        ("example.org/ws?next=http://a/", "ws://example.org/ws?next=http://a/"),
-        ("b\u00fccher.example/\u00fc b", "ws://b\u00fccher.example/%C3%BC%20b"),
-        ("ftp://example.org", None),
-        ("http://", None),
-        ("localhost:http", None),
-        ("localhost:99999", None),
-        ("http://[::1", None),
-        (f"{'a' * 64}.org", None),
-    ],
-)
-def test_address_of_check_and_listen(text: str, url: str | None) -> None:
-    """An address may lack scheme and path. One that cannot be is a usage error, no traceback."""
-    if url is not None:
-        assert swiftcms_ws.websocket_url(text) == url
-        return
-    with pytest.raises(argparse.ArgumentTypeError):
-        swiftcms_ws.websocket_url(text)
-
-
-def test_check_redirect(quick_check: QuickCheck) -> None:
-    """A redirect is named, and followed once if it leads to the same host."""
-    head = "HTTP/1.1 301 Moved\r\nLocation: {}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-    with Server() as server:
-        target = f"http://127.0.0.1:{server.port}/ws"
-        with answering(head.format(target).encode()) as address:
-            found = quick_check(address)
-    assert f"redirects to ws://127.0.0.1:{server.port}/ws, which is checked" in found[True]
-    assert False not in found
-    for target in ("https://www.example.org/ws", "/ws"):
-        with answering(head.format(target).encode()) as address:
-            found = quick_check(address)
-        assert f"a redirect to {target}" in found[False]
-        assert "cannot follow" in found[False]
-
-
-def hide_socket(app: Flask, hub: Hub) -> None:
-    serve = app.wsgi_app
-
-    def serve_without_socket(environ: dict[str, Any], start_response: Any) -> Any:
-        environ.pop("werkzeug.socket")
-        return serve(environ, start_response)
-
-    app.wsgi_app = serve_without_socket  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize(
-    ("configure", "proxy", "found"),
-    [
-        (
-            None,
-            {"old": rb"Upgrade: websocket\r\n", "new": b""},
-            {
-                False: ["get no WebSocket", "426", "removes the headers Upgrade"],
-                True: ["instead, they get a stream"],
-            },
-        ),
-        (
-            None,
-            {"old": rb"Host: [^\r]*", "new": b"Host: backend:8000"},
-            {
-                False: ["get no WebSocket", "403", "pass the Host header"],
-                True: ["instead, they get a stream"],
-            },
-        ),
-        (
-            None,
-            {"keeps": True},
-            {True: ["get a WebSocket"], False: ["without it, they poll", "buffering off"]},
-        ),
-        (
-            hide_socket,
-            {},
-            {None: ["get no WebSocket", "501"], True: ["instead, they poll", "cannot stream"]},
-        ),
-    ],
-    ids=["no Upgrade", "another Host", "buffering", "no socket"],
-)
-def test_check_names_the_transport_of_a_visitor(
-    quick_check: QuickCheck, configure: Any, proxy: Any, found: dict[bool | None, list[str]]
-) -> None:
-    """It says what a visitor's browser gets, and what to change if that is not a WebSocket."""
-    with Server(configure) as server, ChangingProxy(server.port, **proxy) as changing:
-        result = quick_check(f"127.0.0.1:{changing.port}")
-    for kind, words in found.items():
-        assert [word for word in words if word not in result[kind]] == []
-    assert result.keys() == found.keys()
-
-
-def test_output_in_a_terminal_without_unicode() -> None:
-    """Marks become words there, and an event stays JSON."""
-
-    def configure(app: Flask, hub: Hub) -> None:
-        app.json.ensure_ascii = False  # type: ignore[attr-defined]
-
-    with Server(configure) as server:
-        url = f"127.0.0.1:{server.port}"
-        run = command("check", url, PYTHONIOENCODING="cp437")
-        assert (run.returncode, run.stderr) == (0, "")
-        assert [line.split()[0] for line in run.stdout.splitlines()] == ["ok"] * 6
-        run = command("check", f"{url}/\u2713", PYTHONIOENCODING="ascii")
-        assert (run.returncode, run.stderr, run.stdout[:6]) == (1, "", "WRONG ")
-        with listening(url, PYTHONIOENCODING="cp1252") as (listener, _):
-            until(lambda: server.hub.stats()["subscriptions"] == 1)
-            server.publish(1, title="\u00e9 \u2713")
-            assert next_payload(listener) == {"n": 1, "title": "\u00e9 \u2713"}
-
-
-def test_listen_output_that_cannot_be_written() -> None:
-    """`listen | head -n 1` ends like other tools, and so does a full disk."""
-    with Server() as server, contextlib.ExitStack() as stack:
-        script = shlex.join([sys.executable, str(HERE / "swiftcms_ws.py"), "listen"])
-        script += f" 127.0.0.1:{server.port}"
-        results = []
-        for output in ("| head -n 1", "> /dev/full"):
-            popen = subprocess.Popen(
-                ["bash", "-o", "pipefail", "-c", f"{script} {output}"],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            stack.callback(popen.kill)
-            results.append(popen)
-        until(lambda: server.hub.stats()["subscriptions"] == 2)
-        for number in range(2):
-            server.publish(number)
-            assert server.hub.flush()
-            # `head` has exited when it has printed the first line.
-            if number == 0:
-                assert results[0].stdout is not None
-                assert json.loads(results[0].stdout.readline())["payload"] == {"n": 0}
-                results[1].wait(PATIENCE)
-        (_, of_head), (_, of_full) = (popen.communicate(timeout=PATIENCE) for popen in results)
-    assert [popen.returncode for popen in results] == [141, 1]
-    assert "Traceback" not in of_head + of_full
-    assert "No space left on device" in of_full
-
-
-def test_listen_whose_output_is_not_read() -> None:
-    """It does not read more than it prints, so the server closes it as a slow client."""
-
-    def is_closed() -> bool:
-        for _ in range(100):
-            server.publish(text="x" * 50_000)
-        assert server.hub.flush()
-        return server.hub.stats()["slow_clients"] > 0
-
-    with (
-        Server(MAX_QUEUE=100_000) as server,
-        listening(f"127.0.0.1:{server.port}") as (listener, _),
-    ):
-        until(lambda: server.hub.stats()["subscriptions"] == 1)
-        until(is_closed, "the close of the slow client")
-        status = Path(f"/proc/{listener.pid}/status").read_text()
-        assert int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) < 80_000
-        # As process 1 of a container it would ignore SIGTERM without a handler.
-        listener.terminate()
-        assert listener.wait(PATIENCE) == 128 + signal.SIGTERM
-
-
-def start_demo(*options: str, **more: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, str(HERE / "swiftcms_ws.py"), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **more)
-
-
-def test_demo_beside_another_program_on_localhost() -> None:
-    """Another program may have the port on [::1], where browsers look first for localhost.
-
-    No file can be written meanwhile, as on a read-only disk.
-    """
-    no_files = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (0, 0))
-    with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
-        port = other.getsockname()[1]
-        with start_demo("--port", str(port), preexec_fn=no_files) as demo:
-            try:
-                assert demo.stdout is not None
-                line = demo.stdout.readline()
-                assert line.startswith(f"SwiftCMS demo: http://127.0.0.1:{port}/ ")
-                assert b"SwiftCMS" in http(f"http://127.0.0.1:{port}/")[2]
-                with Client(port) as client:
-                    client.subscribe()
-            finally:
-                demo.terminate()
-            assert demo.wait(PATIENCE) == 0
-
-
-def test_demo_on_all_addresses_names_the_one_for_others() -> None:
-    """With --host 0.0.0.0 the teacher reads what the class has to type."""
-    with start_demo("--host", "0.0.0.0", "--port", "0") as demo:
-        try:
-            assert demo.stdout is not None
-            line = demo.stdout.readline()
-            own, others = re.findall(r"http://\S+/", line)
-            assert own.startswith("http://127.0.0.1:")
-            assert not others.startswith(("http://127.", "http://0."))
-            assert b"SwiftCMS" in http(others)[2]
-        finally:
-            demo.terminate()
-
-
-def test_publish_before_the_blueprint_is_registered() -> None:
-    """The error says what to do first."""
-    with pytest.raises(RuntimeError, match=r"publish after app\.register_blueprint\(blueprint\)"):
-        Hub().publish("content.created", "posts", {})
-
-
-def sqlite_row() -> Any:
-    with contextlib.closing(sqlite3.connect(":memory:")) as database:
-        database.row_factory = sqlite3.Row
-        return database.execute("SELECT 1 AS id").fetchone()
-
-
-@pytest.mark.parametrize(
-    ("payload", "hint"),
-    [
-        (sqlite_row(), r"publish dict\(row\)$"),
-        ([sqlite_row()], r"publish dict\(row\)$"),
-        ({"tags": {"a"}}, r"publish a list: list\(…\)$"),
-        ({"a": 1}.keys(), r"publish a list: list\(…\)$"),
-        ({"price": float("nan")}, "publish None in its place$"),
-        ({"price": float("inf")}, "publish None in its place$"),
-        (object(), "a dict such as"),
-    ],
-    ids=["row", "rows", "set", "keys", "nan", "infinity", "object"],
-)
-def test_publish_says_how_to_send_such_a_payload(server: Server, payload: Any, hint: str) -> None:
-    with pytest.raises(TypeError, match=hint):
-        server.hub.publish("content.created", "posts", payload)
-
-
-def test_blueprint_registered_twice() -> None:
-    """The error does not suggest another name. With one, or in another blueprint, it is allowed."""
-    hub, app = Hub(), Flask("site")
-    hub.init_app(app)
-    with pytest.raises(ValueError, match="once") as caught:
-        app.register_blueprint(hub.blueprint)
-    assert "name=" not in str(caught.value)
-    app.register_blueprint(hub.blueprint, name="again", url_prefix="/again")
-    with pytest.raises(ValueError, match="name="):
-        app.register_blueprint(Hub().blueprint)
-
-
-@pytest.mark.parametrize("origin", ["null", "file://"])
-def test_page_that_was_opened_as_a_file(
-    server: Server, caplog: pytest.LogCaptureFixture, origin: str
-) -> None:
-    """Browsers send one of these origins for it. The log and the answer name the remedy."""
-    status, _, body = server.handshake(Origin=origin)
-    assert (status, "through http://" in body["message"]) == (403, True)
-    assert only_log_line(caplog, "open it through http://")
-
-
-@pytest.mark.parametrize("is_inspector_on", [False, True])
-def test_handshake_without_the_upgrade_header_is_logged(
-    caplog: pytest.LogCaptureFixture, is_inspector_on: bool
-) -> None:
-    """A proxy that drops it leaves the key of the handshake. A visitor's plain GET has none."""
-    with Server(INSPECTOR=is_inspector_on) as server:
-        server.get("/ws")
-        assert log_lines(caplog) == []
-        for _ in range(2):
-            server.get("/ws", Sec_WebSocket_Key="MDEyMzQ1Njc4OTAxMjM0NQ==")
-    assert only_log_line(caplog, "Upgrade and Connection on (README, Deployment, Proxies)")
-    assert "**Proxies.**" in README
-
-
-@pytest.mark.parametrize(
-    ("pattern", "name", "expected"),
-    [
-        ("item.add", "item.added", True),
-        ("item.added", "item.add", True),
-        ("items.*", "item.added", True),
-        ("item.*", "item.added", True),
-        ("*", "item.added", True),
-        ("Posts", "post", True),
-        ("orderPaid", "order_paid", True),
-        ("entries", "entry", True),
-        ("contnet.created", "content.created", False),
-        ("conten.created", "content.created", True),
-        ("content.created", "content.updated", False),
-        ("content.created", "content.deleted", False),
-        ("media.uploaded", "media.deleted", False),
-        ("posts.3.comments", "posts.4.comments", False),
-        ("posts", "pages", False),
-        ("user.login", "user.logout", False),
-    ],
-)
-def test_names_that_are_similar(pattern: str, name: str, expected: bool) -> None:
-    assert swiftcms_ws.is_similar(pattern, name) is expected
-
-
-def test_event_without_a_subscriber_beside_a_similar_name(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is logged once. An event that has a subscriber, or no similar name, is not."""
-    monkeypatch.setattr(swiftcms_ws.Heartbeat, "SLICES_PER_CHECK", 1)
-    with Server() as server, server.client() as client:
-        client.subscribe("item.add", "posts")
-        client.subscribe("content.created", "posts")
-        for event_type in ("item.add", "content.created", "content.updated", "other"):
-            server.hub.publish(event_type, "posts", {})
-        server.hub.publish("item.added", "posts", {}, to="ana")
-        client.receive_many(2)
-        until(lambda: engine_of(server).heartbeat._seen_id == server.hub._engine().loop.last_id)
-        assert log_lines(caplog) == []
-        server.hub.publish("item.added", "posts", {})
-        until(lambda: log_lines(caplog, "is one of these names a mistake"), "the log line")
-        server.hub.publish("item.added", "posts", {})
-        until(lambda: engine_of(server).heartbeat._seen_id == server.hub._engine().loop.last_id)
-    assert only_log_line(caplog, "event item.added of posts, but there is a subscription to item.add of")
-
-
-# Functions that browsers have had since Chrome 99, Firefox 105 or Safari 16.5, or later.
-TOO_NEW = r"\.(toSorted|toReversed|toSpliced|with|fromAsync|groupBy|withResolvers|isSubsetOf)\(|\b(AbortSignal\.any|Promise\.try|URL\.parse|Iterator\.from)\b"
-
-
-def test_oldest_browsers(demo: Process) -> None:
-    """README names the oldest browsers. CI's linter refuses newer syntax than theirs, ES2022."""
-    assert "Chrome or Edge 98, Firefox 104, Safari 16.4" in README
-    linter = (HERE / ".ci" / "embedded" / "eslint.config.js").read_text()
-    assert "ecmaVersion: 2022" in linter
-    paths = ("", "demo.js", "ws/inspector.js", "ws/client.js")
-    for path in paths:
-        status, _, text = http(f"http://127.0.0.1:{demo.port}/{path}")
-        assert (status, re.search(TOO_NEW, text.decode())) == (200, None), path
-
-
-def test_requests_of_the_blueprint_can_be_left_out_of_before_request() -> None:
-    """README: `request.blueprint` names the handshake, /ws/events and client.js, and nothing else."""
-    visits: list[str] = []
-
-    def configure(app: Flask, hub: Hub) -> None:
-        @app.before_request
-        def note_visit() -> None:
-            if request.blueprint == "swiftcms_ws":
-                return
-            visits.append(request.path)
-
-        app.add_url_rule("/", view_func=lambda: "a page")
-
-    assert 'if request.blueprint == "swiftcms_ws"' in README
-    with Server(configure) as server, server.client() as client:
-        client.subscribe()
-        for path in ("/ws", "/ws/client.js", "/ws/events?mode=poll", "/"):
-            server.get(path)
-    assert visits == ["/"]
-
-
-def test_what_follows_from_the_defaults_of_tokens_and_editing() -> None:
-    """README's warnings: other tokens of the site, live text of all entries, and fewer claims."""
-
-    def configure(app: Flask, hub: Hub) -> None:
-        @hub.authorize
-        def authorize(user: Any, event_type: str, content_type: str) -> bool:
-            return user.claims.get("role") == "editor"
-
-    def reset_token(**claims: Any) -> str:
-        claims = {"sub": "ana", "exp": time.time() + 60, "purpose": "reset", **claims}
-        return jwt.encode(claims, KEY, "HS256")
-
-    with Server(configure) as server, server.client() as client, server.client() as editor:
-        assert client.authenticate(reset_token(role="editor"))["type"] == "system.authenticated"
-        client.subscribe("content.*", "posts")
-        editor.authenticate(token("bob", role="editor"))
-        for each in (editor, client):
-            each.ask("editStart", contentType="posts", entryId="any entry")
-        editor.send(action="editChange", contentType="posts", entryId="any entry", payload="typed")
-        while (message := client.receive())["type"] != "user.edited":
-            pass
-        assert message["payload"]["change"] == "typed"
-        assert client.authenticate(reset_token())["type"] == "system.authenticated"
-        server.publish(1)
-        assert client.receive()["payload"] == {"n": 1}
-        assert client.ask("subscribe", type="other")["payload"]["code"] == "forbidden"
-    with Server(JWT_AUDIENCE="live") as server, server.client() as client:
-        assert client.authenticate(reset_token())["payload"]["code"] == "invalid_token"
-
-
-def test_parent_of_the_reloader_is_silent(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A script that publishes from a thread runs twice under the reloader, which is no mistake."""
-    with Server() as server:
-        server.publish(1)
-        monkeypatch.setitem(sys.modules, "werkzeug._reloader", os)
-        engine_of(server).warn_if_alone()
-        assert log_lines(caplog) == []
-        monkeypatch.setenv("WERKZEUG_RUN_MAIN", "true")
-        engine_of(server).warn_if_alone()
-    assert only_log_line(caplog, "published 1 events and served no client")
-
-
-@needs_redis
-def test_polling_several_processes_needs_a_shared_log(
-    server: Server, redis: Redis, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The log says so at the first poll, once."""
-
-    def poll(app: Flask) -> None:
-        environ = {"wsgi.multiprocess": True}
-        for _ in range(2):
-            response = app.test_client().get("/ws/events?mode=poll", environ_overrides=environ)
-            assert response.status_code == 200
-
-    with Server(REDIS_URL=redis.url) as sharing:
-        poll(sharing.app)
-    assert log_lines(caplog) == []
-    poll(server.app)
-    assert only_log_line(caplog, "polls misses some. Set SWIFTCMS_WS_DATABASE")
