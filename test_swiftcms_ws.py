@@ -17066,10 +17066,10 @@ class RedisModel(Model):
     """Two processes that share a Redis."""
 
     redis: Redis
-    prefixes = itertools.count(1)
 
     def log_options(self) -> dict[str, str]:
-        return {"redis_url": f"redis://127.0.0.1:{self.redis.port}/{next(self.prefixes) % 16}"}
+        self.redis.send("FLUSHALL")
+        return {"redis_url": self.redis.url}
 
 
 class SqliteModel(Model):
