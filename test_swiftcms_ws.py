@@ -16600,9 +16600,11 @@ class ModelClient:
         # Connections that this client has left without closing them, as if packets vanished.
         self.left: list[Client] = []
 
-    def is_entitled(self, event: Published) -> bool:
+    def is_entitled(
+        self, event: Published, patterns: list[tuple[str, str]] | None = None
+    ) -> bool:
         is_receiver = event.to is None or self.user in event.to
-        return is_receiver and any(event.matches(pattern) for pattern in self.patterns)
+        return is_receiver and any(map(event.matches, patterns or self.patterns))
 
     def missing(self) -> set[int]:
         return self.must - self.received
@@ -16733,6 +16735,8 @@ class Model(RuleBasedStateMachine):
         self.clients = [ModelClient(user) for user in (None, "ana", "ana", "bob")]
         self.sites: list[ModelSite | None] = [None] * self.site_count
         self.sign_outs = 0
+        # How many events are being published while something else happens.
+        self.in_flight = 0
         self.history = 0
         self.log: dict[str, str] = {}
 
@@ -16846,9 +16850,11 @@ class Model(RuleBasedStateMachine):
             other.may |= numbers
         subscriber = self.clients[client]
         losses = subscriber.losses
+        self.in_flight = len(numbers)
         site.order("publish", batches)
         self.subscribe(client, patterns)
         self.add_to_truth(batches, site.answer())
+        self.in_flight = 0
         if subscriber.losses > losses:
             # Those that were published before the answer may be among the lost ones.
             subscriber.must -= numbers - subscriber.received
@@ -16944,17 +16950,17 @@ class Model(RuleBasedStateMachine):
     def send_subscribe(self, client: ModelClient, patterns: list[tuple[str, str]]) -> None:
         assert client.place is not None
         since = parsed_id(client.place)
-        client.may |= {event.n for event in self.truth if event.id > since and client.is_entitled(event)}
+        newer = [event for event in self.truth if event.id > since]
+        client.may |= {event.n for event in newer if client.is_entitled(event)}
         try:
             client.subscribe(patterns)
         except (Closed, OSError):
             client.leave()
             return
-        newer = [event for event in self.truth if event.id > since]
         if client.is_recovered:
-            client.must |= {event.n for event in newer if client.is_entitled(event)}
+            client.must |= {event.n for event in newer if client.is_entitled(event, patterns)}
         else:
-            lost = len(newer) + self.sign_outs + 1
+            lost = len(newer) + self.in_flight + self.sign_outs + 1
             assert not self.log or lost >= self.history, "recovered is false, and nothing was lost"
             client.may |= client.must
             client.must = client.must & client.received
