@@ -16615,7 +16615,7 @@ class ModelClient:
         # What has arrived on this connection: numbers, and the newest live id and replayed id.
         self.arrived: set[int] = set()
         self.newest_live = self.newest_replayed = self.since = (0, 0)
-        self.replaying = 0
+        self.replaying, self.is_asking = 0, False
         self.connected_at = self.connection.hello["payload"]["lastId"]
         self.place = self.newest = self.place or self.connected_at
 
@@ -16625,7 +16625,10 @@ class ModelClient:
         assert self.place is not None
         items = [{"type": kind, "contentType": content_type} for kind, content_type in patterns]
         self.since = parsed_id(self.place)
+        # Live events that come before the answer do not move the place.
+        self.is_asking = True
         answer = self.ask("subscribe", subscriptions=items, since=self.place)["payload"]
+        self.is_asking = False
         assert answer["refused"] == []
         if not answer["recovered"]:
             # The client reloads what it shows, and its place may move back.
@@ -16673,7 +16676,7 @@ class ModelClient:
     def move(self, event_id: str) -> None:
         assert self.newest is not None
         self.newest = max(self.newest, event_id, key=parsed_id)
-        if not self.replaying:
+        if not self.replaying and not self.is_asking:
             self.place = self.newest
 
     def read(self, deadline: float) -> None:
