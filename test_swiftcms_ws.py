@@ -17093,8 +17093,11 @@ class SqliteModel(Model):
         return {"database": str(self.directory / f"{next(self.files)}.sqlite3")}
 
 
+# By default these are the same few runs each time. With MODEL_EXAMPLES=1000 they are random ones.
 MODEL_SETTINGS = settings(
-    max_examples=int(os.environ.get("MODEL_EXAMPLES", "5")),
+    max_examples=int(os.environ.get("MODEL_EXAMPLES", "3")),
+    derandomize="MODEL_EXAMPLES" not in os.environ,
+    database=None,
     stateful_step_count=25,
     deadline=None,
     print_blob=True,
