@@ -12,6 +12,7 @@ import asyncio
 import base64
 import configparser
 import contextlib
+import dataclasses
 import errno
 import functools
 import gc
@@ -26,6 +27,7 @@ import os
 import random
 import re
 import resource
+import select
 import selectors
 import shlex
 import shutil
@@ -77,6 +79,15 @@ from flask import (
 from flask.json.provider import DefaultJSONProvider
 from flask.sessions import SecureCookieSessionInterface, SessionInterface, SessionMixin
 from flask_sock import Sock
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from sqlalchemy import orm
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 from werkzeug.middleware.proxy_fix import ProxyFix
@@ -96,6 +107,7 @@ from wsproto.events import (
 )
 from wsproto.extensions import PerMessageDeflate
 from wsproto.frame_protocol import FrameProtocol, Opcode
+from wsproto.utilities import LocalProtocolError
 
 import swiftcms_ws
 from swiftcms_ws import EVERYONE, Connection, Engine, Hub, now_milliseconds
@@ -16346,3 +16358,719 @@ def test_polling_several_processes_needs_a_shared_log(
     assert log_lines(caplog) == []
     poll(server.app)
     assert only_log_line(caplog, "polls misses some. Set SWIFTCMS_WS_DATABASE")
+
+
+# -- The model -------------------------------------------------------------------------------------
+#
+# A machine invents what publishers, clients, processes and logs do to each other. The truth is the
+# list of published events. Each client must get what the truth says, once and in order, or must be
+# told that it may have missed something, where the protocol allows that.
+
+# Forks a process for each site of the model, which is quicker than a new interpreter.
+MODEL_SITES = '''
+import json, os, signal, socket, sys, threading, time
+
+clock_shift = 0
+system_clock = time.time_ns
+time.time_ns = lambda: system_clock() + clock_shift
+
+from flask import Flask, request
+from werkzeug.serving import make_server
+
+import swiftcms_ws
+from swiftcms_ws import EVERYONE, Hub, PublishError
+
+
+def publish(hub, batches):
+    """Publish each batch in a thread of its own; return the ids by number, null if refused."""
+    ids = {}
+
+    def run(batch):
+        events = [
+            (kind, content_type, {"n": n, "filler": "x" * size}, EVERYONE if to is None else to)
+            for n, kind, content_type, to, size in batch["events"]
+        ]
+        try:
+            if batch["many"]:
+                found = hub.publish_many(events)
+            else:
+                found = [hub.publish(*event[:3], to=event[3]) for event in events]
+        except PublishError:
+            return
+        ids.update(zip([event[0] for event in batch["events"]], found))
+
+    threads = [threading.Thread(target=run, args=(batch,)) for batch in batches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ids
+
+
+def in_child(function):
+    """Return what a function returns in a forked child."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.write(writer, json.dumps(function()).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as pipe:
+        return json.loads(pipe.read() or "{}")
+
+
+def set_clock(milliseconds):
+    global clock_shift
+    clock_shift = milliseconds * 1_000_000
+
+
+def serve(control, config, log):
+    app = Flask("model")
+    app.secret_key = KEY
+    app.config.update(config)
+    hub = Hub()
+    hub.identify(lambda: request.args.get("user"))
+    hub.init_app(app)
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def from_script(batches):
+        with Hub(**log) as script:
+            return publish(script, batches)
+
+    actions = {
+        "publish": lambda batches: publish(hub, batches),
+        "publish in a fork": lambda batches: in_child(lambda: publish(hub, batches)),
+        "publish from a script": lambda batches: in_child(lambda: from_script(batches)),
+        "disconnect": hub.disconnect,
+        "set clock": set_clock,
+        "close": hub.close,
+        "id": os.getpid,
+    }
+    print(json.dumps(server.port), file=control, flush=True)
+    for line in control:
+        action, *arguments = json.loads(line)
+        try:
+            answer = actions[action](*arguments)
+        except PublishError as error:
+            answer = str(error)
+        print(json.dumps(answer), file=control, flush=True)
+
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+print("ready", flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    if os.fork() == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        with socket.create_connection(("127.0.0.1", order["port"])) as sock:
+            serve(sock.makefile("rw"), order["config"], order["log"])
+        os._exit(0)
+'''.replace("KEY", repr(KEY))
+
+
+# How long the model waits for an event, in seconds.
+MODEL_PATIENCE = 8.0
+
+
+class ModelSite:
+    """A process of the model's site, and the connection that controls it."""
+
+    def __init__(self, sites: subprocess.Popen[str], config: dict[str, Any], log: dict[str, str]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(PATIENCE)
+            order = {"port": listener.getsockname()[1], "config": config, "log": log}
+            assert sites.stdin is not None
+            sites.stdin.write(json.dumps(order) + "\n")
+            sites.stdin.flush()
+            self._sock, _ = listener.accept()
+        self._sock.settimeout(PATIENCE)
+        self._file = self._sock.makefile("rw")
+        self.port: int = json.loads(self._file.readline())
+        self.pid: int = self.ask("id")
+
+    def order(self, *action: Any) -> None:
+        self._file.write(json.dumps(action) + "\n")
+        self._file.flush()
+
+    def ask(self, *action: Any) -> Any:
+        self.order(*action)
+        return self.answer()
+
+    def answer(self) -> Any:
+        return json.loads(self._file.readline())
+
+    def wait_for_answer(self, seconds: float) -> None:
+        select.select([self._sock], [], [], seconds)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError, ValueError):
+            # Until the process is gone, it may still store what it was told to publish.
+            while self._file.readline():
+                pass
+        self._file.close()
+        self._sock.close()
+
+
+@dataclasses.dataclass
+class Published:
+    """An event of the truth."""
+
+    n: int
+    id: tuple[int, int]
+    type: str
+    content_type: str
+    to: list[str] | None
+
+    def matches(self, pattern: tuple[str, str]) -> bool:
+        return all(map(swiftcms_ws.matches, pattern, (self.type, self.content_type)))
+
+
+def parsed_id(event_id: str) -> tuple[int, int]:
+    milliseconds, counter = event_id.split("-")
+    return int(milliseconds), int(counter)
+
+
+class ModelClient:
+    """A client that resumes as PROTOCOL.md says, and what it must, may and did receive.
+
+    It reads only if the model lets it. Between two readings it is a client that has stalled.
+    """
+
+    def __init__(self, user: str | None) -> None:
+        self.user = user
+        self.connection: Client | None = None
+        self.site: ModelSite | None = None
+        self.patterns: list[tuple[str, str]] = []
+        # The `since` of the next subscribe. It does not move while a replay is under way.
+        self.place: str | None = None
+        # How many events of a replay are still to come, and the newest id meanwhile.
+        self.replaying = 0
+        self.newest: str | None = None
+        self.must: set[int] = set()
+        self.may: set[int] = set()
+        self.received: set[int] = set()
+        # What the last answer to a subscribe has said, and how many have said so.
+        self.is_recovered = True
+        self.losses = 0
+        # Connections that this client has left without closing them, as if packets vanished.
+        self.left: list[Client] = []
+
+    def is_entitled(
+        self, event: Published, patterns: list[tuple[str, str]] | None = None
+    ) -> bool:
+        is_receiver = event.to is None or self.user in event.to
+        return is_receiver and any(map(event.matches, patterns or self.patterns))
+
+    def missing(self) -> set[int]:
+        return self.must - self.received
+
+    def open(self, site: ModelSite) -> None:
+        path = "/ws" if self.user is None else f"/ws?user={self.user}"
+        self.site, self.connection = site, Client(site.port, path, receive_buffer=4096)
+        # What has arrived on this connection: numbers, and the newest live id and replayed id.
+        self.arrived: set[int] = set()
+        self.newest_live = self.newest_replayed = self.since = (0, 0)
+        self.replaying, self.is_asking = 0, False
+        self.connected_at = self.connection.hello["payload"]["lastId"]
+        self.place = self.newest = self.place or self.connected_at
+
+    def subscribe(self, patterns: list[tuple[str, str]]) -> None:
+        """Subscribe with `since`. The replay is still to come."""
+        assert self.connection is not None
+        assert self.place is not None
+        items = [{"type": kind, "contentType": content_type} for kind, content_type in patterns]
+        self.since = parsed_id(self.place)
+        # Live events that come before the answer do not move the place.
+        self.is_asking = True
+        answer = self.ask("subscribe", subscriptions=items, since=self.place)["payload"]
+        self.is_asking = False
+        assert answer["refused"] == []
+        if not answer["recovered"]:
+            # The client reloads what it shows, and its place may move back.
+            self.place = self.newest = self.connected_at
+            self.since = (0, 0)
+        self.replaying, self.newest_replayed = answer["replayed"], (0, 0)
+        self.is_recovered = answer["recovered"]
+        self.losses += not self.is_recovered
+
+    def ask(self, action: str, **fields: Any) -> dict[str, Any]:
+        """Send a message and read until its answer. Raises Closed."""
+        assert self.connection is not None
+        try:
+            self.connection.send(action=action, ref="model", **fields)
+        except LocalProtocolError:
+            raise Closed(None, "its close frame had come before") from None
+        while True:
+            message = self.connection.receive(heartbeats=True)
+            if message.get("ref") == "model":
+                assert message["type"] != "system.error", message
+                return message
+            self.take(message)
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Note a message, and check the order."""
+        if message["type"] == "system.heartbeat":
+            self.move(message["payload"]["lastId"])
+        if "id" not in message:
+            return
+        number, event_id = message["payload"]["n"], parsed_id(message["id"])
+        assert number not in self.arrived, f"event {number} came twice"
+        assert event_id > self.since, f"event {number} is older than `since`"
+        assert number in self.must | self.may, f"event {number} is not for this client"
+        if self.replaying:
+            assert event_id > self.newest_replayed, f"event {number} was replayed out of order"
+            self.newest_replayed = event_id
+            self.replaying -= 1
+        else:
+            assert event_id > self.newest_live, f"event {number} is out of order"
+            self.newest_live = event_id
+        self.arrived.add(number)
+        self.received.add(number)
+        self.move(message["id"])
+
+    def move(self, event_id: str) -> None:
+        assert self.newest is not None
+        self.newest = max(self.newest, event_id, key=parsed_id)
+        if not self.replaying and not self.is_asking:
+            self.place = self.newest
+
+    def read(self, deadline: float) -> None:
+        """Read until everything that must come has come. Raises Closed."""
+        assert self.connection is not None
+        while self.missing() or self.replaying:
+            remaining = deadline - time.monotonic()
+            assert remaining > 0, f"never received: {sorted(self.missing())}"
+            with contextlib.suppress(TimeoutError):
+                self.take(self.connection.receive(min(remaining, 1), heartbeats=True))
+
+    def leave(self) -> None:
+        if self.connection is not None:
+            self.left.append(self.connection)
+        self.connection = None
+
+
+EVENT_NAMES = ["content.created", "content.media.added", "order.paid"]
+CONTENT_NAMES = ["posts", "posts.3.comments", "pages"]
+MODEL_PATTERNS = st.tuples(
+    st.sampled_from(["*", "content.*", "content.media.*", *EVENT_NAMES]),
+    st.sampled_from(["*", "posts.*", *CONTENT_NAMES]),
+)
+MODEL_BATCHES = st.lists(
+    st.fixed_dictionaries(
+        {
+            "many": st.booleans(),
+            "events": st.lists(
+                st.tuples(
+                    st.sampled_from(EVENT_NAMES),
+                    st.sampled_from(CONTENT_NAMES),
+                    st.sampled_from([None, None, None, ["ana"], ["ana", "bob"], []]),
+                    # Together the large ones exceed what a client may leave unread.
+                    st.sampled_from([10, 10, 10, 3000, 30_000]),
+                ),
+                min_size=1,
+                max_size=8,
+            ),
+        }
+    ),
+    min_size=1,
+    max_size=3,
+)
+CLIENTS = st.integers(0, 3)
+SITES = st.integers(0, 1)
+
+
+class Model(RuleBasedStateMachine):
+    """Publishers, four clients and one or two processes. Subclasses say where events are kept."""
+
+    site_count = 2
+    # The process that forks sites.
+    processes: subprocess.Popen[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = itertools.count(1)
+        self.truth: list[Published] = []
+        self.clients = [ModelClient(user) for user in (None, "ana", "ana", "bob")]
+        self.sites: list[ModelSite | None] = [None] * self.site_count
+        self.sign_outs = 0
+        # How many events are being published while something else happens.
+        self.in_flight = 0
+        self.history = 0
+        self.log: dict[str, str] = {}
+
+    def log_options(self) -> dict[str, str]:
+        """Return the arguments of a script's Hub: where the shared log is."""
+        return {}
+
+    @initialize(
+        # With few events kept, replays fail. With rare heartbeats, nothing hides a lost wake-up.
+        history=st.sampled_from([1000, 1000, 20]),
+        heartbeat=st.sampled_from([60, 60, 1]),
+        patterns=st.tuples(*[st.lists(MODEL_PATTERNS, max_size=3, unique=True)] * 4),
+    )
+    def begin(
+        self, history: int, heartbeat: int, patterns: list[list[tuple[str, str]]]
+    ) -> None:
+        """Connect all clients, so that every step from here on matters to some of them."""
+        self.history, self.heartbeat = history, heartbeat
+        self.log = self.log_options()
+        for index, client in enumerate(self.clients):
+            client.patterns = list(patterns[index])
+            self.connect(index, index)
+
+    # -- processes ---------------------------------------------------------------------------------
+
+    def site(self, index: int) -> ModelSite:
+        """Return a process of the site, started if need be."""
+        index %= self.site_count
+        found = self.sites[index]
+        if found is None:
+            names = {"database": "DATABASE", "redis_url": "REDIS_URL"}
+            config: dict[str, Any] = {
+                "HISTORY": self.history,
+                "MAX_QUEUE": 100_000,
+                "HEARTBEAT": self.heartbeat,
+                **{names[name]: value for name, value in self.log.items()},
+            }
+            config = {f"SWIFTCMS_WS_{name}": value for name, value in config.items()}
+            found = self.sites[index] = ModelSite(self.processes, config, self.log)
+        return found
+
+    def gone(self, index: int) -> None:
+        """A process is gone, and with it its connections. Without a log, so are its events."""
+        site = self.sites[index % self.site_count]
+        self.sites[index % self.site_count] = None
+        for client in self.clients:
+            if client.site is site:
+                client.leave()
+        if not self.log:
+            self.truth.clear()
+
+    @rule(index=SITES, is_deploy=st.booleans())
+    def end_process(self, index: int, is_deploy: bool) -> None:
+        """Kill a process, or let it close its clients with 1001 first."""
+        if (site := self.sites[index % self.site_count]) is not None:
+            if is_deploy:
+                site.ask("close")
+            site.kill()
+            self.gone(index)
+
+    @rule(index=SITES, milliseconds=st.sampled_from([0, -3_600_000, -1000, 5000]))
+    def set_clock(self, index: int, milliseconds: int) -> None:
+        self.site(index).ask("set clock", milliseconds)
+
+    # -- publishers --------------------------------------------------------------------------------
+
+    def numbered(self, batches: list[dict[str, Any]], to: bool = True) -> list[dict[str, Any]]:
+        return [
+            {
+                "many": batch["many"],
+                "events": [
+                    (next(self.numbers), kind, content_type, receivers if to else None, size)
+                    for kind, content_type, receivers, size in batch["events"]
+                ],
+            }
+            for batch in batches
+        ]
+
+    def add_to_truth(self, batches: list[dict[str, Any]], ids: dict[str, str]) -> None:
+        """Events have ids now: clients must receive those that they are entitled to."""
+        for batch in batches:
+            for number, kind, content_type, to, _ in batch["events"]:
+                if str(number) in ids:
+                    event_id = parsed_id(ids[str(number)])
+                    self.truth.append(Published(number, event_id, kind, content_type, to))
+        self.truth.sort(key=lambda event: event.id)
+        known = {event.id for event in self.truth}
+        assert len(known) == len(self.truth), "two events have the same id"
+        for client in self.clients:
+            if client.place is not None:
+                new = [event for event in self.truth if str(event.n) in ids]
+                client.must |= {event.n for event in new if client.is_entitled(event)}
+
+    @rule(index=SITES, batches=MODEL_BATCHES)
+    def publish(self, index: int, batches: list[dict[str, Any]]) -> None:
+        batches = self.numbered(batches)
+        newest = self.truth[-1].id if self.truth else (0, 0)
+        ids = self.site(index).ask("publish", batches)
+        assert len(ids) == sum(len(batch["events"]) for batch in batches)
+        assert all(parsed_id(event_id) > newest for event_id in ids.values()), "ids went back"
+        self.add_to_truth(batches, ids)
+
+    @rule(index=SITES, batches=MODEL_BATCHES, client=CLIENTS, patterns=MODEL_PATTERNS)
+    def publish_while_subscribing(
+        self, index: int, batches: list[dict[str, Any]], client: int, patterns: tuple[str, str]
+    ) -> None:
+        site, batches = self.site(index), self.numbered(batches)
+        numbers = {event[0] for batch in batches for event in batch["events"]}
+        for other in self.clients:
+            # Until publish() has returned, nobody knows which of the events a client gets.
+            other.may |= numbers
+        subscriber = self.clients[client]
+        losses = subscriber.losses
+        self.in_flight = len(numbers)
+        site.order("publish", batches)
+        self.subscribe(client, patterns)
+        self.add_to_truth(batches, site.answer())
+        self.in_flight = 0
+        if subscriber.losses > losses:
+            # Those that were published before the answer may be among the lost ones.
+            subscriber.must -= numbers - subscriber.received
+        for other in self.clients:
+            entitled = {event.n for event in self.truth if other.is_entitled(event)}
+            other.may -= numbers - entitled
+            wrong = other.received & numbers - entitled
+            assert not wrong, f"events {wrong} are not for this client"
+
+    # If few events are kept, nobody can find out what was stored.
+    @precondition(lambda self: self.history > 100)
+    @rule(index=SITES, batches=MODEL_BATCHES, delay=st.sampled_from([0, 0.001, 0.003, 0.01]))
+    def publish_and_be_killed(
+        self, index: int, batches: list[dict[str, Any]], delay: float
+    ) -> None:
+        """Nobody knows what was stored, until a client that receives everything looks."""
+        site, batches = self.site(index), self.numbered(batches, to=False)
+        with Client(site.port) as client:
+            since = client.hello["payload"]["lastId"]
+        numbers = {event[0] for batch in batches for event in batch["events"]}
+        for client in self.clients:
+            client.may |= numbers
+        site.order("publish", batches)
+        site.wait_for_answer(seconds=delay)
+        site.kill()
+        self.gone(index)
+        self.find_out(batches, since, index)
+
+    def find_out(self, batches: list[dict[str, Any]], since: str, index: int) -> None:
+        """Learn from a replay which events of some batches were stored."""
+        if not self.log:
+            return
+        numbers = {event[0] for batch in batches for event in batch["events"]}
+        with Client(self.site(index).port) as auditor:
+            answer = auditor.subscribe(since=since)
+            assert answer["recovered"]
+            replayed = auditor.receive_many(answer["replayed"])
+        ids = {str(message["payload"]["n"]): message["id"] for message in replayed}
+        ids = {number: event_id for number, event_id in ids.items() if int(number) in numbers}
+        self.add_to_truth(batches, ids)
+        stored = {int(number) for number in ids}
+        for client in self.clients:
+            client.may -= numbers - stored
+            wrong = client.received & numbers - stored
+            assert not wrong, f"delivered, but not stored: {wrong}"
+
+    @precondition(lambda self: self.log)
+    @rule(index=SITES, batches=MODEL_BATCHES, way=st.sampled_from(["a fork", "a script"]))
+    def publish_elsewhere(self, index: int, batches: list[dict[str, Any]], way: str) -> None:
+        batches = self.numbered(batches)
+        words = {"a fork": "publish in a fork", "a script": "publish from a script"}
+        self.add_to_truth(batches, self.site(index).ask(words[way], batches))
+
+    @precondition(lambda self: not self.log)
+    @rule(index=SITES, batches=MODEL_BATCHES)
+    def publish_in_a_child(self, index: int, batches: list[dict[str, Any]]) -> None:
+        """Without a shared log, events of another process reach no client of this one."""
+        self.site(index).ask("publish in a fork", self.numbered(batches))
+
+    @rule(index=SITES, user=st.sampled_from(["ana", "bob"]))
+    def sign_out(self, index: int, user: str) -> None:
+        assert isinstance(self.site(index).ask("disconnect", user), int)
+        self.sign_outs += 1
+        for client in self.clients:
+            if client.user == user and client.connection is not None:
+                self.read_to_the_end(client)
+
+    def read_to_the_end(self, client: ModelClient) -> None:
+        assert client.connection is not None
+        with pytest.raises((Closed, OSError)):
+            while True:
+                client.take(client.connection.receive(heartbeats=True))
+        client.leave()
+
+    # -- clients -----------------------------------------------------------------------------------
+
+    @rule(client=CLIENTS, index=SITES)
+    def connect(self, client: int, index: int) -> None:
+        """Open a connection, and resume if the client had subscriptions."""
+        found = self.clients[client]
+        if found.connection is None:
+            found.open(self.site(index))
+            if found.patterns:
+                self.send_subscribe(found, found.patterns)
+
+    @rule(client=CLIENTS, pattern=MODEL_PATTERNS)
+    def subscribe(self, client: int, pattern: tuple[str, str]) -> None:
+        self.connect(client, client)
+        found = self.clients[client]
+        if found.connection is not None and not found.replaying:
+            if pattern not in found.patterns:
+                found.patterns.append(pattern)
+            self.send_subscribe(found, [pattern])
+
+    def send_subscribe(self, client: ModelClient, patterns: list[tuple[str, str]]) -> None:
+        assert client.place is not None
+        since = parsed_id(client.place)
+        newer = [event for event in self.truth if event.id > since]
+        client.may |= {event.n for event in newer if client.is_entitled(event)}
+        try:
+            client.subscribe(patterns)
+        except (Closed, OSError):
+            client.leave()
+            return
+        if client.is_recovered:
+            client.must |= {event.n for event in newer if client.is_entitled(event, patterns)}
+        else:
+            lost = len(newer) + self.in_flight + self.sign_outs + 1
+            assert not self.log or lost >= self.history, "recovered is false, and nothing was lost"
+            client.may |= client.must
+            client.must = client.must & client.received
+
+    @rule(client=CLIENTS, number=st.integers(0, 3))
+    def unsubscribe(self, client: int, number: int) -> None:
+        found = self.clients[client]
+        if found.connection is None or not found.patterns or found.replaying:
+            return
+        removed = found.patterns[number : number + 1] or list(found.patterns)
+        items = [{"type": kind, "contentType": content_type} for kind, content_type in removed]
+        with contextlib.suppress(Closed, OSError):
+            found.ask("unsubscribe", subscriptions=items)
+        found.patterns = [pattern for pattern in found.patterns if pattern not in removed]
+        # None of its events may come from now on.
+        kept = {event.n for event in self.truth if found.is_entitled(event)} | found.received
+        found.must &= kept
+        found.may &= kept
+
+    @rule(client=CLIENTS)
+    def sign_in(self, client: int) -> None:
+        found = self.clients[client]
+        if found.connection is None or found.user is not None:
+            return
+        found.user = "bob"
+        found.may |= {event.n for event in self.truth if found.is_entitled(event)}
+        token = jwt.encode({"sub": "bob", "exp": time.time() + 3600}, KEY, "HS256")
+        with contextlib.suppress(Closed, OSError):
+            found.ask("authenticate", token=token)
+
+    @rule(clients=st.sets(CLIENTS, min_size=1), how=st.sampled_from(["reset", "close", "leave"]))
+    def cut(self, clients: set[int], how: str) -> None:
+        """Reset or close connections, or leave them open without an answer to anything."""
+        for client in (self.clients[index] for index in sorted(clients)):
+            if client.connection is not None:
+                if how == "reset":
+                    client.connection.reset()
+                elif how == "close":
+                    client.connection.sock.close()
+                client.leave()
+
+    @rule(clients=st.sets(CLIENTS, min_size=1))
+    def read(self, clients: set[int]) -> None:
+        """Some clients read all that they must receive, if their connections hold."""
+        for client in (self.clients[index] for index in sorted(clients)):
+            if client.connection is not None:
+                try:
+                    client.read(time.monotonic() + MODEL_PATIENCE)
+                except (Closed, OSError):
+                    client.leave()
+
+    @rule()
+    def settle(self) -> None:
+        """Everything that must arrive arrives, over as many connections as it takes."""
+        deadline = time.monotonic() + MODEL_PATIENCE
+        for index, client in enumerate(self.clients):
+            while True:
+                assert time.monotonic() < deadline, "clients are not up to date"
+                try:
+                    self.connect(index, index)
+                    if client.connection is None:
+                        continue
+                    client.read(deadline)
+                    # An answer comes after all earlier events: no others may be on their way.
+                    client.ask("heartbeat")
+                    break
+                except (Closed, OSError):
+                    client.leave()
+
+    def teardown(self) -> None:
+        try:
+            if self.history:
+                self.settle()
+        finally:
+            for client in self.clients:
+                client.leave()
+                for connection in client.left:
+                    connection.sock.close()
+            for site in self.sites:
+                if site is not None:
+                    site.kill()
+
+
+@pytest.fixture
+def model_sites() -> Iterator[None]:
+    """Run the process that forks sites."""
+    with subprocess.Popen(
+        [sys.executable, "-c", MODEL_SITES],
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as Model.processes:
+        assert Model.processes.stdout is not None
+        assert Model.processes.stdout.readline() == "ready\n"
+        yield
+        assert Model.processes.stdin is not None
+        Model.processes.stdin.close()
+        Model.processes.wait(PATIENCE)
+
+
+class MemoryModel(Model):
+    """One process, which forgets its events when it ends."""
+
+    site_count = 1
+
+
+class RedisModel(Model):
+    """Two processes that share a Redis."""
+
+    redis: Redis
+
+    def log_options(self) -> dict[str, str]:
+        self.redis.send("FLUSHALL")
+        return {"redis_url": self.redis.url}
+
+
+class SqliteModel(Model):
+    """Two processes that share a file."""
+
+    directory: Path
+    files = itertools.count(1)
+
+    def log_options(self) -> dict[str, str]:
+        return {"database": str(self.directory / f"{next(self.files)}.sqlite3")}
+
+
+# By default these are the same few runs each time. With MODEL_EXAMPLES=1000 they are random ones.
+MODEL_SETTINGS = settings(
+    max_examples=int(os.environ.get("MODEL_EXAMPLES", "3")),
+    derandomize="MODEL_EXAMPLES" not in os.environ,
+    database=None,
+    stateful_step_count=25,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_model_in_memory(model_sites: None) -> None:
+    run_state_machine_as_test(MemoryModel, settings=MODEL_SETTINGS)
+
+
+@needs_redis
+def test_model_with_redis(model_sites: None, redis: Redis) -> None:
+    RedisModel.redis = redis
+    run_state_machine_as_test(RedisModel, settings=MODEL_SETTINGS)
+
+
+def test_model_with_sqlite(model_sites: None, tmp_path: Path) -> None:
+    SqliteModel.directory = tmp_path
+    run_state_machine_as_test(SqliteModel, settings=MODEL_SETTINGS)
