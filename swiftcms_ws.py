@@ -33,6 +33,7 @@ Glossary
     stream        a connection over plain HTTP: a response that does not end (GET /ws/events)
     poll          the same request, if its response ends at once and the client asks again
     framing       how messages are written: as WebSocket frames, or as an event stream
+    live page     a page with `data-live`: it fetches itself again after an event (a refresh)
     hook          a function of the site: identify, authorize, or a receiver of a signal
     shared log    an SQLite file or Redis: all processes of a site append their events to it and
                   read it
@@ -69,7 +70,7 @@ Locks (each is documented where it is created)
     EventQueue._lock ids and the queue              Registry._lock   connections, subscriptions
     Workers._lock    tasks and threads              Editing._lock    editors of entries
     Counters._lock   the numbers of stats()         Lane._lock       one ordered queue of tasks
-    LogFile._queue   one connection to the file of a shared log
+    LogFile._queue   one connection to its file     _fork_lock       two forks at the same time
 A thread holds one lock at a time, except that it may take others while it holds Hub._starting.
 No code of the site, no logging and no network I/O runs while a lock is held. Only while it is first
 in LogFile._queue, a thread reads and writes a file.
