@@ -2866,7 +2866,7 @@ class Endpoint:
         self.blueprint.add_url_rule("/ws/client.js", "client_js", self._client_js)
         self.blueprint.add_url_rule("/ws/events", "events", self._events)
         self.blueprint.add_url_rule(
-            "/ws/inspector.<any(js, css, svg):kind>", "inspector", self._inspector_file
+            "/ws/inspector.<any(js, css):kind>", "inspector", self._inspector_file
         )
         self.blueprint.url_defaults(self._add_version)
 
@@ -2991,7 +2991,7 @@ class Endpoint:
         return current_app.debug if setting is None else setting
 
     def _inspector_file(self, kind: str, **values: Any) -> Response:
-        """Serve the inspector's script, style and icon.
+        """Serve the inspector's script or style.
 
         Flask-Talisman's default policy forbids them inside the page.
         """
@@ -3000,7 +3000,6 @@ class Endpoint:
         files = {
             "js": (INSPECTOR_JS, "text/javascript"),
             "css": (INSPECTOR_CSS, "text/css"),
-            "svg": (INSPECTOR_SVG, "image/svg+xml"),
         }
         return page_file(*files[kind])
 
@@ -9264,18 +9263,12 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 })();
 """
 
-INSPECTOR_SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
-<path fill="#5a2ca0" d="M0 0h16v16H0z"/>
-<path fill="#fff" d="M2 4h8V2l4 3-4 3V6H2zM14 10H6V8l-4 3 4 3v-2h8z"/></svg>
-"""
-
 PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ "WebSocket, live: SwiftCMS demo" if demo else "WebSocket inspector" }}</title>
-<link rel="icon" href="ws/inspector.svg">
 <link rel="stylesheet" href="ws/inspector.css">
 {% if demo %}<script src="ws/client.js"></script>{% endif %}
 <script type="module" src="{{ 'demo.js' if demo else 'ws/inspector.js' }}"></script>
@@ -9299,8 +9292,8 @@ PAGE = r"""<!doctype html>
     <p>Something changes on the server. This page asks every second: “anything new?” It is also
       told, by an open connection.</p>
     <p data-options="Asking|Being told|Both at once">Which way is the news here first?</p>
-    <p>Asking is mostly in vain, and late. Being told, <em>push</em>, is one message, at once,
-      only if there is news.</p></article>
+    <p><span id="late"></span> Asking is mostly in vain, and late. Being told, <em>push</em>, is
+      one message, at once, only if there is news.</p></article>
   <article data-right="1"><h2>Open the connection</h2>
     <p>A browser can ask a server. Can a server speak first? Open a connection, and see who sends
       what.</p>
@@ -9391,47 +9384,35 @@ PAGE = r"""<!doctype html>
 {% endif %}
 <section id="inspector" aria-label="Messages">
   <header>
-    <b id="you">○ You</b> <b id="server">Server</b> <b id="own" class="own">CMS</b>
+    <b id="you">○ You</b> <b id="server">Server</b> <b id="own">CMS</b>
     {% if demo %}
     <button id="both" aria-pressed="false">
       + <span>the</span> CMS<span>’s own connection</span></button>
     {% endif %}
-    <button id="hold" aria-pressed="false">Hold</button>
     <button id="clear">Clear</button>
     <button id="toggle">Open</button>
   </header>
-  <template id="rails">
-    <svg class="none"><path class="you" d="M20 0v36"/><path d="M140 0v36"/>
-      <path class="own" d="M240 0v36"/></svg>
-    <svg class="out"><path d="M22 18h106"/><path d="M138 18l-14-8v16z"/></svg>
-    <svg class="in"><path d="M138 18H32"/><path d="M22 18l14-8v16z"/></svg>
-    <svg class="ghost"><path d="M138 18H92"/><path d="M72 10l16 16m0-16L72 26"/></svg>
-    <svg class="lost"><path d="M6 23l7-10 7 10 7-10 7 10"/></svg>
-    <svg class="cms out"><path d="M238 18h-86"/><path d="M142 18l14-8v16z"/></svg>
-    <svg class="cms in"><path d="M142 18h86"/><path d="M238 18l-14-8v16z"/></svg>
-  </template>
   <ul id="log" role="listbox" aria-label="Messages, oldest first" tabindex="0"></ul>
-  <p id="empty">Nothing has been sent yet.</p>
   <button id="unseen" hidden>new</button>
   <div id="details">
     <pre id="json"></pre>
     <div id="explanation">Select a row to see the message, and what each of its fields means.</div>
   </div>
   <footer>
-    <nav role="tablist" aria-label="Send">
-      <button role="tab" id="tab-ask" aria-controls="ask" aria-selected="true">Ask</button>
-      <button role="tab" id="tab-sign" aria-controls="sign-in">Sign in</button>
-      <button role="tab" id="tab-write" aria-controls="write">Write</button>
-      {% if demo %}<button role="tab" id="tab-tell" aria-controls="tell">Tell</button>{% endif %}
-      <button role="tab" id="tab-break" aria-controls="break">Break</button>
+    <nav aria-label="Send">
+      <button value="ask">Ask</button>
+      <button value="sign-in">Sign in</button>
+      <button value="write">Write</button>
+      {% if demo %}<button value="tell">Tell</button>{% endif %}
+      <button value="break">Break</button>
     </nav>
-    <form id="ask" role="tabpanel" aria-labelledby="tab-ask" autocomplete="off">
+    <form id="ask" autocomplete="off">
       <input name="type" value="{{ 'content.*' if demo else '*' }}" aria-label="type"> of
       <input name="contentType" value="{{ 'posts' if demo else '*' }}" aria-label="contentType">
       <button value="subscribe">Subscribe</button>
       <button value="unsubscribe">Unsubscribe</button>
     </form>
-    <form id="sign-in" role="tabpanel" aria-labelledby="tab-sign" autocomplete="off" hidden>
+    <form id="sign-in" autocomplete="off">
       {% if demo %}
       as <input name="name" required maxlength="20" aria-label="Name">
       <button>Get a token and send it</button>
@@ -9440,25 +9421,18 @@ PAGE = r"""<!doctype html>
       <button>Authenticate</button>
       {% endif %}
     </form>
-    <form id="write" role="tabpanel" aria-labelledby="tab-write" autocomplete="off" hidden>
-      <input name="text" list="examples" placeholder='{"action": …}' aria-label="Any message">
-      <datalist id="examples">
-        <option>{"action": "heartbeat", "ref": 1}</option>
-        <option>{"action": "subscribe", "since": "1-0"}</option>
-        <option>{"action": "unsubscribe"}</option>
-        <option>{"action": "presence"}</option>
-        <option>{"action": "subscribe", "type": "con*"}</option>
-      </datalist>
+    <form id="write" autocomplete="off">
+      <input name="text" value='{"action": "presence"}' aria-label="Any message">
       <button>Send</button>
     </form>
     {% if demo %}
-    <form id="tell" role="tabpanel" aria-labelledby="tab-tell" autocomplete="off" hidden>
+    <form id="tell" autocomplete="off">
       <input name="to" required maxlength="40" placeholder="whom" aria-label="To">
       <input name="text" required maxlength="500" placeholder="only for them" aria-label="Text">
       <button>Tell</button>
     </form>
     {% endif %}
-    <div id="break" role="tabpanel" aria-labelledby="tab-break" hidden>
+    <div id="break">
       {% if demo %}<button id="cut">Lose it for 5 s</button>{% endif %}
       <button id="forge">Bad token</button>
       <button id="fast">Send 300</button>
@@ -9473,33 +9447,30 @@ PAGE = r"""<!doctype html>
 INSPECTOR_CSS = r""":root {
   color-scheme: light dark;
   --ground: #fff; --panel: #f0f4f9; --ink: #111418; --quiet: #47525e; --edge: #7d8b9a;
-  --accent: #5a2ca0; --on-accent: #fff; --chosen: #fff1c2; --good: #0a6632; --on-good: #fff;
-  --out: #944000; --in: #0a4d9c; --bad: #a3001b; --bad-ground: #f8e0e3; --replay: #e6eef8;
-  /* The widths of the log's first columns, and the height of the forms below it. */
-  --time: 4.6rem; --rail: 10rem; --dock: 3.75rem;
+  --accent: #5a2ca0; --on-accent: #fff; --chosen: #fff1c2; --good: #0a6632; --replay: #e6eef8;
+  --out: #944000; --in: #0a4d9c; --bad: #a3001b; --bad-ground: #f8e0e3; --unsent: #006069;
+  /* The log's columns: the time, from one lifeline to the next, and all lifelines. */
+  --time: 4.6rem; --gap: 7.5rem; --rail: 10rem; --dock: 3.75rem;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ground: #11161c; --panel: #1c242d; --ink: #f3f5f7; --quiet: #b6c2cf; --edge: #71808f;
-    --accent: #cdb0ff; --on-accent: #11161c; --chosen: #453800; --good: #7ce8a6;
-    --on-good: #11161c; --out: #ffb26b; --in: #8fc4ff; --bad: #ff9d9d; --bad-ground: #35222a;
-    --replay: #1b2833;
+    --accent: #cdb0ff; --on-accent: #11161c; --chosen: #453800; --good: #7ce8a6; --replay: #1b2833;
+    --out: #ffb26b; --in: #8fc4ff; --bad: #ff9d9d; --bad-ground: #35222a; --unsent: #6fd6de;
   }
 }
 /* All sizes grow with the window: on a projector they can be read from the back row. */
 html { font-size: clamp(15px, min(1.25vw, 2.222vh), 32px); }
-* { box-sizing: border-box; margin: 0; }
+*, ::before, ::after { box-sizing: border-box; margin: 0; }
 [hidden] { display: none !important; }
 body {
   display: grid; grid: "head" 3.5rem "log" minmax(0, 1fr) / minmax(0, 1fr); height: 100vh;
   height: 100dvh; background: var(--ground); color: var(--ink);
   font: 1.1875rem/1.3 system-ui, sans-serif;
 }
-body.demo {
-  grid: "head head" 3.5rem "lesson log" 21.5rem "cms log" minmax(0, 1fr) / 26.25rem minmax(0, 1fr);
+.demo {
+  grid: "head head" 3.5rem "lesson log" auto "cms log" minmax(0, 1fr) / 26.25rem minmax(0, 1fr);
 }
-body.no-lesson { grid-template-rows: 3.5rem 0 minmax(0, 1fr); }
-.no-lesson #lesson { display: none; }
 h1, h2 { font-size: 1.5rem; line-height: 1.2; }
 button, input, textarea {
   min-width: 0; height: 2.25rem; padding: 0 .6rem; border: 2px solid var(--edge);
@@ -9511,27 +9482,29 @@ button:disabled { opacity: .6; }
 .filled { border-color: var(--accent); background: var(--accent); color: var(--on-accent); }
 [aria-pressed=true] { border-color: var(--ink); background: var(--chosen); }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-small, time, pre, header strong { color: var(--quiet); font: 1rem/1.35 ui-monospace, monospace; }
+small { color: var(--quiet); font-size: 1rem; }
+#log small, time, code, header strong { font: 1rem/1.35 ui-monospace, monospace; }
 header, footer { display: flex; gap: .6rem; align-items: center; }
-body > header { grid-area: head; padding: 0 1rem; border-bottom: 2px solid var(--edge); }
 header button, footer button, footer input { font-size: 1rem; }
+body > header { grid-area: head; padding: 0 1rem; border-bottom: 2px solid var(--edge); }
 h1 { flex: 1; white-space: nowrap; }
-header strong { color: var(--ink); font-size: 1.4rem; font-weight: 700; }
+header strong { font-size: 1.4rem; font-weight: 700; }
 
 #lesson {
-  position: relative; grid-area: lesson; padding: .6rem 1rem; overflow: hidden;
+  position: relative; grid-area: lesson; height: 21.5rem; padding: .6rem 1rem; overflow: hidden;
   border: solid var(--edge); border-width: 0 2px 2px 0; background: var(--panel);
 }
+.no-lesson #lesson { display: none; }
 #steps { display: flex; gap: .3rem; margin: 0 2.4rem .4rem 0; }
 #steps button, #dismiss { width: 2.1rem; height: 2.1rem; padding: 0; }
-#steps .done { border-color: var(--good); background: var(--good); color: var(--on-good); }
+#steps .done { border-color: var(--good); background: var(--good); color: var(--ground); }
 #steps [aria-current=step] { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); }
 #dismiss { position: absolute; top: .6rem; right: .6rem; border: 0; background: none; }
+#verdict { display: block; }
 #lesson p, #verdict { margin-top: .2rem; font-size: 1.125rem; }
 [data-options] { font-weight: 600; }
-article p:last-child, .done [data-options], .done #expect { display: none; }
+#lesson p:last-child, .done [data-options], .done #expect { display: none; }
 #expect { display: flex; gap: .4rem; margin: .3rem 0 .5rem; }
-#verdict { display: block; }
 #verdict b { color: var(--good); }
 #act, #next { position: absolute; bottom: .7rem; left: 1rem; width: calc(100% - 8.8rem); }
 #next { right: 1rem; left: auto; width: 6.2rem; }
@@ -9541,20 +9514,20 @@ article p:last-child, .done [data-options], .done #expect { display: none; }
   border-right: 2px solid var(--edge);
 }
 #create { display: flex; gap: .5rem; padding-bottom: .5rem; }
-#create input, #write input, #sign-in input { flex: 1; }
+#create input, #write input, #sign-in input, #tell [name=text] { flex: 1; }
 #entries { flex: 1; padding: 0; overflow-y: auto; list-style: none; }
 #entries li {
   display: flex; gap: .6rem; align-items: center; height: 2.75rem;
   border-top: 1px solid var(--edge);
 }
-body:not(.no-lesson) #entries:not(.all) li:nth-child(n + 6), .no-lesson #more { display: none; }
+body:not(.no-lesson) #entries:not(.all) li:nth-child(n + 6), .no-lesson #more, .all ~ * #more,
+.editing :is(#create, #entries, #below button), #cms:not(.editing) #editor,
+#conflict:not([hidden]) ~ button { display: none; }
 #entries b { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-#entries small { font-family: inherit; white-space: nowrap; }
+#entries small { white-space: nowrap; }
 #entries button, #below button { height: 1.8rem; }
 #entries .gone { opacity: .6; text-decoration: line-through; }
 #below { flex: none; height: 2.5rem; border-top: 1px solid var(--edge); font-size: 1rem; }
-.editing #create, .editing #entries, .editing #below button, #cms:not(.editing) #editor,
-#conflict:not([hidden]) ~ button { display: none; }
 #editor {
   display: flex; flex: 1; flex-wrap: wrap; gap: .5rem; align-content: flex-start; overflow-y: auto;
 }
@@ -9574,37 +9547,57 @@ dialog form { display: grid; gap: 1rem; justify-items: start; }
   position: relative; flex: none; gap: .4rem; justify-content: flex-end; height: 2.75rem;
   padding: 0 .6rem; border-bottom: 2px solid var(--edge); background: var(--panel);
 }
-header > b {
-  position: absolute; left: calc(var(--time) + 1.25rem); transform: translateX(-50%);
-  white-space: nowrap;
-}
-#server { left: calc(var(--time) + 8.75rem); }
-#own { left: calc(var(--time) + 15rem); }
-body:not(.both) :is(.own, .cms) { display: none; }
-.both { --rail: 16.5rem; }
+header b { position: absolute; white-space: nowrap; transform: translateX(-50%); }
+#you { left: calc(var(--time) + 1.25rem); }
+#server { left: calc(var(--time) + 1.25rem + var(--gap)); }
+#own { left: calc(var(--time) + 1.25rem + 2 * var(--gap)); }
+.both { --rail: 17.5rem; }
+body:not(.both) :is(#own, li.cms) { display: none; }
 #log {
   flex: 1; min-height: 0; padding: 0; overflow-y: scroll; overflow-anchor: none; list-style: none;
   outline-offset: -3px;
 }
+#log:empty::before { padding: 5.8rem; color: var(--quiet); content: "Nothing has been sent yet."; }
 #log li { display: flex; align-items: center; height: 2.25rem; padding-right: .6rem; }
-#log time { flex: none; width: var(--time); padding-left: .5rem; }
-#log i { position: relative; flex: none; width: var(--rail); height: 2.25rem; }
-svg {
-  position: absolute; width: 10rem; height: 2.25rem; overflow: visible; fill: currentcolor;
-  stroke: currentcolor; stroke-width: 4;
-}
-svg.ghost, svg.lost { fill: none; }
-.none { color: var(--edge); }
-.dashed path:first-child, .ghost path:first-child { stroke-dasharray: 8 5; }
-#log .none path { stroke-dasharray: none; }
-#log .away .you { stroke-dasharray: 2 9; }
+#log time { flex: none; width: var(--time); padding-left: .5rem; color: var(--quiet); }
 #log p {
   flex: 1; overflow: hidden; font-size: 1.3125rem; text-overflow: ellipsis; white-space: nowrap;
 }
-.out b, svg.out { color: var(--out); }
-.in b, svg.in { color: var(--in); }
+/* The lifelines are the borders of two boxes. The right one begins at the server. */
+li > i { position: relative; flex: none; width: var(--rail); height: 100%; }
+li > i::before, .both li > i::after {
+  position: absolute; left: 1.125rem; width: calc(var(--gap) + .25rem); height: 100%;
+  border: solid var(--edge); border-width: 0 .25rem; content: "";
+}
+.both li > i::after { left: calc(1.125rem + var(--gap)); }
+.away > i::before { border-left-style: dotted; }
+/* The arrow of a row points to the right, if it is not turned. */
+i i {
+  position: absolute; top: 1rem; left: 1.375rem; width: calc(var(--gap) - .25rem);
+  border-top: .25rem solid;
+}
+i i::after {
+  position: absolute; top: -.625rem; right: 0; border: solid transparent;
+  border-width: .5rem 0 .5rem 1.1rem; border-left-color: currentcolor; content: "";
+}
+.cms i i { left: calc(1.375rem + var(--gap)); }
+.in i i, .ghost i i, .cms.out i i { transform: scaleX(-1); }
+.cms.in i i { transform: none; }
+.dashed i i, .ghost i i { border-top-style: dashed; }
+.ghost i i, .unsent i i { width: calc(var(--gap) / 2); }
+.ghost i i { left: calc(1.125rem + var(--gap) / 2); }
+:is(.ghost, .unsent, .lost) i i::after {
+  top: -1.1rem; right: -.4rem; border: 0; font: 700 1.5rem/2rem system-ui, sans-serif; content: "✕";
+}
+.lost i i { left: .5rem; width: 1.5rem; border-color: transparent; }
+.lost i i::after { right: 0; width: 1.5rem; background: inherit; text-align: center; content: "≈"; }
+.none i i { display: none; }
+.out { --mark: var(--out); }
+.in { --mark: var(--in); }
+.err { --mark: var(--bad); }
+.unsent { --mark: var(--unsent); }
+#log b, i i { color: var(--mark, var(--quiet)); }
 #log .ghost, #log .ghost b { color: var(--quiet); font-weight: 400; }
-#log .err b, #log .err svg:last-child { color: var(--bad); }
 #log .lost.err { background: var(--bad-ground); }
 #log .replay { background: var(--replay); }
 #log .replay p { padding-left: .6rem; border-left: .3rem solid var(--in); }
@@ -9613,57 +9606,45 @@ svg.ghost, svg.lost { fill: none; }
   position: sticky; z-index: 1; top: 0; background: var(--ground); box-shadow: 0 1px var(--edge);
 }
 #log [aria-selected=true] { background: var(--chosen); }
-#empty { position: absolute; top: 5rem; left: 5.8rem; color: var(--quiet); font-size: 1.4rem; }
-#unseen { position: absolute; right: 1.5rem; bottom: calc(var(--dock) + 12.2rem); }
+#unseen { position: absolute; right: 1.5rem; bottom: calc(var(--dock) + 12.2rem); z-index: 1; }
 #details {
   display: grid; flex: none; grid: 11.5rem / 1fr 1fr; border: solid var(--edge);
   border-width: 2px 0; background: var(--panel);
 }
-#details > * { padding: .5rem .8rem; overflow: auto; }
-#json code {
-  display: block; padding: 0 .2rem; color: var(--ink); font: inherit; white-space: pre-wrap;
-  overflow-wrap: anywhere;
-}
-#json .focused { outline: 2px solid var(--accent); background: var(--chosen); }
+#details > * { position: relative; padding: .5rem .8rem; overflow: auto; }
+#json code { display: block; white-space: pre-wrap; overflow-wrap: anywhere; }
+#json .focused { outline: 2px solid var(--ink); background: var(--chosen); }
 #explanation { border-left: 1px solid var(--edge); }
-#explanation small { display: block; margin-top: .6rem; font-family: inherit; }
+#explanation small { display: block; margin-top: .6rem; }
 #inspector footer { justify-content: space-between; height: var(--dock); padding: 0 .7rem; }
-[role=tabpanel] {
+#inspector footer > :not(nav) {
   display: flex; flex: 1; gap: .4rem; align-items: center; justify-content: flex-end; min-width: 0;
 }
 #ask input, #tell [name=to] { width: 6.6rem; }
-#tell [name=text] { flex: 1; }
-[role=tablist] { white-space: nowrap; }
-[role=tab] {
-  padding: 0 .45rem; border: 0; border-bottom: 4px solid transparent; border-radius: 0;
-  background: none; color: var(--quiet);
-}
-[role=tab][aria-selected=true] { border-color: var(--accent); color: var(--ink); }
-@keyframes arrive { from { background-color: var(--chosen); } }
-@media (prefers-reduced-motion: no-preference) { #entries li { animation: arrive 1.5s; } }
+nav { white-space: nowrap; }
+footer nav button { padding: 0 .45rem; border-width: 0 0 4px; border-radius: 0; background: none; }
+footer nav [aria-pressed=false] { border-color: transparent; color: var(--quiet); }
 @media (max-width: 1100px) {
   :root { --dock: 6rem; }
-  body.demo { grid-template-columns: 25.5rem minmax(0, 1fr); }
+  .demo { grid-template-columns: 25.5rem minmax(0, 1fr); }
   #both span { display: none; }
   #inspector footer { flex-direction: column; justify-content: center; }
-  [role=tabpanel] { flex: none; width: 100%; }
+  #inspector footer > :not(nav) { flex: none; width: 100%; }
 }
 @media (max-width: 700px) {
-  :root { --time: 0rem; --rail: 5.5rem; }
+  :root { --time: 0rem; --gap: 4rem; --rail: 6.5rem; }
   html { font-size: 16px; }
-  body, body.demo { display: flex; flex-direction: column; height: auto; }
+  body { display: flex; flex-direction: column; height: auto; }
   body > header { flex-wrap: wrap; height: auto; padding: .5rem 1rem; }
   h1 { flex: 1 1 100%; }
   #lesson { height: 25rem; border-width: 0 0 2px; }
   #inspector { height: 45rem; }
   #cms { order: 1; height: 21rem; border: 0; }
-  #log time { display: none; }
-  #log svg { transform: scaleX(.5); transform-origin: left; }
-  #you, #server { left: .2rem; transform: none; }
-  #server { left: 4.2rem; }
-  #both, #hold { display: none; }
+  #log time, #log small, #both { display: none; }
+  #log p { font-size: 1.0625rem; }
+  header b, code { font-size: .8125rem; }
   #inspector footer { height: auto; padding: .5rem .7rem; }
-  [role=tabpanel] { flex-wrap: wrap; }
+  #inspector footer > :not(nav) { flex-wrap: wrap; }
 }
 """
 
@@ -9705,16 +9686,15 @@ const isMatch = (pattern, name) =>
 const patternText = ({ type = "*", contentType = "*" }) => `${type} of ${contentType}`;
 
 // Why an event did not reach a connection that was in this state when the event came.
-export function whyNot(event, { isOpen, patterns, to }) {
+export function whyNot({ type, contentType }, { isOpen, patterns, to }) {
   if (to) return `it was for ${to} only`;
   if (!isOpen) return "you were away";
   if (!patterns.length) return "you have not subscribed to anything";
-  const near = patterns.find(({ type }) => isMatch(type, event.type)) ?? patterns[0];
-  if (!isMatch(near.type, event.type)) return `${patternText(near)} does not match ${event.type}`;
-  const doesMatch = each =>
-    isMatch(each.type, event.type) && isMatch(each.contentType, event.contentType);
-  if (patterns.some(doesMatch)) return "it was for one user, as whom you are not signed in here";
-  return `${patternText(near)} does not match ${event.contentType}`;
+  const near = patterns.filter(each => isMatch(each.type, type));
+  if (!near.length) return `${patternText(patterns[0])} does not match ${type}`;
+  if (near.some(each => isMatch(each.contentType, contentType)))
+    return "it was for one user, as whom you are not signed in here";
+  return `${patternText(near[0])} does not match ${contentType}`;
 }
 
 const nameOf = editor => editor?.userId ?? "somebody";
@@ -9764,17 +9744,16 @@ export function describe(isOut, text) {
   try {
     const message = JSON.parse(text);
     const { action, type, payload } = message;
-    if (isOut)
-      return { message, head: String(action), words: OUT_WORDS[action]?.(message) ?? text };
-    const words = IN_WORDS[type]?.(payload) ?? eventWords(message);
-    return { message, head: type.replace("system.", ""), words };
+    const words = isOut ? OUT_WORDS[action]?.(message) : IN_WORDS[type]?.(payload);
+    const head = isOut ? String(action) : type.replace("system.", "");
+    return { message, head, words: words ?? (isOut ? text : eventWords(message)) };
   } catch {
     return { message: null, head: "not JSON", words: text };
   }
 }
 
 // Messages with the same key may become one row. Without a key, a message has a row of its own.
-export function runKey(isOut, message) {
+function runKey(isOut, message) {
   const { action, type, contentType, payload } = message ?? {};
   if (isOut) return ["pong", "heartbeat", "editChange"].includes(action) ? action : null;
   if (type === "system.heartbeat") return type;
@@ -9799,7 +9778,6 @@ const CLOSE_WORDS = {
 };
 const FIELDS = {
   GET: "The browser asks for this address, as for any page: a WebSocket begins as HTTP.",
-  Host: "Which site is meant: one server may have several.",
   Origin: "The site of the page that asks. The server refuses pages of other sites.",
   Upgrade: "The browser asks, and the server agrees, to go on as a WebSocket, not as HTTP.",
   "Sec-WebSocket-Key": "Random. The server must answer with a number that is computed from it.",
@@ -9827,25 +9805,13 @@ const FIELDS = {
   version: "Grows with each save. A save must name the version that it changed.",
   unsent: "So many bytes wait in the server’s memory, because the slow reader does not read.",
   limit: "If more bytes than this wait for a client, the server closes its connection.",
-  closed: "The close code. 1013: it read too slowly. It may come back, with since.",
+  closed: "Why the connection ended, as a number. 1013: its client read too slowly.",
 };
-export const explain = field => FIELDS[field] ?? "A field of the application’s.";
 
-// A frame is a message with a header of its own: 2 to 10 bytes, and 4 more if it is masked.
-export function frameText(isOut, text) {
-  const size = new TextEncoder().encode(text).length;
-  const header = (size < 126 ? 2 : size < 65_536 ? 4 : 10) + (isOut ? 4 : 0);
-  return `One frame: ${header} bytes of header${isOut ? ", masked" : ""}, and ${size} of text.`;
-}
-
-const shorten = (key, value) =>
-  value?.length > MAX_STRING && value.slice ? `${value.slice(0, MAX_STRING)}…` : value;
-const detailLines = ({ message, text }) =>
-  (message ? JSON.stringify(message, shorten, 2) : text).split("\n").slice(0, 100);
 // The field of a line of JSON, or the header of a line of HTTP. An entry has an id of its own.
-function fieldOf(line = "") {
+function fieldOf(line) {
   const [, indent, name] = line.match(/^( +)"([^"]+)": /) ?? [];
-  if (!name) return Object.keys(FIELDS).find(each => line.startsWith(each));
+  if (!name) return Object.keys(FIELDS).find(each => line.startsWith(each)) ?? "";
   return name === "id" && indent.length > 2 ? "payload.id" : name;
 }
 
@@ -9853,43 +9819,24 @@ function fieldOf(line = "") {
 
 const list = $("log");
 let rows = [];
-// The row that was added or changed last, and when.
-let latest, lastAt;
-let selected, fieldIndex;
-let isHeld = false;
-let isFrameAsked = false;
+// The row that was added or changed last, and the one whose message is shown.
+let latest, selected;
+let renderTimer;
 // Whether the log scrolls with its rows: it does unless the reader has scrolled up.
 let isFollowing = true;
-// Rows below what is shown, and rows removed above it since the last animation frame.
+// How many rows are below what is shown, and how many there have been.
 let unseen = 0;
-// Of the last row. Ids of rows end with it.
 let number = 0;
-let height = 0;
-let removed = 0;
 const isInside = () => list.matches(":hover") || list.contains(document.activeElement);
 const isAtEnd = () => list.scrollHeight - list.scrollTop - list.clientHeight < 20;
 
-// row: {kind: its classes, head, words, text, and maybe key, id, message, isOut, note}
+// row: {kind: its classes, head, words, text, and maybe key, id, message, note}
 export function addRow({ key = null, ...fields }) {
   const now = performance.now();
   let row = key && findRun(rows, key, now);
-  if (!row) rows.push((row = { key, count: 0, beganAt: now, gap: now - (lastAt ?? now) }));
-  Object.assign(row, fields, { count: row.count + 1, seenAt: now, isDirty: true });
-  [latest, lastAt] = [row, now];
-  for (; rows.length > MAX_ROWS; removed++) rows.shift().element?.remove();
-  // A hidden page gets no animation frames, so it must not ask for more and more of them.
-  if (!isFrameAsked) requestAnimationFrame(render);
-  isFrameAsked = true;
-}
-
-// The lifelines, and the arrow of a row between them.
-function rail(kind) {
-  const names = kind.split(" ").filter(name => /^(out|in|ghost|lost|cms)$/.test(name));
-  const drawn = $("rails").content.querySelector(`.${names.join(".") || "none"}`);
-  const [lifelines] = $("rails").content.querySelectorAll(".none");
-  const copies = [lifelines, drawn].map(svg => svg.cloneNode(true));
-  for (const svg of copies) svg.setAttribute("viewBox", "0 0 160 36");
-  return make("i", {}, ...copies);
+  if (!row) rows.push((row = { key, count: 0, beganAt: now, gap: now - (latest?.seenAt ?? now) }));
+  latest = Object.assign(row, fields, { count: row.count + 1, seenAt: now, isDirty: true });
+  renderTimer ??= setTimeout(render, 16);
 }
 
 function fill(row) {
@@ -9900,19 +9847,19 @@ function fill(row) {
   row.element.className = row.kind;
   row.element.replaceChildren(
     make("time", {}, `+${gap}`),
-    rail(row.kind),
+    make("i", {}, make("i")),
     make("p", {}, make("b", {}, row.head), ` ${times}${row.words.slice(0, MAX_STRING)}`),
     make("small", {}, row.id ? shortId(row.id) : ""),
   );
   row.isDirty = false;
-  if (row === selected) select(row);
 }
 
 function render() {
-  isFrameAsked = false;
-  if (isHeld) return;
-  if (!isFollowing || isInside()) list.scrollTop -= removed * (list.firstChild?.offsetHeight ?? 0);
-  removed = 0;
+  renderTimer = null;
+  const surplus = rows.splice(0, Math.max(rows.length - MAX_ROWS, 0));
+  // Rows that are looked at do not move when rows above them are removed.
+  list.scrollTop -= surplus.length * (list.firstChild?.offsetHeight ?? 0);
+  for (const { element } of surplus) element?.remove();
   for (const row of rows.filter(({ isDirty }) => isDirty)) {
     if (!row.element) {
       row.element = make("li", { id: `row${++number}`, onclick: () => select(row) });
@@ -9922,7 +9869,6 @@ function render() {
     }
     fill(row);
   }
-  $("empty").hidden = rows.length > 0;
   follow();
 }
 
@@ -9930,74 +9876,59 @@ function render() {
 function follow() {
   if (isFollowing && !isInside()) list.scrollTop = list.scrollHeight;
   if (isAtEnd()) unseen = 0;
-  height = list.clientHeight;
   $("unseen").hidden = !unseen;
   $("unseen").textContent = `${unseen} new ▾`;
 }
 
-export function clear() {
-  for (const { element } of rows) element?.remove();
-  rows = [];
-  lastAt = undefined;
+export function selectLatest() {
   render();
+  select(latest);
 }
 
 function select(row) {
-  if (row !== selected) fieldIndex = undefined;
-  if (selected?.element) setAria(selected.element, "selected", false);
+  if (selected) setAria(selected.element, "selected", false);
   selected = row;
   setAria(row.element, "selected", true);
   setAria(list, "activedescendant", row.element.id);
-  const lines = detailLines(row);
-  const codes = lines.map((line, index) =>
-    make("code", { onclick: () => focusField(lines, index) }, line),
-  );
+  const { message, text } = row;
+  const shorten = (key, value) =>
+    value?.length > MAX_STRING && value.slice ? `${value.slice(0, MAX_STRING)}…` : value;
+  const lines = (message ? JSON.stringify(message, shorten, 2) : text).split("\n").slice(0, 100);
+  const codes = lines.map(line => make("code", { field: fieldOf(line) }, line));
+  for (const code of codes) code.onclick = () => explain(code);
   $("json").replaceChildren(...codes);
-  const indexOf = name => lines.findIndex(line => fieldOf(line) === name);
   const best = ["since", "code", "closed", "replayed", "id", "GET", "HTTP/1.1", "action", "type"];
-  focusField(lines, fieldIndex ?? best.map(indexOf).find(index => index >= 0) ?? 0);
+  const found = best.map(field => codes.find(code => code.field === field));
+  explain(found.find(Boolean) ?? codes[0]);
 }
 
-// Select the row that was added or changed last, when it is drawn.
-export function selectLatest() {
-  latest.isDirty = true;
-  if (selected?.element) setAria(selected.element, "selected", false);
-  [selected, fieldIndex] = [latest, undefined];
-}
-
-function focusField(lines, index) {
-  fieldIndex = index;
-  const { note, isOut, text } = selected;
-  const field = fieldOf(lines[index]);
-  for (const [at, code] of [...$("json").children].entries())
-    code.classList.toggle("focused", at === index && Boolean(field));
-  $("json").children[index].scrollIntoView({ block: "nearest" });
-  $("explanation").replaceChildren(
-    make("p", {}, make("b", {}, field ?? ""), field ? ` ${explain(field)}` : ""),
-    make("small", {}, note ?? frameText(isOut, text)),
-  );
+// Explain the field of this line of the message.
+function explain(code) {
+  for (const each of $("json").children) each.classList.toggle("focused", each === code);
+  $("json").scrollTop = code.offsetTop - 2 * code.offsetHeight;
+  const { field } = code;
+  const sentence = field && ` ${FIELDS[field] ?? "A field of the application’s."}`;
+  const note = make("small", {}, selected.note ?? "");
+  $("explanation").replaceChildren(make("p", {}, make("b", {}, field), sentence), note);
 }
 
 list.onkeydown = event => {
-  const steps = { ArrowDown: 1, ArrowUp: -1, End: MAX_ROWS, Home: -MAX_ROWS };
-  const shown = rows.filter(({ element }) => element);
-  const lines = selected ? detailLines(selected) : [];
-  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (event.key in steps && shown.length) {
-    const from = selected ? shown.indexOf(selected) : shown.length;
-    const row = shown[Math.min(Math.max(from + steps[event.key], 0), shown.length - 1)];
-    select(row);
-    row.element.scrollIntoView({ block: "nearest" });
-  } else if (step && selected) {
-    let index = fieldIndex + step;
-    while (lines[index] && !fieldOf(lines[index])) index += step;
-    if (lines[index]) focusField(lines, index);
+  const rowStep = { ArrowDown: 1, ArrowUp: -1, End: MAX_ROWS, Home: -MAX_ROWS }[event.key];
+  const fieldStep = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (rowStep && rows.length) {
+    render();
+    const index = (selected ? rows.indexOf(selected) : rows.length) + rowStep;
+    select(rows[Math.min(Math.max(index, 0), rows.length - 1)]);
+    selected.element.scrollIntoView({ block: "nearest" });
+  } else if (fieldStep && selected) {
+    const codes = [...$("json").children].filter(({ field }) => field);
+    const index = codes.findIndex(({ className }) => className) + fieldStep;
+    if (codes[index]) explain(codes[index]);
   } else return;
   event.preventDefault();
 };
 list.onscroll = () => {
-  // If the height has changed, it was not the reader who scrolled.
-  if (list.clientHeight === height) isFollowing = isAtEnd();
+  isFollowing = isAtEnd();
   follow();
 };
 list.onpointerleave = list.onblur = window.onresize = follow;
@@ -10005,11 +9936,11 @@ $("unseen").onclick = () => {
   isFollowing = true;
   follow();
 };
-$("clear").onclick = clear;
-$("hold").onclick = ({ target }) => {
-  isHeld = !isHeld;
-  setAria(target, "pressed", isHeld);
-  render();
+$("clear").onclick = () => {
+  rows = [];
+  latest = undefined;
+  list.replaceChildren();
+  follow();
 };
 
 // -- The connection --
@@ -10020,76 +9951,74 @@ const emit = (...values) => listeners.forEach(listener => listener(...values));
 export const link = {
   // The demo tells the server with it which page this is.
   query: "",
+  // From the greeting until the connection is lost.
   isReady: false,
-  // From the greeting until the user closes it, with all losses in between.
+  // From the opening until the user closes it, with all losses in between.
   isWanted: false,
   userId: null,
   // Accepted subscriptions: text -> {type, contentType}.
   wanted: new Map(),
 };
 // The id up to which everything has arrived, to be sent as `since` after a loss.
-let place = null;
-let greetedId;
-let socket, retryTimer, askedSince, ownToken;
-// Of the messages authenticate that are not answered yet.
-let sentTokens = [];
+let place, greetedId, askedSince;
+// The token of the last `authenticate`, and the last that was accepted.
+let sentToken, ownToken;
+let socket, retryTimer;
 let attempts = 0;
 let replayLeft = 0;
 // It does not reconnect before this time, of performance.now().
 let awayUntil = 0;
 const address = new URL("../ws", import.meta.url);
 const REQUEST = `GET ${address.pathname} HTTP/1.1
-Host: ${address.host}
 Upgrade: websocket
-Connection: Upgrade
-Sec-WebSocket-Version: 13
 Sec-WebSocket-Key: (random)
 Origin: ${location.origin}`;
 const RESPONSE = `HTTP/1.1 101 Switching Protocols
 Upgrade: websocket
-Connection: Upgrade
 Sec-WebSocket-Accept: (computed from the key)`;
 
 function addHandshake(kind, head, words, text) {
-  const note = "Dashed: the browser does this. A page cannot see it; this is what it looks like.";
+  const note = "Dashed: the browser does this. A page cannot see it; this is the gist of it.";
   addRow({ kind: `${kind} dashed`, head, words, text, note });
 }
 
 function showState() {
   const seconds = Math.ceil((awayUntil - performance.now()) / 1_000);
-  const isClosed = !retryTimer && !(socket?.readyState < WebSocket.CLOSING);
   $("you").textContent = link.isReady ? "● You" : seconds > 0 ? `○ ${seconds} s` : "○ You";
-  $("toggle").textContent = isClosed ? "Open" : "Close";
+  $("toggle").textContent = link.isWanted ? "Close" : "Open";
   if (seconds > 0) setTimeout(showState, 250);
 }
 
-export function open() {
-  retryTimer = clearTimeout(retryTimer);
+function connect() {
+  retryTimer = null;
   const url = new URL(address);
   url.protocol = url.protocol.replace("http", "ws");
   url.search = link.query;
   const own = (socket = new WebSocket(url));
-  const begin = () => addHandshake("out", "GET … Upgrade", "a request, once", REQUEST);
-  if (!attempts) begin();
   own.onopen = () => {
-    if (attempts) begin();
+    addHandshake("out", "GET … Upgrade", "a request, once", REQUEST);
     addHandshake("in", "101", "Switching Protocols, once", RESPONSE);
     attempts = awayUntil = 0;
     emit("open");
   };
   own.onmessage = ({ data }) => own === socket && receive(data);
   own.onclose = event => own === socket && lose(event);
+}
+
+export function open() {
+  link.isWanted = true;
+  connect();
   showState();
 }
 
 // Close it as the user wishes: it does not reconnect.
 export function close() {
-  retryTimer = clearTimeout(retryTimer);
+  clearTimeout(retryTimer);
+  retryTimer = place = ownToken = null;
   attempts = awayUntil = 0;
-  place = ownToken = null;
-  link.isWanted = false;
+  link.isReady = link.isWanted = false;
   link.wanted.clear();
-  if (socket?.readyState < WebSocket.CLOSING) socket.close(1000);
+  socket?.close(1000);
   showState();
 }
 
@@ -10103,34 +10032,34 @@ export function stayAway(milliseconds) {
 function retry() {
   clearTimeout(retryTimer);
   const wait = Math.min(MAX_WAIT, 1_000 * 2 ** attempts++);
-  retryTimer = setTimeout(open, Math.max(wait, awayUntil - performance.now()));
+  retryTimer = setTimeout(connect, Math.max(wait, awayUntil - performance.now()));
 }
 
 function lose({ code, reason }) {
-  const text = `code: ${code}\nreason: ${reason || "none was given"}`;
+  const text = `closed: ${code}\nreason: ${reason || "none was given"}`;
   const note = "A page learns no more than this. It has to reconnect by itself.";
   const words = `${code}, ${CLOSE_WORDS[code] ?? (reason || "see RFC 6455 section 7.4")}`;
-  if (code === 1000) addRow({ kind: "lost", head: "closed", words, text, note });
-  else if (attempts && !link.isReady)
-    addRow({ kind: "away", key: "away", head: "no answer", words: "will try again", text, note });
-  else addRow({ kind: "lost err", head: "connection lost", words, text, note });
+  if (!link.isWanted) addRow({ kind: "lost", head: "closed", words, text, note });
+  else if (link.isReady) addRow({ kind: "lost err", head: "connection lost", words, text, note });
+  else addRow({ kind: "away none", key: "away", head: "no answer", words: "will try again", text });
   link.isReady = false;
   link.userId = null;
-  sentTokens = [];
   replayLeft = 0;
-  if (code !== 1000) retry();
+  if (link.isWanted) retry();
   showState();
   emit("lost", code);
 }
 
 export function send(message) {
   const text = typeof message === "string" ? message : JSON.stringify(message);
-  if (!link.isReady)
-    return addRow({ kind: "note", head: "not sent", words: "open the connection first", text });
+  if (socket?.readyState === WebSocket.CONNECTING)
+    return socket.addEventListener("open", () => send(message));
+  if (socket?.readyState !== WebSocket.OPEN)
+    return addRow({ kind: "unsent away", head: "not sent", words: "there is no connection", text });
   socket.send(text);
-  const { action, since, token } = show(true, text) ?? {};
+  const { since, token } = show(true, text) ?? {};
   askedSince = since ?? askedSince;
-  if (action === "authenticate") sentTokens.push(token);
+  sentToken = token ?? sentToken;
 }
 
 // Add the row of a message, and return the message. `source` is "cms " for client.js's messages.
@@ -10142,24 +10071,23 @@ export function show(isOut, text, source = "", more = {}) {
   if (message?.type === "system.error") kind += " err";
   if (message?.since) kind += " since";
   if (!link.isReady && source) kind += " away";
-  addRow({ kind, key: key && source + key, id: message?.id, isOut, text, ...described, ...more });
+  addRow({ kind, key: key && source + key, id: message?.id, text, ...described, ...more });
   if (!source) emit(isOut ? "out" : "in", message);
   return message;
 }
 
 const pairsOf = payload => payload.subscriptions ?? [payload];
-const keyOf = ({ type, contentType }) => `${type} ${contentType}`;
 // What a message changes. It returns what its row shows otherwise than usual.
 const EFFECTS = {
   "system.connected"({ userId, lastId }) {
-    Object.assign(link, { userId, isReady: true, isWanted: true });
+    Object.assign(link, { userId, isReady: true });
     greetedId = lastId;
     // After the row of this message.
-    queueMicrotask(() => resume(lastId));
+    queueMicrotask(resume);
   },
   "system.subscribed"(payload) {
     for (const { type, contentType } of pairsOf(payload))
-      link.wanted.set(keyOf({ type, contentType }), { type, contentType });
+      link.wanted.set(patternText({ type, contentType }), { type, contentType });
     // Ids may begin again after a restart. Only then the place moves back.
     if (!payload.recovered) place = greetedId;
     replayLeft = payload.replayed;
@@ -10169,10 +10097,10 @@ const EFFECTS = {
   },
   "system.unsubscribed"(payload) {
     if (payload.removed === link.wanted.size) link.wanted.clear();
-    for (const pair of pairsOf(payload)) link.wanted.delete(keyOf(pair));
+    for (const pair of pairsOf(payload)) link.wanted.delete(patternText(pair));
   },
   "system.authenticated"({ userId }) {
-    ownToken = sentTokens.shift();
+    ownToken = sentToken;
     link.userId = userId;
   },
   "system.heartbeat"({ lastId }) {
@@ -10180,7 +10108,6 @@ const EFFECTS = {
   },
   "system.error"({ action, code, message }) {
     if (action !== "authenticate") return {};
-    sentTokens.shift();
     return { words: `${code}: you are still ${link.userId ?? "unknown"}; ${message}` };
   },
 };
@@ -10198,39 +10125,32 @@ function receive(text) {
   showState();
 }
 
-function resume(lastId) {
+function resume() {
   if (ownToken) send({ action: "authenticate", token: ownToken });
   const subscriptions = [...link.wanted.values()];
   const patterns = subscriptions.length === 1 ? subscriptions[0] : { subscriptions };
   if (subscriptions.length) send({ action: "subscribe", ...patterns, since: place });
-  else place = lastId;
+  else place = greetedId;
 }
 
 // -- The forms --
 
-const tabs = [...document.querySelectorAll("[role=tab]")];
-const showTab = shown => {
-  for (const tab of tabs) {
-    setAria(tab, "selected", tab === shown);
-    tab.tabIndex = tab === shown ? 0 : -1;
-    $(tab.getAttribute("aria-controls")).hidden = tab !== shown;
-  }
-};
-for (const [index, tab] of tabs.entries()) {
-  tab.onclick = () => showTab(tab);
-  tab.onkeydown = ({ key }) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[key];
-    if (step) tabs.at((index + step) % tabs.length).focus();
+const tabs = [...document.querySelectorAll("nav [value]")];
+for (const tab of tabs)
+  tab.onclick = () => {
+    for (const each of tabs) {
+      setAria(each, "pressed", each === tab);
+      $(each.value).hidden = each !== tab;
+    }
   };
-}
 onSubmit("ask", (pattern, { submitter }) => send({ action: submitter.value, ...pattern }));
 onSubmit("write", ({ text }) => send(text));
-$("toggle").onclick = ({ target }) => (target.textContent === "Open" ? open() : close());
+$("toggle").onclick = () => (link.isWanted ? close() : open());
 // It is answered more slowly than it is sent: the server reads no faster than it wants to.
 $("fast").onclick = () => {
   for (let ref = link.isReady ? 1 : 300; ref <= 300; ref++) send({ action: "heartbeat", ref });
 };
-showTab(tabs[0]);
+tabs[0].click();
 showState();
 if (!document.body.classList.contains("demo")) {
   onSubmit("sign-in", ({ token }) => send({ action: "authenticate", token }));
@@ -10258,24 +10178,18 @@ async function api(method, path, body, bearer = token) {
   if (bearer) headers.Authorization = `Bearer ${bearer}`;
   const response = await fetch(`api/${path}`, { method, headers, body: JSON.stringify(body) });
   const answer = await response.json();
-  if (!response.ok) throw Object.assign(new Error(answer.message), answer);
+  if (!response.ok) throw Object.assign(new Error(answer.message), answer, { isRefusal: true });
   return answer;
 }
 const say = text => {
   $("news").textContent = text;
 };
-const attempt =
-  action =>
-  async (...values) => {
-    say("");
-    try {
-      return await action(...values);
-    } catch (error) {
-      say(error.message);
-    }
-  };
+// The user sees each refusal that no action has handled.
+addEventListener("unhandledrejection", event => {
+  if (event.reason.isRefusal) event.preventDefault();
+  say(event.reason.message);
+});
 const tokenOf = async name => (await api("GET", `token?user=${encodeURIComponent(name)}`)).token;
-const asNeighbour = () => tokenOf("A neighbour");
 const poll = async () => {
   // The server may be away.
   const { people, lastId } = await api("GET", "poll").catch(() => ({ people: "…" }));
@@ -10297,15 +10211,10 @@ function start(name) {
   cms?.close();
   cms = new SwiftCMS({ url: `ws?cms=${key}`, token: signIn });
   cms.subscribe("*", "*", take);
-  let isStale = true;
-  cms.ongap = () => {
-    isStale = true;
-  };
+  cms.ongap = load;
   cms.onstatus = state => {
     say(state === "offline" ? "The server is away. This page will try again." : "");
-    if (state !== "online") return;
-    if (isStale) load();
-    isStale = false;
+    if (state === "online" && !rows.size) load();
   };
   cms.onframe = (direction, text) => {
     if (document.body.classList.contains("both")) inspector.show(direction === "out", text, "cms ");
@@ -10358,6 +10267,7 @@ function consider(event, to) {
 function take(event) {
   const { id, type, contentType, payload } = event;
   news.told++;
+  news.toldAt ??= performance.now();
   watch("told", event);
   if (id) consider(event);
   if (type === "class.reset") {
@@ -10380,68 +10290,51 @@ listeners.add((name, message) => {
 
 const list = $("entries");
 const SHOWN = 5;
-// "posts/7" -> {entry, element}. Without an element, it waits; without an entry, it was deleted.
+// "posts/7" -> its row, or null if it was deleted: an older answer may still come.
 const rows = new Map();
 
-const load = attempt(async () => {
+async function load() {
   list.replaceChildren();
   rows.clear();
   for (const type of ["posts", "pages"])
     for (const entry of await api("GET", type)) put(`${type}/${entry.id}`, entry);
   poll();
-});
+}
 
 function put(name, entry) {
-  const row = rows.get(name) ?? {};
+  const known = rows.get(name);
   // An answer may be older than an event that has come meanwhile.
-  if (row.entry === null || row.entry?.version > entry?.version) return;
-  row.entry = entry;
-  rows.set(name, row);
-  if (row.element && entry) show(name, row);
-  else arrange();
+  if (known === null || known?.entry.version > entry?.version) return;
+  const row = known ?? make("li", {}, make("b"), make("small"), make("button", {}, "Edit"));
+  rows.set(name, entry && row);
+  row.classList.toggle("gone", !entry);
+  if (entry) {
+    const [title, state, button] = row.children;
+    row.entry = entry;
+    title.textContent = entry.title;
+    const kind = name.startsWith("pages") ? "page · " : "";
+    state.textContent = `${kind}${entry.state} · ${entry.updated_by}`;
+    button.onclick = () => edit(name, row);
+  }
+  if (!known || !entry) arrange();
 }
 
 function arrange() {
-  const isFixed = list.matches(":hover, :focus-within");
-  let [count, waiting] = [0, 0];
-  for (const [name, row] of rows) {
-    if (row.entry) count++;
-    if (row.entry && !row.element && isFixed) waiting++;
-    else if (row.entry) show(name, row);
-    else if (isFixed) row.element?.classList.add("gone");
-    else {
-      row.element?.remove();
-      row.element = null;
-      // Late answers about the oldest are not expected any more.
-      if (rows.size > 300) rows.delete(name);
-    }
-  }
+  const shown = [...rows.values()].filter(Boolean);
+  shown.sort((one, other) => other.entry.id - one.entry.id);
+  if (!list.matches(":hover, :focus-within")) list.replaceChildren(...shown);
+  const waiting = shown.filter(row => !row.isConnected).length;
   $("fresh").hidden = !waiting;
   $("fresh").textContent = `${waiting} new`;
-  $("more").hidden = count <= SHOWN;
-  $("more").textContent = list.classList.contains("all") ? "fewer" : `${count - SHOWN} more`;
-}
-
-function show(name, row) {
-  const { id, title, state, updated_by: author } = row.entry;
-  if (!row.element) {
-    row.element = make("li", { value: id }, make("b"), make("small"), make("button", {}, "Edit"));
-    row.element.lastChild.onclick = () => edit(name);
-    list.insertBefore(row.element, [...list.children].find(each => each.value < id) ?? null);
-  }
-  row.element.children[0].textContent = title;
-  const kind = name.startsWith("pages") ? "page · " : "";
-  row.element.children[1].textContent = `${kind}${state} · ${author}`;
+  $("more").hidden = shown.length <= SHOWN;
+  $("more").textContent = `${shown.length - SHOWN} more`;
 }
 
 list.onpointerleave = arrange;
 list.addEventListener("focusout", () => setTimeout(arrange));
 $("fresh").onclick = arrange;
-$("more").onclick = () => {
-  list.classList.toggle("all");
-  arrange();
-};
-const create = attempt((type, title, bearer) => api("POST", type, { title }, bearer));
+$("more").onclick = () => list.classList.add("all");
+const create = (type, title, bearer) => api("POST", type, { title }, bearer);
 onSubmit("create", ({ title }, { submitter, target }) => {
   create(submitter.value, title);
   target.reset();
@@ -10454,7 +10347,7 @@ const editor = $("editor");
 let opened = null;
 const written = () => Object.fromEntries(new FormData(editor));
 
-function edit(name) {
+function edit(name, { entry }) {
   leave();
   const presence = cms.edit(...name.split("/"));
   opened = { name, presence, typed: new Map() };
@@ -10464,7 +10357,7 @@ function edit(name) {
     showOthers();
   };
   showOthers();
-  fill(rows.get(name).entry);
+  fill(entry);
   $("cms").classList.add("editing");
   editor.elements.title.focus();
 }
@@ -10492,7 +10385,7 @@ function showOthers() {
   $("others").textContent = texts.length ? `Also here: ${texts.join("; ")}` : "Only you are here.";
 }
 
-const save = attempt(async () => {
+async function save() {
   const saved = opened;
   try {
     await api("PUT", saved.name, { ...written(), version: saved.version });
@@ -10504,7 +10397,7 @@ const save = attempt(async () => {
     $("conflict").hidden = false;
     watch("refused");
   }
-});
+}
 onSubmit("editor", save);
 editor.oninput = () => opened.presence.send(written());
 $("leave").onclick = leave;
@@ -10513,22 +10406,16 @@ $("mine").onclick = () => {
   opened.version = opened.theirs.version;
   save();
 };
-$("publish").onclick = attempt(() => api("POST", `${opened.name}/publish`, {}).then(leave));
-$("delete").onclick = attempt(() => api("DELETE", opened.name).then(leave));
+$("publish").onclick = () => api("POST", `${opened.name}/publish`, {}).then(leave);
+$("delete").onclick = () => api("DELETE", opened.name).then(leave);
 
 // -- What the lesson's button and the dock do --
 
-// Tests of things that happen: (name, message) => whether it is what is awaited.
-const is = wanted => name => name === wanted;
-const got =
-  (type, test = () => true) =>
-  (name, message) =>
-    name === "in" && message.type === type && test(message.payload, message);
-
-const happens = test =>
+// Happenings are words: "in", "out", "lost", "ghost" and so on, and the message.
+const happens = pattern =>
   new Promise(resolve => {
-    listeners.add(function listener(...values) {
-      if (!test(...values)) return;
+    listeners.add(function listener(name, message) {
+      if (!pattern.test(`${name} ${JSON.stringify(message)}`)) return;
       listeners.delete(listener);
       resolve();
     });
@@ -10536,154 +10423,119 @@ const happens = test =>
 
 async function connect() {
   if (link.isReady) return;
-  inspector.open();
-  await happens(got("system.connected"));
+  if (!link.isWanted) inspector.open();
+  await happens(/system.connected/);
 }
 const sendAfterwards = async message => connect().then(() => send(message));
 
 async function subscribe() {
   await sendAfterwards({ action: "subscribe", type: "content.*", contentType: "posts" });
-  await happens(got("system.subscribed"));
+  await happens(/system.subscribed/);
 }
-const authenticate = async () =>
-  sendAfterwards({
-    action: "authenticate",
-    token: await tokenOf($("sign-in").elements.name.value),
-  });
-const forge = async () => {
+async function authenticate() {
+  const own = await tokenOf($("sign-in").elements.name.value);
+  await sendAfterwards({ action: "authenticate", token: own });
+}
+async function forge() {
   const letter = token.at(-9) === "A" ? "B" : "A";
   const changed = token.slice(0, -9) + letter + token.slice(-8);
   await sendAfterwards({ action: "authenticate", token: changed });
-};
-const cut = async () => {
+}
+async function cut() {
   // A second time, it is lost already, and stays away longer.
   if (link.isReady || !link.isWanted) await api("POST", "cut", { key });
   inspector.stayAway(5_000);
-};
-const flood = async () => {
+}
+async function flood() {
   await connect();
   await api("POST", "flood", { key });
-};
+}
+function reopen() {
+  inspector.close();
+  inspector.open();
+}
+const sendMisspelt = () => sendAfterwards({ action: "subscrbe" });
+const sendNonsense = () => sendAfterwards("this is not JSON");
+const createOne = () => create("posts", `Hello from ${user}`);
+async function createBoth() {
+  await create("posts", "A post");
+  await create("pages", "A page");
+}
+async function createMissed() {
+  for (const title of ["While you were away", "And another"])
+    await create("posts", title, await tokenOf("A neighbour"));
+}
+async function subscribeAndCut() {
+  if (!link.wanted.has("content.* of posts")) await subscribe();
+  await cut();
+}
+const editPost = () =>
+  edit(...[...rows].findLast(([name, row]) => row && name.startsWith("posts")));
+async function saveFirst() {
+  const { entry } = rows.get(opened.name);
+  const changed = { ...entry, title: `${entry.title}!` };
+  await api("PUT", opened.name, changed, await tokenOf("A neighbour"));
+}
 
-// For "Ask, or be told?": what the questions since the first one have brought.
-const NO_NEWS = { asked: 0, vain: 0, told: 0, id: null, toldId: null };
-const news = { ...NO_NEWS };
-const addNews = (kind, head, words, note) =>
-  inspector.addRow({ kind, head, words, text: `${head}: ${words}`, note, key: head + words });
-async function askOnce() {
-  const note = "An ordinary HTTP request and its answer, without a WebSocket.";
-  addNews("out dashed", "GET api/poll", "anything new?", note);
-  const id = (await poll()) ?? news.id;
-  // Of the first answer it is not known what is new in it, unless the page was told meanwhile.
-  const isFirst = news.id === null && (!news.toldId || inspector.isLater(news.toldId, id));
-  const isVain = id === news.id || isFirst;
-  addNews("in dashed", "200", isVain ? "no" : "yes", note);
-  Object.assign(news, { id, asked: news.asked + 1, vain: news.vain + isVain });
-  hint(`Asked ${news.asked} times, ${news.vain} in vain; told ${news.told} times.`);
-  watch("asked", id);
+// Since it began to ask: how often this page asked, in vain, and was told; and when it was first
+// told of what the next answer brings.
+let news = {};
+async function ask() {
+  const own = (news = { asked: 0, vain: 0, told: 0, id: await poll() });
+  while (own === news && current === 0 && !done.has(0)) {
+    const id = (await poll()) ?? news.id;
+    news.asked++;
+    if (id === news.id) news.vain++;
+    else if (news.toldAt) {
+      const late = Math.round(performance.now() - news.toldAt);
+      $("late").textContent =
+        `Told ${late} ms earlier; ${news.vain} of ${news.asked} questions in vain.`;
+      watch("heard");
+    }
+    Object.assign(news, { id, toldAt: null });
+    hint(`Asked ${news.asked} times, ${news.vain} in vain; told ${news.told} times.`);
+    await new Promise(resolve => setTimeout(resolve, 1_000));
+  }
 }
-function ask() {
-  news.timer = clearInterval(news.timer);
-  Object.assign(news, NO_NEWS, { timer: setInterval(askOnce, 1_000) });
-  askOnce();
-}
-const isTold = (name, event) => {
-  if (name !== "told" || !event.id || !news.timer) return false;
-  Object.assign(news, { toldId: event.id, toldAt: performance.now() });
-  addNews("in", "told", inspector.describe(false, JSON.stringify(event)).words);
-  return true;
-};
-const isHeard = (name, id) => name === "asked" && !inspector.isLater(news.toldId, id);
-const newsText = () => {
-  const late = Math.round(performance.now() - news.toldAt);
-  return `Told ${late} ms earlier; ${news.vain} of ${news.asked} questions in vain. `;
+const startAsking = () => {
+  ask();
 };
 
 // -- The lesson: for each step its actions, and what proves, in this order, that it was done --
 
 const STEPS = [
+  { acts: { "Start asking": startAsking, "Create a post": createOne }, proof: [/^told/, /^heard/] },
+  { acts: { "Open the connection": reopen }, proof: [/^open/, /^in .*system.connected/] },
   {
-    acts: { "Start asking": ask, "Create a post": () => create("posts", `Hello from ${user}`) },
-    proof: [isTold, isHeard],
-    result: newsText,
-  },
-  {
-    acts: { "Open the connection": () => [inspector.close(), inspector.open()] },
-    proof: [is("open"), got("system.connected")],
-    shown: 0,
-  },
-  {
-    acts: {
-      Subscribe: subscribe,
-      "Create a post and a page": async () => {
-        await create("posts", "A post");
-        await create("pages", "A page");
-      },
-    },
-    proof: [
-      got("content.created", (payload, { contentType }) => contentType === "posts"),
-      (name, event) => name === "ghost" && event.contentType === "pages",
-    ],
+    acts: { Subscribe: subscribe, "Create a post and a page": createBoth },
+    proof: [/^in .*content.created","contentType":"posts/, /^ghost .*"contentType":"pages/],
   },
   {
     acts: { "Wait, and watch": connect },
-    proof: [
-      got("system.heartbeat", (payload, { ref }) => ref === undefined),
-      (name, message) => name === "out" && message?.action === "pong",
-    ],
+    proof: [/^in .*system.heartbeat(?!.*"ref")/, /^out .*"pong"/],
   },
   {
-    acts: {
-      "Send “subscrbe”": () => sendAfterwards({ action: "subscrbe" }),
-      "Send what is not JSON": () => sendAfterwards("this is not JSON"),
-    },
-    proof: ["unknown_action", "invalid_json"].map(wanted =>
-      got("system.error", ({ code }) => code === wanted),
-    ),
+    acts: { "Send “subscrbe”": sendMisspelt, "Send what is not JSON": sendNonsense },
+    proof: [/^in .*"unknown_action"/, /^in .*"invalid_json"/],
   },
   {
     acts: { "Show a token": authenticate, "Show a changed token": forge },
-    proof: [
-      got("system.authenticated"),
-      got("system.error", ({ code }) => code === "invalid_token"),
-    ],
+    proof: [/^in .*system.authenticated/, /^in .*"invalid_token"/],
   },
   {
-    acts: {
-      "Lose it for 5 s": async () => {
-        if (!link.wanted.has("content.* posts")) await subscribe();
-        await cut();
-      },
-      "Create two posts": async () => {
-        for (const title of ["While you were away", "And another"])
-          await create("posts", title, await asNeighbour());
-      },
-    },
-    proof: [
-      is("lost"),
-      (name, message) => name === "out" && message?.since,
-      got("system.subscribed", ({ replayed }) => replayed),
-    ],
-    shown: 1,
+    acts: { "Lose it for 5 s": subscribeAndCut, "Create two posts": createMissed },
+    proof: [/^lost/, /^out .*"since"/, /^in .*"replayed":[1-9]/],
   },
   {
-    acts: {
-      "Open a post": () => edit([...rows.keys()].findLast(name => rows.get(name).entry)),
-      "Let a neighbour save first": async () => {
-        const { entry } = rows.get(opened.name);
-        const changed = { ...entry, title: `${entry.title}!` };
-        await api("PUT", opened.name, changed, await asNeighbour());
-      },
-      "Save yours": save,
-    },
-    proof: [is("refused")],
+    acts: { "Open a post": editPost, "Let a neighbour save first": saveFirst, "Save yours": save },
+    proof: [/^refused/],
   },
-  {
-    acts: { "Start a slow reader": flood },
-    proof: [got("demo.flood"), got("demo.flood", ({ closed }) => closed === 1013)],
-  },
+  { acts: { "Start a slow reader": flood }, proof: [/^in .*demo.flood/, /^in .*"closed":1013/] },
 ];
 const articles = [...document.querySelectorAll("#lesson article")];
+const go = number => {
+  location.hash = `lesson-${number}`;
+};
 const chips = STEPS.map((step, index) =>
   make("button", { title: `Step ${index}`, onclick: () => go(index) }),
 );
@@ -10691,46 +10543,40 @@ $("steps").append(...chips);
 const done = new Set();
 // The step, the index of the expected answer, and how many acts and proofs there were.
 let current, expected, acted, proved;
-const go = number => {
-  location.hash = `lesson-${number}`;
-};
 const hint = text => done.has(current) || $("verdict").replaceChildren(text);
 
 function showStep() {
   const number = Number(location.hash.match(/^#lesson-([0-8])$/)?.[1] ?? 0);
   if (number === current) return;
-  news.timer = clearInterval(news.timer);
   [current, expected, acted, proved] = [number, null, 0, 0];
   done.delete(current);
   const { options } = articles[current].querySelector("[data-options]").dataset;
+  const choose = index => {
+    expected = index;
+    hint("Now press the button, and watch.");
+    showLesson();
+  };
   const buttons = options
     .split("|")
-    .map((text, index) => make("button", { onclick: () => expect(index) }, text));
+    .map((text, index) => make("button", { onclick: () => choose(index) }, text));
   $("expect").replaceChildren(...buttons);
   hint("First: what do you expect?");
-  showLesson();
-}
-
-function expect(index) {
-  expected = index;
-  hint("Now press the button, and watch.");
   showLesson();
 }
 
 function showLesson() {
   const isDone = done.has(current);
   $("lesson").classList.toggle("done", isDone);
-  for (const [index, article] of articles.entries()) article.hidden = index !== current;
   for (const [index, button] of [...$("expect").children].entries())
     setAria(button, "pressed", index === expected);
   for (const [index, chip] of chips.entries()) {
+    articles[index].hidden = index !== current;
     chip.textContent = done.has(index) ? "✓" : index;
     chip.className = done.has(index) ? "done" : "";
     setAria(chip, "current", index === current ? "step" : false);
   }
-  $("act").textContent = Object.keys(STEPS[current].acts)
-    .slice(0, acted + 1)
-    .at(-1);
+  const labels = Object.keys(STEPS[current].acts);
+  $("act").textContent = labels[Math.min(acted, labels.length - 1)];
   $("act").disabled = expected === null;
   $("act").classList.toggle("filled", !isDone);
   $("next").classList.toggle("filled", isDone);
@@ -10738,49 +10584,47 @@ function showLesson() {
 }
 
 // Something has happened: does it prove that the current step was done?
-function watch(...values) {
+function watch(name, message) {
   if (expected === null || done.has(current)) return;
-  const { proof, result, shown = proof.length - 1 } = STEPS[current];
-  if (proof[proved](...values)) {
-    if (proved === shown) inspector.selectLatest();
-    proved++;
-  } else if (values[0] === "lost") proved = Number(Boolean(proof[0](...values)));
+  const { proof } = STEPS[current];
+  if (name === "lost") proved = 0;
+  if (proof[proved].test(`${name} ${JSON.stringify(message)}`)) proved++;
   if (proved < proof.length) return;
-  news.timer = clearInterval(news.timer);
+  // Its row explains it.
+  if (message) inspector.selectLatest();
   const [right, answers] = [Number(articles[current].dataset.right), $("expect").children];
   const judged = expected === right ? "Right" : `Not “${answers[expected].textContent}”`;
-  const meaning = (result?.() ?? "") + articles[current].lastElementChild.textContent;
   const verdict = `✓ ${judged}: ${answers[right].textContent}. `;
-  $("verdict").replaceChildren(make("b", {}, verdict), meaning);
+  $("verdict").replaceChildren(
+    make("b", {}, verdict),
+    articles[current].lastElementChild.textContent,
+  );
   done.add(current);
   showLesson();
 }
 
-$("act").onclick = attempt(async () => {
-  const [step, acts] = [current, Object.values(STEPS[current].acts)];
-  await acts[Math.min(acted, acts.length - 1)]();
+$("act").onclick = async () => {
+  const step = current;
+  await STEPS[step].acts[$("act").textContent]();
   if (step === current) acted++;
   showLesson();
-});
+};
 $("next").onclick = () => (current + 1 < STEPS.length ? go(current + 1) : $("dismiss").click());
 $("dismiss").onclick = $("reopen").onclick = () => {
   $("reopen").hidden = !document.body.classList.toggle("no-lesson");
 };
 addEventListener("hashchange", showStep);
-onSubmit("sign-in", attempt(authenticate));
-onSubmit(
-  "tell",
-  attempt(async ({ to, text }) => {
-    const { id } = await api("POST", "notices", { to, text });
-    const event = { id, type: "notification", contentType: "users", payload: { from: user, text } };
-    // The others do not hear of it: `to` is known only to this page.
-    if (to !== user) consider(event, to);
-  }),
-);
-for (const [id, action] of Object.entries({ forge, cut, flood })) $(id).onclick = attempt(action);
+onSubmit("sign-in", authenticate);
+onSubmit("tell", async ({ to, text }) => {
+  const { id } = await api("POST", "notices", { to, text });
+  const event = { id, type: "notification", contentType: "users", payload: { from: user, text } };
+  // The others do not hear of it: `to` is known only to this page.
+  if (to !== user) consider(event, to);
+});
+for (const [id, action] of Object.entries({ forge, cut, flood })) $(id).onclick = action;
 $("reset")?.addEventListener(
   "click",
-  attempt(() => confirm("Put everything back, on all pages?") && api("POST", "reset", {})),
+  () => confirm("Put everything back, on all pages?") && api("POST", "reset", {}),
 );
 link.query = `?page=${key}`;
 showStep();
