@@ -9289,55 +9289,47 @@ PAGE = r"""<!doctype html>
   <nav id="steps" aria-label="Steps"></nav>
   <button id="dismiss" aria-label="Close the lesson">×</button>
   <article data-right="1"><h2>Ask, or be told?</h2>
-    <p>Something changes on the server. This page asks every second: “anything new?” It is also
-      told, by an open connection.</p>
+    <p>This page asks every second: “anything new?” It is also told, by an open connection.</p>
     <p data-options="Asking|Being told|Both at once">Which way is the news here first?</p>
     <p><span id="late"></span> Asking is mostly in vain, and late. Being told, <em>push</em>, is
       one message, at once, only if there is news.</p></article>
   <article data-right="1"><h2>Open the connection</h2>
-    <p>A browser can ask a server. Can a server speak first? Open a connection, and see who sends
-      what.</p>
+    <p>A browser can ask a server. Can a server speak first? Open a connection, and see.</p>
     <p data-options="This browser|The server|Neither">Once it is open, who speaks first?</p>
     <p>The handshake, once: the browser asked (GET, Upgrade), the server agreed (101). Since then
       both may send at any time. The server did: connected.</p></article>
   <article data-right="0"><h2>Subscribe</h2>
-    <p>The server sends only what you ask for. Subscribe to content.* of posts. Then create a post
-      and a page.</p>
+    <p>The server sends only what you ask for: content.* of posts. Create a post and a page.</p>
     <p data-options="The post|The page|Both">What will you get?</p>
     <p>content.* stands for content.created too, but pages are not posts. An arrow
       that stops at ✕ is an event that you did not get, and why.</p></article>
   <article data-right="1"><h2>Signs of life</h2>
-    <p>Nobody writes anything for {{ heartbeat }} seconds. A closed laptop says no goodbye: how
-      can the server know that you are there?</p>
+    <p>Nobody writes for {{ heartbeat }} seconds. How can the server know that you are there?</p>
     <p data-options="Nothing|A sign of life|Goodbye">What will the server send?</p>
-    <p>A heartbeat every {{ heartbeat }} s; you answer pong. After two without an answer it
-      closes the connection: dead ones would stay for ever.</p></article>
+    <p>A heartbeat every {{ heartbeat }} s; you answer pong. A closed laptop says no goodbye: after
+      two heartbeats without an answer, the server closes the connection.</p></article>
   <article data-right="1"><h2>Mistakes</h2>
     <p>Send a misspelt action, “subscrbe”. Then something that is not even JSON.</p>
     <p data-options="Hangs up|Says what is wrong|Nothing">What does the server do?</p>
     <p>An error is an answer: a code for programs, a sentence for people. The connection stays
       open, as the second answer proves.</p></article>
   <article data-right="2"><h2>Who are you?</h2>
-    <p>The server does not know who you are. Show it a token that says so. Then change one letter
-      of the token.</p>
+    <p>The server does not know who you are. Show it a token; then change one letter of it.</p>
     <p data-options="Somebody else|Nobody|Still you">Who are you then?</p>
     <p>The server has signed the token. With a letter changed the signature is wrong: it refuses
       the token, and you are still who you were.</p></article>
   <article data-right="0"><h2>Lose the connection</h2>
-    <p>Lose it for five seconds. Meanwhile a neighbour creates two posts (or let the button do
-      it).</p>
+    <p>Lose it for five seconds. Meanwhile a neighbour (or the button) creates two posts.</p>
     <p data-options="Both|The last|Neither">Which do you have when it is back?</p>
     <p>The server keeps the latest events. Your browser sent the last id that it had, as
       since, and the server sent what came after it.</p></article>
   <article data-right="1"><h2>Two editors</h2>
-    <p>You open a post. A neighbour opens it too, and saves first (or let the button do it). Now
-      you save.</p>
+    <p>You open a post. A neighbour (or the button) saves it first. Now you save.</p>
     <p data-options="It wins|It is refused|It is merged">What happens to the second save?</p>
     <p>A save names the version that it changed. Yours is old: it would wipe out what the
       neighbour wrote. So the server refuses it, and you choose.</p></article>
   <article data-right="2"><h2>One who does not read</h2>
-    <p>A client with a bad network does not read what it gets. The server starts one, and sends
-      the same to it and to you.</p>
+    <p>A client does not read what it gets. The server starts one, and sends you the same.</p>
     <p data-options="I wait too|I lose some|Nothing">What happens to you?</p>
     <p>What it does not read waits in the server’s memory. At 1 MiB, only that client is closed
       (1013); it may come back with since. The others never wait.</p></article>
@@ -9557,7 +9549,8 @@ body:not(.both) :is(#own, li.cms) { display: none; }
   flex: 1; min-height: 0; padding: 0; overflow-y: scroll; overflow-anchor: none; list-style: none;
   outline-offset: -3px;
 }
-#log:empty::before { padding: 5.8rem; color: var(--quiet); content: "Nothing has been sent yet."; }
+#log:empty { padding: 2rem 5.8rem; color: var(--quiet); }
+#log:empty::before { content: "Nothing has been sent yet."; }
 #log li { display: flex; align-items: center; height: 2.25rem; padding-right: .6rem; }
 #log time { flex: none; width: var(--time); padding-left: .5rem; color: var(--quiet); }
 #log p {
@@ -9657,7 +9650,7 @@ const RUN_TIME = 2_000;
 const RUN_ROWS = 8;
 // Longer strings are cut.
 const MAX_STRING = 300;
-const MAX_WAIT = 4_000;
+const RETRY_TIME = 2_000;
 
 export const $ = id => document.getElementById(id);
 // Children that are strings become text, never markup.
@@ -9964,7 +9957,6 @@ let place, greetedId, askedSince;
 // The token of the last `authenticate`, and the last that was accepted.
 let sentToken, ownToken;
 let socket, retryTimer;
-let attempts = 0;
 let replayLeft = 0;
 // It does not reconnect before this time, of performance.now().
 let awayUntil = 0;
@@ -9998,7 +9990,7 @@ function connect() {
   own.onopen = () => {
     addHandshake("out", "GET … Upgrade", "a request, once", REQUEST);
     addHandshake("in", "101", "Switching Protocols, once", RESPONSE);
-    attempts = awayUntil = 0;
+    awayUntil = 0;
     emit("open");
   };
   own.onmessage = ({ data }) => own === socket && receive(data);
@@ -10015,7 +10007,7 @@ export function open() {
 export function close() {
   clearTimeout(retryTimer);
   retryTimer = place = ownToken = null;
-  attempts = awayUntil = 0;
+  awayUntil = 0;
   link.isReady = link.isWanted = false;
   link.wanted.clear();
   socket?.close(1000);
@@ -10031,8 +10023,7 @@ export function stayAway(milliseconds) {
 
 function retry() {
   clearTimeout(retryTimer);
-  const wait = Math.min(MAX_WAIT, 1_000 * 2 ** attempts++);
-  retryTimer = setTimeout(connect, Math.max(wait, awayUntil - performance.now()));
+  retryTimer = setTimeout(connect, Math.max(RETRY_TIME, awayUntil - performance.now()));
 }
 
 function lose({ code, reason }) {
@@ -10181,9 +10172,7 @@ async function api(method, path, body, bearer = token) {
   if (!response.ok) throw Object.assign(new Error(answer.message), answer, { isRefusal: true });
   return answer;
 }
-const say = text => {
-  $("news").textContent = text;
-};
+const say = text => $("news").replaceChildren(text);
 // The user sees each refusal that no action has handled.
 addEventListener("unhandledrejection", event => {
   if (event.reason.isRefusal) event.preventDefault();
@@ -10227,9 +10216,7 @@ onSubmit("name", ({ name }) => {
 });
 $("welcome").onclose = () => user || $("welcome").showModal();
 $("rename").onclick = () => $("welcome").showModal();
-$("both").onclick = ({ target }) => {
-  setAria(target, "pressed", document.body.classList.toggle("both"));
-};
+$("both").onclick = () => setAria($("both"), "pressed", document.body.classList.toggle("both"));
 
 // -- Events that the inspector's connection did not get --
 
@@ -10477,29 +10464,28 @@ async function saveFirst() {
   await api("PUT", opened.name, changed, await tokenOf("A neighbour"));
 }
 
-// Since it began to ask: how often this page asked, in vain, and was told; and when it was first
+// Since the page began to ask: how often it asked, in vain, and was told; and when it was first
 // told of what the next answer brings.
 let news = {};
-async function ask() {
-  const own = (news = { asked: 0, vain: 0, told: 0, id: await poll() });
-  while (own === news && current === 0 && !done.has(0)) {
-    const id = (await poll()) ?? news.id;
-    news.asked++;
-    if (id === news.id) news.vain++;
-    else if (news.toldAt) {
-      const late = Math.round(performance.now() - news.toldAt);
-      $("late").textContent =
-        `Told ${late} ms earlier; ${news.vain} of ${news.asked} questions in vain.`;
-      watch("heard");
-    }
-    Object.assign(news, { id, toldAt: null });
-    hint(`Asked ${news.asked} times, ${news.vain} in vain; told ${news.told} times.`);
-    await new Promise(resolve => setTimeout(resolve, 1_000));
-  }
+async function startAsking() {
+  news = { asked: 0, vain: 0, told: 0, id: await poll() };
+  ask(news);
 }
-const startAsking = () => {
-  ask();
-};
+async function ask(own) {
+  if (own !== news || current !== 0 || done.has(0)) return;
+  const id = (await poll()) ?? news.id;
+  news.asked++;
+  if (id === news.id) news.vain++;
+  hint(`Asked ${news.asked} times, ${news.vain} in vain; told ${news.told} times.`);
+  if (id !== news.id && news.toldAt) {
+    const late = Math.round(performance.now() - news.toldAt);
+    const vain = `${news.vain} of ${news.asked} questions in vain`;
+    $("late").textContent = `Told ${late} ms earlier; ${vain}.`;
+    watch("heard");
+  }
+  Object.assign(news, { id, toldAt: null });
+  setTimeout(() => ask(own), 1_000);
+}
 
 // -- The lesson: for each step its actions, and what proves, in this order, that it was done --
 
@@ -10533,9 +10519,7 @@ const STEPS = [
   { acts: { "Start a slow reader": flood }, proof: [/^in .*demo.flood/, /^in .*"closed":1013/] },
 ];
 const articles = [...document.querySelectorAll("#lesson article")];
-const go = number => {
-  location.hash = `lesson-${number}`;
-};
+const go = number => location.assign(`#lesson-${number}`);
 const chips = STEPS.map((step, index) =>
   make("button", { title: `Step ${index}`, onclick: () => go(index) }),
 );
@@ -10594,11 +10578,8 @@ function watch(name, message) {
   if (message) inspector.selectLatest();
   const [right, answers] = [Number(articles[current].dataset.right), $("expect").children];
   const judged = expected === right ? "Right" : `Not “${answers[expected].textContent}”`;
-  const verdict = `✓ ${judged}: ${answers[right].textContent}. `;
-  $("verdict").replaceChildren(
-    make("b", {}, verdict),
-    articles[current].lastElementChild.textContent,
-  );
+  const verdict = make("b", {}, `✓ ${judged}: ${answers[right].textContent}. `);
+  $("verdict").replaceChildren(verdict, articles[current].lastElementChild.textContent);
   done.add(current);
   showLesson();
 }
@@ -10622,10 +10603,8 @@ onSubmit("tell", async ({ to, text }) => {
   if (to !== user) consider(event, to);
 });
 for (const [id, action] of Object.entries({ forge, cut, flood })) $(id).onclick = action;
-$("reset")?.addEventListener(
-  "click",
-  () => confirm("Put everything back, on all pages?") && api("POST", "reset", {}),
-);
+const reset = () => confirm("Put everything back, on all pages?") && api("POST", "reset", {});
+$("reset")?.addEventListener("click", reset);
 link.query = `?page=${key}`;
 showStep();
 if (storage.name) start(storage.name);
