@@ -9442,7 +9442,7 @@ INSPECTOR_CSS = r""":root {
   --accent: #5a2ca0; --on-accent: #fff; --chosen: #fff1c2; --good: #0a6632; --replay: #e6eef8;
   --out: #944000; --in: #0a4d9c; --bad: #a3001b; --bad-ground: #f8e0e3; --unsent: #006069;
   /* The log's columns: the time, from one lifeline to the next, and all lifelines. */
-  --time: 4.6rem; --gap: 7.5rem; --rail: 10rem; --dock: 3.75rem;
+  --time: 4.6rem; --gap: 7.5rem; --rail: 10rem;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -9574,8 +9574,7 @@ i i::after {
   border-width: .5rem 0 .5rem 1.1rem; border-left-color: currentcolor; content: "";
 }
 .cms i i { left: calc(1.375rem + var(--gap)); }
-.in i i, .ghost i i, .cms.out i i { transform: scaleX(-1); }
-.cms.in i i { transform: none; }
+:is(.in:not(.cms), .ghost, .cms.out) i i { transform: scaleX(-1); }
 .dashed i i, .ghost i i { border-top-style: dashed; }
 .ghost i i, .unsent i i { width: calc(var(--gap) / 2); }
 .ghost i i { left: calc(1.125rem + var(--gap) / 2); }
@@ -9599,7 +9598,7 @@ i i::after {
   position: sticky; z-index: 1; top: 0; background: var(--ground); box-shadow: 0 1px var(--edge);
 }
 #log [aria-selected=true] { background: var(--chosen); }
-#unseen { position: absolute; right: 1.5rem; bottom: calc(var(--dock) + 12.2rem); z-index: 1; }
+#unseen { position: relative; align-self: flex-end; margin: -2.75rem 1.5rem .5rem 0; }
 #details {
   display: grid; flex: none; grid: 11.5rem / 1fr 1fr; border: solid var(--edge);
   border-width: 2px 0; background: var(--panel);
@@ -9609,7 +9608,7 @@ i i::after {
 #json .focused { outline: 2px solid var(--ink); background: var(--chosen); }
 #explanation { border-left: 1px solid var(--edge); }
 #explanation small { display: block; margin-top: .6rem; }
-#inspector footer { justify-content: space-between; height: var(--dock); padding: 0 .7rem; }
+#inspector footer { justify-content: space-between; height: 3.75rem; padding: 0 .7rem; }
 #inspector footer > :not(nav) {
   display: flex; flex: 1; gap: .4rem; align-items: center; justify-content: flex-end; min-width: 0;
 }
@@ -9618,10 +9617,9 @@ nav { white-space: nowrap; }
 footer nav button { padding: 0 .45rem; border-width: 0 0 4px; border-radius: 0; background: none; }
 footer nav [aria-pressed=false] { border-color: transparent; color: var(--quiet); }
 @media (max-width: 1100px) {
-  :root { --dock: 6rem; }
   .demo { grid-template-columns: 25.5rem minmax(0, 1fr); }
   #both span { display: none; }
-  #inspector footer { flex-direction: column; justify-content: center; }
+  #inspector footer { flex-direction: column; justify-content: center; height: 6rem; }
   #inspector footer > :not(nav) { flex: none; width: 100%; }
 }
 @media (max-width: 700px) {
@@ -9630,11 +9628,14 @@ footer nav [aria-pressed=false] { border-color: transparent; color: var(--quiet)
   body { display: flex; flex-direction: column; height: auto; }
   body > header { flex-wrap: wrap; height: auto; padding: .5rem 1rem; }
   h1 { flex: 1 1 100%; }
-  #lesson { height: 25rem; border-width: 0 0 2px; }
+  #lesson { height: 23.5rem; border-width: 0 0 2px; }
+  #lesson button { padding: 0 .4rem; font-size: 1rem; }
   #inspector { height: 45rem; }
   #cms { order: 1; height: 21rem; border: 0; }
   #log time, #log small, #both { display: none; }
   #log p { font-size: 1.0625rem; }
+  #details { grid: 9rem 6rem / 1fr; }
+  #you { left: .2rem; transform: none; }
   header b, code { font-size: .8125rem; }
   #inspector footer { height: auto; padding: .5rem .7rem; }
   #inspector footer > :not(nav) { flex-wrap: wrap; }
@@ -9823,7 +9824,7 @@ let number = 0;
 const isInside = () => list.matches(":hover") || list.contains(document.activeElement);
 const isAtEnd = () => list.scrollHeight - list.scrollTop - list.clientHeight < 20;
 
-// row: {kind: its classes, head, words, text, and maybe key, id, message, note}
+// row: {kind: its classes, head, words, message or text, and maybe key, id, note}
 export function addRow({ key = null, ...fields }) {
   const now = performance.now();
   let row = key && findRun(rows, key, now);
@@ -9938,7 +9939,7 @@ $("clear").onclick = () => {
 
 // -- The connection --
 
-// Called with each thing that happens: ("open" | "in" | "out" | "lost", message or close code).
+// Called with each thing that happens: ("in" | "out" | "lost", message or close code).
 export const listeners = new Set();
 const emit = (...values) => listeners.forEach(listener => listener(...values));
 export const link = {
@@ -9991,7 +9992,6 @@ function connect() {
     addHandshake("out", "GET … Upgrade", "a request, once", REQUEST);
     addHandshake("in", "101", "Switching Protocols, once", RESPONSE);
     awayUntil = 0;
-    emit("open");
   };
   own.onmessage = ({ data }) => own === socket && receive(data);
   own.onclose = event => own === socket && lose(event);
@@ -10232,14 +10232,13 @@ function decide(newest) {
   while (undecided.length && isLate(undecided[0])) {
     const { event, state } = undecided.shift();
     if (received.has(event.id)) continue;
-    const text = JSON.stringify(event);
-    const { message, words } = inspector.describe(false, text);
+    const { message, words } = inspector.describe(false, JSON.stringify(event));
     const reason = inspector.whyNot(event, state);
-    const kind = state.isOpen ? "ghost" : "ghost away";
+    const kind = `ghost${state.isOpen ? "" : " away"}`;
     const note = `Not sent to you: ${reason}. This page got it by the CMS’s own connection.`;
     const runKey = `${event.type} ${event.contentType} ${reason}`;
     const head = `${words.replace(/ by [^”]*$/, "")}:`;
-    inspector.addRow({ kind, head, words: reason, text, message, key: runKey, note });
+    inspector.addRow({ kind, head, words: reason, message, key: runKey, note });
     watch("ghost", event);
   }
 }
@@ -10254,7 +10253,7 @@ function consider(event, to) {
 function take(event) {
   const { id, type, contentType, payload } = event;
   news.told++;
-  news.toldAt ??= performance.now();
+  if (id && !news.toldId) Object.assign(news, { toldId: id, toldAt: performance.now() });
   watch("told", event);
   if (id) consider(event);
   if (type === "class.reset") {
@@ -10464,8 +10463,8 @@ async function saveFirst() {
   await api("PUT", opened.name, changed, await tokenOf("A neighbour"));
 }
 
-// Since the page began to ask: how often it asked, in vain, and was told; and when it was first
-// told of what the next answer brings.
+// Since the page began to ask: how often it asked, in vain, and was told; and the first event that
+// it was told of and that no answer has brought yet.
 let news = {};
 async function startAsking() {
   news = { asked: 0, vain: 0, told: 0, id: await poll() };
@@ -10477,13 +10476,14 @@ async function ask(own) {
   news.asked++;
   if (id === news.id) news.vain++;
   hint(`Asked ${news.asked} times, ${news.vain} in vain; told ${news.told} times.`);
-  if (id !== news.id && news.toldAt) {
+  if (news.toldId && !inspector.isLater(news.toldId, id)) {
     const late = Math.round(performance.now() - news.toldAt);
     const vain = `${news.vain} of ${news.asked} questions in vain`;
     $("late").textContent = `Told ${late} ms earlier; ${vain}.`;
     watch("heard");
+    news.toldId = null;
   }
-  Object.assign(news, { id, toldAt: null });
+  news.id = id;
   setTimeout(() => ask(own), 1_000);
 }
 
@@ -10491,7 +10491,7 @@ async function ask(own) {
 
 const STEPS = [
   { acts: { "Start asking": startAsking, "Create a post": createOne }, proof: [/^told/, /^heard/] },
-  { acts: { "Open the connection": reopen }, proof: [/^open/, /^in .*system.connected/] },
+  { acts: { "Open the connection": reopen }, proof: [/^in .*system.connected/] },
   {
     acts: { Subscribe: subscribe, "Create a post and a page": createBoth },
     proof: [/^in .*content.created","contentType":"posts/, /^ghost .*"contentType":"pages/],
