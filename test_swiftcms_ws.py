@@ -16957,6 +16957,16 @@ class Model(RuleBasedStateMachine):
         found.must &= kept
         found.may &= kept
 
+    @rule(index=SITES, client=CLIENTS, batches=MODEL_BATCHES)
+    def unsubscribe_between(
+        self, index: int, client: int, batches: list[dict[str, Any]]
+    ) -> None:
+        """The same kinds of events, before and after a client unsubscribes from everything."""
+        self.publish(index, batches)
+        self.read({client})
+        self.unsubscribe(client, 3)
+        self.publish(index, batches)
+
     @rule(client=CLIENTS)
     def sign_in(self, client: int) -> None:
         found = self.clients[client]
