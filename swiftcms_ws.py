@@ -8537,8 +8537,8 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       const own = (events = { opened: [] });
       later("silence", CONNECT_TIMEOUT, reconnect);
       own.token = await fetchToken();
-      own.isStream = await canStream();
-      // The connection may have been closed in the meantime.
+      // The connection may have been closed in the meantime. Then it must not take the lock.
+      own.isStream = own === events && (await canStream());
       if (own !== events) return;
       if (own.token === undefined) return reconnect();
       // Subscriptions that have no place yet get the newest one first.

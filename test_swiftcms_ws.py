@@ -15186,6 +15186,21 @@ def test_client_js_eight_windows_without_websockets(either: Any) -> None:
 
 
 @needs_chromium
+def test_client_js_closed_while_its_token_comes_takes_no_lock(browser: Browser) -> None:
+    """Nobody would release it, and no page of the site could stream any more."""
+    script = """
+      let answer;
+      const cms = record(new SwiftCMS({token: () => new Promise(resolve => { answer = resolve })}));
+    """
+    with serving(script) as server, BlockingProxy(server.port) as proxy:
+        page = browser.page(f"http://localhost:{proxy.port}/")
+        page.wait("answer !== undefined")
+        page.js("cms.close(); answer(null)")
+        assert page.js("navigator.locks.query().then(({held}) => held.length)") == 0
+        page.close()
+
+
+@needs_chromium
 @pytest.mark.parametrize(
     ("block", "times"), [("buffer", {"BUFFER_TIMEOUT": 300}), ("hold", {"CONNECT_TIMEOUT": 500})]
 )
