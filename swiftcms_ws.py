@@ -4440,6 +4440,7 @@ class Subscribing:
         items = subscription_list(message) if self.is_list else [message]
         for item in items:
             self._add_pattern(item)
+        self.patterns = list(dict.fromkeys(self.patterns))
         session.consume(len(items) // ITEMS_PER_TOKEN)
 
     def _add_pattern(self, item: Mapping[str, Any]) -> None:
@@ -4448,8 +4449,7 @@ class Subscribing:
         except ClientError as error:
             self._refuse(item.get("type", "*"), item.get("contentType", "*"), error)
         else:
-            if pattern not in self.patterns:
-                self.patterns.append(pattern)
+            self.patterns.append(pattern)
 
     def _refuse(self, event_type: object, content_type: object, error: ClientError) -> None:
         """Name a refused item in the answer, or raise the error of a single subscription."""
