@@ -8505,6 +8505,8 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     function welcome(clientId, userId, token, heartbeat) {
       const isStranger = isSignedOut && (userId === null || userId !== ownUserId);
       if (isStranger && !token) return refuse("the user is signed out");
+      // Polls may name another user each time. A live page then shows something else.
+      if (events && userId !== connection.userId) setStatus("connecting");
       Object.assign(connection, { clientId, userId });
       ownUserId = userId ?? ownUserId;
       isSignedOut = isStranger;

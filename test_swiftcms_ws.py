@@ -15394,6 +15394,28 @@ def test_client_js_live_page_over_plain_http(browser: Browser, live: LivePageSit
 
 
 @needs_chromium
+def test_client_js_user_who_changes_between_two_polls(browser: Browser, live: LivePageSite) -> None:
+    """Each poll names the visitor, so a live page does not go on to show another one's data."""
+    live.server.hub.identify(lambda: session.get("user"))
+    page_of = live.server.app.view_functions["live_page"]
+
+    def page_of_user() -> Any:
+        session["user"] = request.args.get("user", session.get("user"))
+        live.body = UL.format(f"<li>{session['user']}</li>")
+        return page_of()
+
+    live.server.app.view_functions["live_page"] = page_of_user
+    with BlockingProxy(live.server.port) as proxy:
+        page = browser.page(f"http://localhost:{proxy.port}/?user=ana", before=WITHOUT_LOCKS)
+        page.wait(ONLINE)
+        go(page, "/")
+        page.wait(ONLINE)
+        page.js("fetch('/?user=bob').then(() => 1)")
+        page.wait("$('posts').textContent === 'bob'", timeout=8)
+        page.close()
+
+
+@needs_chromium
 def test_client_js_renews_its_token_over_plain_http(browser: Browser) -> None:
     """Streams and polls are opened again with a fresh token. A user who is signed out stays out."""
     script = """
