@@ -6897,11 +6897,14 @@ class StreamResponse(Response):
     automatically_set_content_length = False
 
     def __init__(self, engine: Engine, handshake: EventsHandshake, view: Response) -> None:
-        super().__init__(status=view.status, headers=view.headers)
+        super().__init__(view.response, view.status, view.headers)
         self._engine = engine
         self._handshake = handshake
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        if self.status_code != 200:
+            # A function of the site's after_request has refused the client, or has failed.
+            return super().__call__(environ, start_response)
         handshake = self._handshake
         head = self._head(environ) + retry_block(random.uniform(*self.RETRY))
         try:

@@ -14270,6 +14270,29 @@ def test_events_cors_head_and_methods() -> None:
         assert (stat(server, "polls"), stat(server, "connections")) == (before, 0)
 
 
+@pytest.mark.parametrize(("mistake", "status"), [(None, 403), (ValueError("mine"), 500)])
+def test_events_that_after_request_refuses(mistake: Exception | None, status: int) -> None:
+    """The client gets that response and no event, the slot is free again, and the next one streams."""
+    mistakes = [mistake]
+
+    def configure(app: Flask, hub: Hub) -> None:
+        @app.after_request
+        def refuse(response: Response) -> Response:
+            if mistakes:
+                response.status_code = 403
+                if error := mistakes.pop():
+                    raise error
+            return response
+
+    with Server(configure) as server:
+        code, _, body = http(f"http://127.0.0.1:{server.port}/ws/events")
+        assert code == status
+        assert b"system.subscribed" not in body
+        until(lambda: server.hub._engine().registry.slots == 0, "the free slot")
+        with Stream(server.port) as stream:
+            assert stream.receive()["type"] == "system.subscribed"
+
+
 def test_events_users_hooks_and_signals() -> None:
     """Hooks run in the request, streams send signals, and polls send none; `to=` is respected."""
     asked: list[tuple[str | None, str, str, str]] = []
