@@ -6811,6 +6811,14 @@ class EventsRequest(HandshakeCheck):
         request.environ[HANDSHAKE_KEY] = handshake
         return EventsResponse(has_length=False)
 
+    def _check_origin(self) -> None:
+        """Refuse other sites' images and frames too, which send no Origin and would take slots."""
+        super()._check_origin()
+        site = request.headers.get("Sec-Fetch-Site")
+        if site == "cross-site" and "Origin" not in request.headers:
+            message = "pages of another site must use EventSource or fetch"
+            raise HandshakeRefused(403, "forbidden", message)
+
     def _parse(self) -> dict[str, Any]:
         """Return the `subscribe` message that the query stands for; raise HandshakeRefused."""
         message: dict[str, Any] = {"subscriptions": []}

@@ -14226,6 +14226,8 @@ EVENTS_ERRORS: list[tuple[str, dict[str, str], dict[str, Any], int, str, str]] =
     ("", {}, {"AUTH": "required"}, 401, "auth_required", "token"),
     ("", {"Origin": "https://evil.example"}, {}, 403, "forbidden", "origin"),
     ("", {"Origin": "null"}, {}, 403, "forbidden", "opened as a file"),
+    # An image in a page of another site.
+    ("", {"Sec-Fetch-Site": "cross-site"}, {}, 403, "forbidden", "another site"),
     ("sub=" + "a" * 40_000, {}, {}, 431, "bad_handshake", "headers"),
 ]
 
