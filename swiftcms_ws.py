@@ -9127,7 +9127,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       const found = elementsOf(due);
       if (!found.length) return;
       const within = Math.min(...found.map(each => each.getAttribute("data-live-within") ?? 0.5));
-      const longest = Math.max(1_000 * within, lastDuration, 1_000 * connection.spread);
+      const longest = Math.max(1_000 * within || 0, lastDuration, 1_000 * connection.spread);
       const wait = Math.max(Math.random() * longest, notBefore - performance.now());
       timer = setTimeout(refresh, Math.min(wait, 2 ** 31 - 1));
     }
