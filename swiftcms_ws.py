@@ -1491,7 +1491,9 @@ def is_similar(pattern: str, name: str) -> bool:
     if one == other:
         return True
     longest = max(len(one), len(other))
-    if longest < 8 or re.search(r"\d", one + other):
+    # A short word may be a code, as of a language: articles.de and articles.dk.
+    shortest = min(map(len, {*words} ^ {*others}), default=0)
+    if longest < 8 or shortest < 4 or re.search(r"\d", one + other):
         return False
     return _common_start(one, other) + _common_start(one[::-1], other[::-1]) >= longest - 1
 

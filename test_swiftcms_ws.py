@@ -16317,6 +16317,11 @@ def test_handshake_without_the_upgrade_header_is_logged(
         ("posts.3.comments", "posts.4.comments", False),
         ("posts", "pages", False),
         ("user.login", "user.logout", False),
+        ("user.login", "user.logon", True),
+        ("contentcreated", "content.created", True),
+        ("channel.a", "channel.b", False),
+        ("articles.de", "articles.dk", False),
+        ("prices.eur", "prices.eup", False),
     ],
 )
 def test_names_that_are_similar(pattern: str, name: str, expected: bool) -> None:
