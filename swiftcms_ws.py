@@ -1491,7 +1491,9 @@ def is_similar(pattern: str, name: str) -> bool:
     if one == other:
         return True
     longest = max(len(one), len(other))
-    if longest < 8 or re.search(r"\d", one + other):
+    # A short word may be a code, as of a language: articles.de and articles.dk.
+    shortest = min(map(len, {*words} ^ {*others}), default=0)
+    if longest < 8 or shortest < 4 or re.search(r"\d", one + other):
         return False
     return _common_start(one, other) + _common_start(one[::-1], other[::-1]) >= longest - 1
 
@@ -4440,6 +4442,7 @@ class Subscribing:
         items = subscription_list(message) if self.is_list else [message]
         for item in items:
             self._add_pattern(item)
+        self.patterns = list(dict.fromkeys(self.patterns))
         session.consume(len(items) // ITEMS_PER_TOKEN)
 
     def _add_pattern(self, item: Mapping[str, Any]) -> None:
@@ -4448,8 +4451,7 @@ class Subscribing:
         except ClientError as error:
             self._refuse(item.get("type", "*"), item.get("contentType", "*"), error)
         else:
-            if pattern not in self.patterns:
-                self.patterns.append(pattern)
+            self.patterns.append(pattern)
 
     def _refuse(self, event_type: object, content_type: object, error: ClientError) -> None:
         """Name a refused item in the answer, or raise the error of a single subscription."""
@@ -6811,6 +6813,14 @@ class EventsRequest(HandshakeCheck):
         request.environ[HANDSHAKE_KEY] = handshake
         return EventsResponse(has_length=False)
 
+    def _check_origin(self) -> None:
+        """Refuse other sites' images and frames too, which send no Origin and would take slots."""
+        super()._check_origin()
+        site = request.headers.get("Sec-Fetch-Site")
+        if site == "cross-site" and "Origin" not in request.headers:
+            message = "pages of another site must use EventSource or fetch"
+            raise HandshakeRefused(403, "forbidden", message)
+
     def _parse(self) -> dict[str, Any]:
         """Return the `subscribe` message that the query stands for; raise HandshakeRefused."""
         message: dict[str, Any] = {"subscriptions": []}
@@ -6897,11 +6907,14 @@ class StreamResponse(Response):
     automatically_set_content_length = False
 
     def __init__(self, engine: Engine, handshake: EventsHandshake, view: Response) -> None:
-        super().__init__(status=view.status, headers=view.headers)
+        super().__init__(view.response, view.status, view.headers)
         self._engine = engine
         self._handshake = handshake
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        if self.status_code != 200:
+            # A function of the site's after_request has refused the client, or has failed.
+            return super().__call__(environ, start_response)
         handshake = self._handshake
         head = self._head(environ) + retry_block(random.uniform(*self.RETRY))
         try:
@@ -8505,6 +8518,8 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     function welcome(clientId, userId, token, heartbeat) {
       const isStranger = isSignedOut && (userId === null || userId !== ownUserId);
       if (isStranger && !token) return refuse("the user is signed out");
+      // Polls may name another user each time. A live page then shows something else.
+      if (events && userId !== connection.userId) setStatus("connecting");
       Object.assign(connection, { clientId, userId });
       ownUserId = userId ?? ownUserId;
       isSignedOut = isStranger;
@@ -8537,8 +8552,8 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       const own = (events = { opened: [] });
       later("silence", CONNECT_TIMEOUT, reconnect);
       own.token = await fetchToken();
-      own.isStream = await canStream();
-      // The connection may have been closed in the meantime.
+      // The connection may have been closed in the meantime. Then it must not take the lock.
+      own.isStream = own === events && (await canStream());
       if (own !== events) return;
       if (own.token === undefined) return reconnect();
       // Subscriptions that have no place yet get the newest one first.
@@ -9114,7 +9129,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       const found = elementsOf(due);
       if (!found.length) return;
       const within = Math.min(...found.map(each => each.getAttribute("data-live-within") ?? 0.5));
-      const longest = Math.max(1_000 * within, lastDuration, 1_000 * connection.spread);
+      const longest = Math.max(1_000 * within || 0, lastDuration, 1_000 * connection.spread);
       const wait = Math.max(Math.random() * longest, notBefore - performance.now());
       timer = setTimeout(refresh, Math.min(wait, 2 ** 31 - 1));
     }
