@@ -6413,7 +6413,8 @@ class LivePages:
         began = time.perf_counter()
         body = self._wsgi_app(environ, start)
         seconds = time.perf_counter() - began
-        if is_live:
+        # A stream or a WebSocket may take hours.
+        if is_live and is_page:
             self._has_refreshed = True
             return ClosingIterator(self._timed(body, seconds), getattr(body, "close", None))
         if is_page and not self._has_refreshed:

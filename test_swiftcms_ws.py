@@ -12072,6 +12072,10 @@ def test_spread_grows_with_the_time_of_a_refresh_and_the_connections() -> None:
 
         parts = itertools.cycle([1, 1, 0])
 
+        @app.get("/stream")
+        def stream() -> Response:
+            return Response((b"data" for _ in [pause.wait(0.03)]), mimetype="text/event-stream")
+
     with Server(configure) as server, server.client() as one:
         engine, visitor = engine_of(server), server.app.test_client()
         assert one.ask("heartbeat")["payload"]["spread"] == 0
@@ -12086,6 +12090,8 @@ def test_spread_grows_with_the_time_of_a_refresh_and_the_connections() -> None:
             average = engine.refresh_seconds
             assert 0.2 * 0.03 < average < 0.1
             visitor.get("/page")
+            # A stream may take hours, and is no page.
+            assert visitor.get("/stream", headers=LIVE).data == b"data"
             assert engine.refresh_seconds == average
         with server.client() as two:
             spread = two.hello["payload"]["spread"]
