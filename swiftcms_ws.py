@@ -5427,6 +5427,8 @@ class LogFile:
     URI_OPTIONS = "mode=rw"
     # How long a fork waits for a thread that uses the connection, in seconds.
     FORK_TIMEOUT = 2.5
+    # The most connections of this process to all its files.
+    MAX_OPEN = 40
     # By words of an error's message.
     HINTS: ClassVar[dict[str, str]] = {
         "locked": "Another program holds it; `sqlite3 FILE '.backup COPY'` copies it and does not.",
@@ -5565,6 +5567,7 @@ class LogFile:
         # Otherwise two processes could create the file, or remove its journal, at the same time.
         with self._locked_directory():
             self._forget_old_files()
+            self._limit_open_files()
             if not os.path.lexists(self._path):
                 self._create()
             created = self._find_identity()[0]
@@ -5624,6 +5627,13 @@ class LogFile:
             if is_other and other._identity[0] == now[0] and other._identity != now:
                 with other._turn(0):
                     other._close()
+
+    def _limit_open_files(self) -> None:
+        """Close the oldest connections. Apps that tests have created may not be freed for long."""
+        open_files = [file for file in log_files() if file.has_connection()]
+        for file in open_files[: 1 - self.MAX_OPEN]:
+            with suppress(LogUnavailable), file._turn(0):
+                file._close()
 
     def _create(self) -> None:
         """Create an empty file, with mode 0600 and the group's bits of its directory."""

@@ -11018,6 +11018,21 @@ def test_database_of_apps_that_were_freed(path: Path) -> None:
     assert open_files() <= before
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_database_of_apps_that_are_not_freed(path: Path, is_shared: bool) -> None:
+    """The garbage collector does not count open files: tests with an app each have thousands."""
+    hubs, before = [], open_files()
+    for number in range(2 * swiftcms_ws.LogFile.MAX_OPEN):
+        hub = Hub(database=path if is_shared else path.with_name(f"{number}.sqlite3"))
+        hub.publish("content.created", "posts", number)
+        hubs.append(hub)
+    assert open_files() - before <= 3 * swiftcms_ws.LogFile.MAX_OPEN
+    hubs[0].publish("content.created", "posts", "again")
+    for hub in hubs:
+        hub.close()
+    assert open_files() <= before
+
+
 def test_database_of_a_closed_hub(path: Path) -> None:
     """hub.close() ends the follower, closes the files and removes the port at once."""
     threads, files = threading.active_count(), open_files()
