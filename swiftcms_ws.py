@@ -5449,7 +5449,8 @@ class LogFile:
 
     def __init__(self, path: str, timeout: float) -> None:
         """timeout: how long one use may wait for other threads and processes, in seconds."""
-        self._path = path
+        # SQLite puts the other two files beside the target of a symbolic link.
+        self._path = path = os.path.realpath(path)
         self._timeout = timeout
         self._directory = os.path.dirname(path)
         # The thread that uses the connection, and those that wait for it. (A connection for each

@@ -11033,6 +11033,20 @@ def test_database_of_apps_that_are_not_freed(path: Path, is_shared: bool) -> Non
     assert open_files() <= before
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_database_is_a_symbolic_link(path: Path, is_new: bool) -> None:
+    """Deployment tools link the files that all releases share. SQLite has the journal beside it."""
+    link = path.with_name("link.sqlite3")
+    link.symlink_to(path.name)
+    if not is_new:
+        with Hub(database=path) as hub:
+            hub.publish("a", "b", 0)
+    with Hub(database=path) as hub, Hub(database=link) as linked:
+        events = [hub.publish("a", "b", 1), linked.publish("a", "b", 2), hub.publish("a", "b", 3)]
+        assert stored_ids(path)[-3:] == events
+        assert sorted(path.parent.iterdir()) == sorted([link, *files_of(path)])
+
+
 def test_database_of_a_closed_hub(path: Path) -> None:
     """hub.close() ends the follower, closes the files and removes the port at once."""
     threads, files = threading.active_count(), open_files()
