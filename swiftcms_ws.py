@@ -1277,6 +1277,8 @@ def _on_signal(number: int, frame: Any) -> None:
         sys.exit(128 + number)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+    # The first process of a container ignores it.
+    sys.exit(128 + number)
 
 
 # == 4. Events and frames: pure functions ========================================================

@@ -3799,6 +3799,22 @@ def test_sigterm_ignored_by_the_site(tmp_path: Path) -> None:
         assert site.popen.poll() is None
 
 
+def test_sigterm_of_the_first_process_of_a_container(tmp_path: Path) -> None:
+    """The kernel ignores its SIGTERM without a handler: the site would go on with a closed hub."""
+    script = """
+import os, signal
+from flask import Flask
+from swiftcms_ws import blueprint
+Flask("site").register_blueprint(blueprint)
+# The kernel does the same for process 1.
+os.kill = lambda process, number: None
+signal.raise_signal(signal.SIGTERM)
+print("goes on")
+"""
+    run = run_script(tmp_path, script)
+    assert (run.returncode, run.stdout, run.stderr) == (128 + signal.SIGTERM, "", "")
+
+
 # --------------------------------------------------------------------------------------------------
 # Web servers: a deploy
 # --------------------------------------------------------------------------------------------------
