@@ -111,6 +111,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import secrets
@@ -132,7 +133,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from enum import Enum, IntEnum
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
 from uuid import UUID
@@ -766,14 +766,14 @@ class Hub:
         engines: dict[Hub, Engine | None] = app.extensions["swiftcms_ws"]
         engine = engines[self]
         if engine is None:
-            with self._starting_guard, self._starting:
+            with self._start_lock():
                 engine = engines[self]
                 if engine is None:
                     engine = engines[self] = Engine(self, app, self._logs)
         return engine
 
     def _engine_without_app(self) -> Engine:
-        with self._starting_guard, self._starting:
+        with self._start_lock():
             if self._script_engine is None:
                 engine = Engine(self, None, self._logs)
                 if engine.log is None:
@@ -790,10 +790,25 @@ class Hub:
         engines = [app.extensions["swiftcms_ws"].get(self) for app in self._apps()]
         return [engine for engine in (*engines, self._script_engine) if engine is not None]
 
+    @contextmanager
+    def _start_lock(self) -> Iterator[None]:
+        """Hold `_starting`.
+
+        gevent may have replaced sleep() after the lock was created. To wait in acquire() would then
+        stop the process: gunicorn with --preload, at the first two requests.
+        """
+        with self._starting_guard:
+            while not self._starting.acquire(blocking=False):
+                time.sleep(0.001)
+            try:
+                yield
+            finally:
+                self._starting.release()
+
     def start(self, engine: Engine) -> None:
         """Start an engine's threads, unless they run already."""
         if not engine.is_started:
-            with self._starting_guard, self._starting:
+            with self._start_lock():
                 engine.start()
 
     def registered(self, app: Flask) -> None:
@@ -4649,7 +4664,8 @@ class Workers:
         # Tasks that are queued or running. Reading it is atomic.
         self.unfinished = 0
         self._threads: list[threading.Thread] = []
-        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        # With its module: gevent may replace the class later (gunicorn --preload).
+        self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         # The log records of the loop, in order.
         self.records = Lane(self, self.MAX_RECORDS)
 
@@ -4693,7 +4709,7 @@ class Workers:
 
     def _run_left(self, deadline: float) -> None:
         """Run tasks in this thread, because no worker could start."""
-        with suppress(Empty):
+        with suppress(queue.Empty):
             while time.monotonic() < deadline:
                 task = self._tasks.get_nowait()
                 if task is not None:

@@ -3815,6 +3815,26 @@ print("goes on")
     assert (run.returncode, run.stdout, run.stderr) == (128 + signal.SIGTERM, "", "")
 
 
+def test_gevent_that_patches_late(tmp_path: Path) -> None:
+    """With --preload, gunicorn imports the site first. Its first two requests must not block."""
+    script = """
+import faulthandler
+from flask import Flask
+from swiftcms_ws import hub
+app = Flask("site")
+hub.init_app(app)
+import gevent.monkey
+gevent.monkey.patch_all()
+faulthandler.dump_traceback_later(10, exit=True)
+gevent.joinall([gevent.spawn(hub.publish, "content.created", "posts", number) for number in (1, 2)])
+hub.engine_of(app).workers.submit(lambda: print("a worker's task"))
+gevent.sleep(0.01)
+print(hub.stats()["published"], hub.close())
+"""
+    run = run_script(tmp_path, script)
+    assert run.stdout.splitlines() == ["a worker's task", "2 True"], run.stderr
+
+
 # --------------------------------------------------------------------------------------------------
 # Web servers: a deploy
 # --------------------------------------------------------------------------------------------------
