@@ -6429,6 +6429,8 @@ class LivePages:
             nonlocal is_page
             if is_live:
                 headers = [field for field in headers if field[0].lower() != "set-cookie"]
+                # A proxy may have cached no response that sets a cookie, and must not begin now.
+                headers.append(("Cache-Control", "private"))
             is_html = "html" in Headers(headers).get("Content-Type", "")
             is_page = is_html and status.startswith("200")
             # A 304 has no type. Browsers put its headers in place of those of the stored page.

@@ -12026,6 +12026,8 @@ def test_refresh_leaves_the_session_as_it_was(
         assert refresh.text == "ana ['Welcome']"
         assert refresh.headers.getlist("Set-Cookie") == []
         assert refresh.headers["Vary"] == "Cookie"
+        # A cache that did not store the page because of its cookie, or ignores Vary.
+        assert refresh.headers.getlist("Cache-Control")[-1] == "private"
         assert "X-SwiftCMS-Live" not in refresh.headers
     assert client.get("/token", headers=LIVE).headers["X-SwiftCMS-Live"] == "reload"
     assert client.get("/session").json == before
