@@ -5838,10 +5838,10 @@ class SqliteLog(SharedLog):
                 size += utf8_length(draft.payload)
                 receivers = None if draft.to is None else json.dumps(sorted(draft.to))
                 rows.append((first + index, position + 1 + index, size, *draft[:3], receivers))
-            connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-            # Followers trim too, but there may be none.
+            # Followers trim too, but there may be none. Not these events, which no follower has read.
             if position // self.TIDY_STEP < (position + len(rows)) // self.TIDY_STEP:
                 self._trim(connection)
+            connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             self._newest_number = rows[-1][0]
             ports = self._ports(connection)
         self._wake(ports)

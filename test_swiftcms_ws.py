@@ -11054,6 +11054,20 @@ def test_database_of_apps_that_were_freed(path: Path) -> None:
     assert open_files() <= before
 
 
+def test_file_of_more_events_at_once_than_it_keeps(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One publish_many() must not delete the event after which the followers read on."""
+    monkeypatch.setattr(swiftcms_ws.SharedLog, "FOLLOWER_ROOM", 100)
+    with Server(DATABASE=str(path), HISTORY=10) as server, server.client() as client:
+        client.subscribe("content.*", "posts")
+        server.hub.publish_many([("content.created", "posts", number) for number in range(2000)])
+        assert [client.receive()["payload"] for _ in range(2000)] == list(range(2000))
+        # The next step deletes them.
+        server.hub.publish_many([("content.created", "posts", number) for number in range(256)])
+        until(lambda: len(stored_ids(path)) <= 110 + 256, "the deletion of old events")
+
+
 @pytest.mark.parametrize("is_shared", [True, False])
 def test_database_of_apps_that_are_not_freed(path: Path, is_shared: bool) -> None:
     """The garbage collector does not count open files: tests with an app each have thousands."""
