@@ -3352,7 +3352,9 @@ SERVER_KEYS = {
 
 def hook_environ(environ: Mapping[str, Any]) -> dict[str, Any]:
     """Return the handshake's environ without SERVER_KEYS. Additions of middleware are kept."""
-    return {key: value for key, value in environ.items() if key not in SERVER_KEYS}
+    # Hooks are no refresh of a page, whatever the client says.
+    dropped = {*SERVER_KEYS, LIVE_KEY}
+    return {key: value for key, value in environ.items() if key not in dropped}
 
 
 @contextmanager

@@ -12135,6 +12135,20 @@ def test_several_hubs_and_apps(bare_site: tuple[Flask, Hub]) -> None:
         second.close()
 
 
+def test_hooks_of_a_connection_are_no_refresh() -> None:
+    """Otherwise a client could hide from track() what they change: its online mark, for example."""
+    found: list[bool] = []
+
+    def on_connected(sender: Any, **values: Any) -> None:
+        found.append(swiftcms_ws.is_live_refresh())
+
+    with Server() as server:
+        signal_ = swiftcms_ws.client_connected
+        with signal_.connected_to(on_connected, server.app), server.client(headers=LIVE) as client:
+            client.ask("heartbeat")
+    assert found == [False]
+
+
 @pytest.mark.core
 def test_spread_grows_with_the_time_of_a_refresh_and_the_connections() -> None:
     """`spread` is twice the average time of a refresh, of a streamed page too, by connections."""
