@@ -5840,7 +5840,7 @@ class SqliteLog(SharedLog):
                 size += utf8_length(draft.payload)
                 receivers = None if draft.to is None else json.dumps(sorted(draft.to))
                 rows.append((first + index, position + 1 + index, size, *draft[:3], receivers))
-            # Followers trim too, but there may be none. Not these events, which no follower has read.
+            # Followers trim too, but there may be none. None has read the new events yet.
             if position // self.TIDY_STEP < (position + len(rows)) // self.TIDY_STEP:
                 self._trim(connection)
             connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
