@@ -5943,9 +5943,11 @@ class SqliteLog(SharedLog):
 
     def find_end(self) -> Place:
         if self._listener is None:
-            self._listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            self._listener.bind(("127.0.0.1", 0))
-            self._port = self._listener.getsockname()[1]
+            # A site behind a Unix socket may not be allowed to.
+            with suppress(OSError):
+                self._listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+                self._listener.bind(("127.0.0.1", 0))
+                self._port = self._listener.getsockname()[1]
         # Before the end is read: a datagram follows each later event.
         self._confirm_port()
         with self._own_file.use() as connection:
@@ -5987,7 +5989,9 @@ class SqliteLog(SharedLog):
 
     def _wait(self) -> bool:
         """Wait for a datagram, for a second at most. Return whether one came."""
-        assert self._listener is not None
+        if self._listener is None:
+            time.sleep(self.POLL_INTERVAL)
+            return False
         self._listener.settimeout(self.POLL_INTERVAL)
         try:
             self._listener.recv(16)

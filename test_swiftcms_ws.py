@@ -42,6 +42,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 import weakref
@@ -11066,6 +11067,18 @@ def test_file_of_more_events_at_once_than_it_keeps(
         # The next step deletes them.
         server.hub.publish_many([("content.created", "posts", number) for number in range(256)])
         until(lambda: len(stored_ids(path)) <= 110 + 256, "the deletion of old events")
+
+
+def test_file_without_internet_sockets(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a Unix socket, systemd's RestrictAddressFamilies forbids them: followers only poll."""
+    forbidden = types.SimpleNamespace(**{**vars(socket), "AF_INET": 12345})
+    monkeypatch.setattr(swiftcms_ws, "socket", forbidden)
+    monkeypatch.setattr(swiftcms_ws.SqliteLog, "POLL_INTERVAL", 0.05)
+    with Server(DATABASE=str(path)) as server, server.client() as client:
+        client.subscribe("content.*", "posts")
+        with Hub(database=path) as hub:
+            event_id = hub.publish("content.created", "posts", 1)
+        assert client.receive()["id"] == event_id
 
 
 @pytest.mark.parametrize("is_shared", [True, False])
