@@ -1913,6 +1913,7 @@ class Proxy:
         self.port = int(self._listener.getsockname()[1])
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._lock = threading.Lock()
+        self._is_closed = False
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -1926,6 +1927,9 @@ class Proxy:
                     continue
                 with self._lock:
                     self._pairs.append((near, far))
+                if self._is_closed:
+                    # It came while the last connections were cut.
+                    self.cut()
                 for source, sink in ((near, far), (far, near)):
                     threading.Thread(target=self._relay, args=(source, sink), daemon=True).start()
 
@@ -1950,6 +1954,7 @@ class Proxy:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._is_closed = True
         self._listener.close()
         self.cut()
 
