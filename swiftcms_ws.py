@@ -773,6 +773,9 @@ class Hub:
         return engine
 
     def _engine_without_app(self) -> Engine:
+        engine = self._script_engine
+        if engine is not None:
+            return engine
         with self._start_lock():
             if self._script_engine is None:
                 engine = Engine(self, None, self._logs)
@@ -794,16 +797,14 @@ class Hub:
     def _start_lock(self) -> Iterator[None]:
         """Hold `_starting`.
 
-        gevent may have replaced sleep() after the lock was created. To wait in acquire() would then
-        stop the process: gunicorn with --preload, at the first two requests.
+        gevent may have replaced sleep() after the lock was created. A greenlet that waited in the
+        lock itself would then stop the process: gunicorn with --preload, at the first two requests.
         """
         with self._starting_guard:
-            while not self._starting.acquire(blocking=False):
+            while self._starting.locked():
                 time.sleep(0.001)
-            try:
+            with self._starting:
                 yield
-            finally:
-                self._starting.release()
 
     def start(self, engine: Engine) -> None:
         """Start an engine's threads, unless they run already."""
