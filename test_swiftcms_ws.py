@@ -564,6 +564,10 @@ class Browser:
         return page
 
 
+class Navigated(AssertionError):
+    """The page was left while Chromium evaluated an expression in it."""
+
+
 class Page:
     """One page of a Browser. `console` has what it logged and what the browser complained of."""
 
@@ -581,6 +585,8 @@ class Page:
             assert data is not None, f"Chromium did not answer {method}"
             message = json.loads(data)
             if message.get("id") == number:
+                if "navigated" in message.get("error", {}).get("message", ""):
+                    raise Navigated(str(message))
                 assert "error" not in message, message
                 return message["result"]
             self._note(message)
@@ -611,10 +617,15 @@ class Page:
         return result["result"].get("value")
 
     def wait(self, expression: str, timeout: float = PATIENCE) -> Any:
+        def holds() -> Any:
+            # A page that is being loaded again has no answer yet.
+            with contextlib.suppress(Navigated):
+                return self.js(expression)
+
         try:
-            return until(lambda: self.js(expression), expression, timeout)
+            return until(holds, expression, timeout)
         except AssertionError as error:
-            shown = self.js("document.body.innerText")
+            shown = self.js("document.body?.innerText")
             raise AssertionError(f"{error}; console: {self.console}; page: {shown}") from None
 
     def be_offline(self, offline: bool) -> None:
