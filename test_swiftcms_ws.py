@@ -9060,6 +9060,9 @@ def test_client_js_cuts_during_replays_lose_nothing(browser: Browser) -> None:
         finally:
             stop.set()
             publisher.join(PATIENCE)
+        # The last subscription may have come after all others.
+        publish(len(published))
+        published.append(len(published))
         page.wait(
             f"[got, all, ...later].every(list => list.at(-1) === {published[-1]})", timeout=60
         )
