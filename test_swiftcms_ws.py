@@ -9704,9 +9704,9 @@ def test_client_js_an_editor_is_not_in_conflict_with_herself(browser: Browser) -
         page.js("shown.length = 0")
         proxy.drop()
         page.wait("onlines() === 2 && shown.length")
+        page.wait("edit.editors[0]?.clientId === cms.clientId")
         assert len(server.hub.editors("posts", "1")) == 2
         assert page.js("[shown.at(-1), edit.editors.length]") == [[1, False], 1]
-        assert page.js("edit.editors[0].clientId === cms.clientId")
         with server.client() as other:
             other.ask("editStart", contentType="posts", entryId="1")
             page.wait("shown.at(-1)[1] === true")
