@@ -69,7 +69,7 @@ Locks (each is documented where it is created)
     Hub._starting    creating and starting an engine; the others may be taken while it is held
     EventQueue._lock ids and the queue              Registry._lock   connections, subscriptions
     Workers._lock    tasks and threads              Editing._lock    editors of entries
-    Counters._lock   the numbers of stats()         Lane._lock       one ordered queue of tasks
+    Counters._lock   the numbers of stats()         SerialQueue._lock one queue of ordered tasks
     LogFile._queue   one connection to its file     _fork_lock       two forks at the same time
 A thread holds one lock at a time, except that it may take others while it holds Hub._starting.
 No code of the site, no logging and no network I/O runs while a lock is held. Only while it is first
@@ -208,11 +208,11 @@ logger = logging.getLogger("swiftcms_ws")
 CONFIG_PREFIX = "SWIFTCMS_WS_"
 # The most characters of a type, a content type, an entry's id or a user's id. Clients send them,
 # and the server keeps them in memory.
-NAME_LENGTH = 128
+MAX_NAME_LENGTH = 128
 # The connection of a client that stays silent for this many heartbeats is closed.
 MISSED_HEARTBEATS = 2
 # Each client id begins with the id of its process, which has this many characters.
-PROCESS_LENGTH = 8
+PROCESS_ID_LENGTH = 8
 
 
 class Everyone(Enum):
@@ -291,8 +291,8 @@ def log(level: int, message: str, *values: object, exc_info: Any = None) -> None
 def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
     """Return " (did you mean `…`?)" with the nearest of `choices`, or an empty string."""
     # Both may come from a client. difflib would take 100 ms for long words or thousands of them.
-    few = [choice for choice in itertools.islice(choices, 50) if len(choice) <= NAME_LENGTH]
-    near = difflib.get_close_matches(word[:NAME_LENGTH], few, 1)
+    few = [choice for choice in itertools.islice(choices, 50) if len(choice) <= MAX_NAME_LENGTH]
+    near = difflib.get_close_matches(word[:MAX_NAME_LENGTH], few, 1)
     if not near:
         return ""
     return f" (did you mean `{prefix}{near[0]}`?)"
@@ -305,13 +305,13 @@ def _setting(default: Any, expected: str, accepts: Callable[[Any], bool]) -> Any
 def _number(
     default: float | None,
     expected: str,
-    least: float,
+    minimum: float,
     kinds: Any = (int, float),
-    most: float = float("inf"),
+    maximum: float = float("inf"),
 ) -> Any:
     def accepts(value: Any) -> bool:
         is_number = isinstance(value, kinds) and not isinstance(value, bool)
-        return is_number and least <= value <= most and value != float("inf")
+        return is_number and minimum <= value <= maximum and value != float("inf")
 
     return _setting(default, expected, accepts)
 
@@ -368,7 +368,7 @@ class Settings:
         'a list such as ["https://example.org", "https://*.example.org"], or "*"',
         _are_origins,
     )
-    heartbeat: float = _number(25, "seconds, from 0.01 to 86,400", 0.01, most=86_400)
+    heartbeat: float = _number(25, "seconds, from 0.01 to 86,400", 0.01, maximum=86_400)
     history: int = _number(1000, "a whole number of events, 0 or more", 0, int)
     max_connections: int | None = _number(None, "a whole number, 1 or more", 1, int)
     max_subscriptions: int = _number(100, "a whole number, 1 or more", 1, int)
@@ -388,7 +388,7 @@ class Settings:
     )
     redis_prefix: str = _text("swiftcms_ws")
     # Not keys of their own: SECRET_KEY_FALLBACKS, if the key is Flask's SECRET_KEY.
-    old_keys: Sequence[str | bytes] = dataclasses.field(default=(), metadata={})
+    fallback_keys: Sequence[str | bytes] = dataclasses.field(default=(), metadata={})
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Settings:
@@ -422,7 +422,9 @@ class Settings:
         """Raise ValueError if a value is wrong."""
         if not field.metadata["accepts"](value):
             # The JWT key is a secret, and the message may be logged.
-            shown = "this value" if field.name == "jwt_key" else repr(value)
+            shown = repr(value)
+            if field.name == "jwt_key":
+                shown = "this value"
             expected = field.metadata["expected"]
             raise ValueError(f"config key {key} must be {expected}, not {shown}")
 
@@ -461,10 +463,13 @@ class Settings:
         changes: dict[str, Any] = {}
         if settings.database is None and settings.redis_url is None:
             environ = {key: os.environ.get(CONFIG_PREFIX + key.upper()) or None for key in logs}
-            changes |= logs if any(value is not None for value in logs.values()) else environ
+            if any(value is not None for value in logs.values()):
+                changes |= logs
+            else:
+                changes |= environ
         if app is not None and settings.jwt_key is None and app.secret_key:
             changes["jwt_key"] = app.secret_key
-            changes["old_keys"] = tuple(app.config.get("SECRET_KEY_FALLBACKS") or ())
+            changes["fallback_keys"] = tuple(app.config.get("SECRET_KEY_FALLBACKS") or ())
         settings = dataclasses.replace(settings, **changes)
         settings.check_key()
         settings.check_log()
@@ -707,7 +712,8 @@ class Hub:
         in other processes would stay open.
         """
         user = check_user_id(user_id, "user_id")
-        session = None if session is None else check_user_id(session, "session")
+        if session is not None:
+            session = check_user_id(session, "session")
         return self._engine().disconnect(user, session)
 
     def last_id(self) -> str:
@@ -836,7 +842,7 @@ class Hub:
         for name in ("werkzeug", "gunicorn.access", "gunicorn.error"):
             logging.getLogger(name).addFilter(hide_token)
 
-    def warn_if_nobody_is_reached(self, engine: Engine) -> None:
+    def warn_if_no_client(self, engine: Engine) -> None:
         """Log once if publish() succeeded in a process or an app that has no clients."""
         parent_process = getattr(sys.modules.get("multiprocessing"), "parent_process", None)
         if parent_process is not None and parent_process() is not None:
@@ -877,7 +883,9 @@ class Hub:
 
 def _keep_iterator(value: Any) -> Any:
     """Return a list for an iterator given as `to`: it is read twice."""
-    return list(value) if isinstance(value, Iterator) else value
+    if isinstance(value, Iterator):
+        return list(value)
+    return value
 
 
 def running_app() -> Flask:
@@ -921,7 +929,7 @@ class Engine:
         self._app_ref = None if app is None else weakref.ref(app)
         self.settings = Settings.of_app(app, logs)
         # The name of this process among the others; client ids begin with it.
-        self.process = secrets.token_hex(PROCESS_LENGTH // 2)
+        self.process = secrets.token_hex(PROCESS_ID_LENGTH // 2)
         self.counters = Counters()
         self.registry = Registry()
         self.history = History(self.settings.history)
@@ -930,7 +938,7 @@ class Engine:
         self.exchange = EditorExchange(self)
         self.pollers = Pollers()
         self.log = create_log(self.settings, app, self.report)
-        self._create_threads()
+        self._create_parts()
         # NaN is not JSON: every browser that received it would throw.
         json_provider = (app or Flask(__name__)).json
         self._to_json = functools.partial(json_provider.dumps, allow_nan=False)
@@ -945,14 +953,16 @@ class Engine:
         # Recent sign-outs, with their times. A handshake that began earlier is signed out when its
         # connection opens. Loop only.
         self._signed_out: deque[tuple[float, str, str | None]] = deque(maxlen=1000)
-        _running_engines.add(self)
+        _all_engines.add(self)
         if app is not None:
             weakref.finalize(app, self._abandon).atexit = False
 
     @property
     def app(self) -> Flask | None:
         """The app; None for a script, or after the app was freed."""
-        return None if self._app_ref is None else self._app_ref()
+        if self._app_ref is None:
+            return None
+        return self._app_ref()
 
     def _abandon(self) -> None:
         """Stop the threads, because the app was freed. Takes no lock: it may interrupt any code."""
@@ -961,7 +971,7 @@ class Engine:
         self.workers.request_stop()
         self.loop.request_stop()
 
-    def _create_threads(self) -> None:
+    def _create_parts(self) -> None:
         self.loop = Loop(self.registry, self.history, self.counters, self.report)
         self.heartbeat = Heartbeat(self)
         self.follower: Follower | None = None
@@ -981,7 +991,7 @@ class Engine:
             self.heartbeat.stop()
             self.loop.stop()
             # The next attempt needs new ones.
-            self._create_threads()
+            self._create_parts()
             raise
         self.is_started = True
 
@@ -1013,7 +1023,7 @@ class Engine:
             if isinstance(text, (bytes, bytearray)):
                 text = bytes(text).decode()
             if "NaN" in text or "Infinity" in text:
-                json.loads(text, parse_constant=_refuse_constant)
+                json.loads(text, parse_constant=refuse_constant)
             # Raises for a lone surrogate, which UTF-8 cannot express.
             utf8_length(text)
         except (TypeError, ValueError, RecursionError) as error:
@@ -1024,7 +1034,10 @@ class Engine:
 
     def publish(self, drafts: list[Draft]) -> list[EventId]:
         """Append the events to the shared log, or queue them in this process; return their ids."""
-        event_ids = self._publish_here(drafts) if self.log is None else self.log.append(drafts)
+        if self.log is None:
+            event_ids = self._publish_here(drafts)
+        else:
+            event_ids = self.log.append(drafts)
         self.counters.add("published", len(event_ids))
         return event_ids
 
@@ -1040,10 +1053,10 @@ class Engine:
             self.hub.start(self)
         event_ids = self.loop.publish(drafts)
         if not self.has_served:
-            self.hub.warn_if_nobody_is_reached(self)
+            self.hub.warn_if_no_client(self)
         return event_ids
 
-    def warn_if_alone(self) -> None:
+    def warn_if_served_no_client(self) -> None:
         """Log if this process has published, and was not the one that serves the clients."""
         if self.log is not None or self.has_served or self.app is None or self.app.testing:
             return
@@ -1085,11 +1098,11 @@ class Engine:
         if self.app is not None:
             # The loop must remember the sign-out, because a handshake may have begun already.
             self.hub.start(self)
-        count = len(self._of_session(user_id, session))
+        count = len(self._connections_of(user_id, session))
         self.loop.call(self.sign_out, user_id, session)
         return count
 
-    def _of_session(self, user_id: str, session: str | None) -> list[Connection]:
+    def _connections_of(self, user_id: str, session: str | None) -> list[Connection]:
         return [
             connection
             for connection in self.registry.connections(user_id)
@@ -1099,7 +1112,7 @@ class Engine:
     def sign_out(self, user_id: str, session: str | None) -> None:
         """Close the connections of a user in this process. Loop only."""
         self._signed_out.append((time.monotonic(), user_id, session))
-        for connection in self._of_session(user_id, session):
+        for connection in self._connections_of(user_id, session):
             connection.session.sign_out()
 
     def was_signed_out(self, user: User, since: float) -> bool:
@@ -1165,7 +1178,7 @@ class Engine:
         # Twice: client_disconnected is submitted when a hook of the same client has returned.
         for _ in range(2):
             self.workers.wait_until_idle(deadline)
-            self.loop.run_through(deadline)
+            self.loop.wait_for_queued(deadline)
         if self.follower is not None:
             self.follower.stop()
         self.heartbeat.stop()
@@ -1223,28 +1236,28 @@ class Counters:
 
 
 # The engines of this process, started or not: closed at exit, and forgotten by a forked child.
-_running_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_all_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 @atexit.register
-def _close_all() -> None:
+def _close_at_exit() -> None:
     """Close all connections at exit. Log which engines have published without a client."""
-    engines = list(_running_engines)
+    engines = list(_all_engines)
     close_engines(engines, timeout=2.0)
     for engine in engines:
-        engine.warn_if_alone()
+        engine.warn_if_served_no_client()
 
 
-def _forget_all() -> None:
+def _reset_after_fork() -> None:
     """Forget the parent's engines and signal handlers. A forked child runs this first."""
     for hub_ in list(_hubs):
         hub_.forget_engines()
-    _running_engines.clear()
+    _all_engines.clear()
     restore_signal_handlers()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all)
+    os.register_at_fork(after_in_child=_reset_after_fork)
 
 # The handlers that our own ones replace, by signal number.
 _former_handlers: dict[int, Any] = {}
@@ -1275,7 +1288,7 @@ def _on_signal(number: int, frame: Any) -> None:
 
     The interrupted code may hold any lock, so this function takes none.
     """
-    engines = [engine for engine in list(_running_engines) if engine.is_started]
+    engines = [engine for engine in list(_all_engines) if engine.is_started]
     for engine in engines:
         engine.loop.request_close_all()
     if number == signal.SIGINT:
@@ -1304,9 +1317,11 @@ EventId = tuple[int, int]
 # A pattern of event types, and one of content types.
 Pattern = tuple[str, str]
 
-NAME_RULE = f"words of letters, digits, _ and - joined by dots, at most {NAME_LENGTH} characters"
+NAME_RULE = (
+    f"words of letters, digits, _ and - joined by dots, at most {MAX_NAME_LENGTH} characters"
+)
 # How deeply objects and arrays may be nested in a client's message.
-MESSAGE_DEPTH = 100
+MAX_MESSAGE_DEPTH = 100
 
 
 class Draft(NamedTuple):
@@ -1368,7 +1383,9 @@ class Event:
 
 def utf8_length(text: str) -> int:
     """Return the number of bytes of a string in UTF-8."""
-    return len(text) if text.isascii() else len(text.encode())
+    if text.isascii():
+        return len(text)
+    return len(text.encode())
 
 
 def format_event_id(event_id: EventId) -> str:
@@ -1391,7 +1408,7 @@ def parse_event_id(value: object) -> EventId:
 def is_name(text: str) -> bool:
     """Return whether a string can name a type or a content type."""
     # The length first: the cache must not keep long strings of clients.
-    return 0 < len(text) <= NAME_LENGTH and _has_words(text)
+    return 0 < len(text) <= MAX_NAME_LENGTH and _has_words(text)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1408,7 +1425,7 @@ def _is_word(word: str) -> bool:
 
 def is_pattern(text: str) -> bool:
     """Return whether a string is a name, a prefix such as content.*, or *."""
-    return len(text) <= NAME_LENGTH and (text == "*" or is_name(text.removesuffix(".*")))
+    return len(text) <= MAX_NAME_LENGTH and (text == "*" or is_name(text.removesuffix(".*")))
 
 
 def check_name(value: object, argument: str) -> str:
@@ -1417,7 +1434,7 @@ def check_name(value: object, argument: str) -> str:
         raise TypeError(f"{argument} must be a str, not {type(value).__name__}")
     name = plain_str(value)
     if not is_name(name):
-        raise ValueError(f"{argument} must be {NAME_RULE}, not {name[:NAME_LENGTH]!r}")
+        raise ValueError(f"{argument} must be {NAME_RULE}, not {name[:MAX_NAME_LENGTH]!r}")
     return name
 
 
@@ -1437,8 +1454,8 @@ def check_user_id(value: object, source: str) -> str:
         user_id = int.__repr__(value)
     else:
         user_id = str(value)
-    if not 0 < len(user_id) <= NAME_LENGTH:
-        raise ValueError(f"{source} must be a user id of 1 to {NAME_LENGTH} characters")
+    if not 0 < len(user_id) <= MAX_NAME_LENGTH:
+        raise ValueError(f"{source} must be a user id of 1 to {MAX_NAME_LENGTH} characters")
     return user_id
 
 
@@ -1656,8 +1673,8 @@ def parse_message(data: str | bytes) -> dict[str, Any]:
     if isinstance(data, bytes):
         raise ClientError("invalid_message", "a message must be a text message, not a binary one")
     try:
-        message = json.loads(data, parse_constant=_refuse_constant, parse_float=_parse_float)
-        if data.count("[") + data.count("{") > MESSAGE_DEPTH:
+        message = json.loads(data, parse_constant=refuse_constant, parse_float=_parse_float)
+        if data.count("[") + data.count("{") > MAX_MESSAGE_DEPTH:
             _check_depth(message)
     except RecursionError:
         raise ClientError("invalid_json", "the message is nested too deeply") from None
@@ -1672,7 +1689,7 @@ def parse_message(data: str | bytes) -> dict[str, Any]:
     return message
 
 
-def _refuse_constant(name: str) -> None:
+def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is JavaScript, but not JSON")
 
 
@@ -1687,7 +1704,7 @@ def _parse_float(text: str) -> float:
 def _check_depth(message: object) -> None:
     """Raise RecursionError if a message is nested too deeply to be encoded again safely."""
     level = [message]
-    for _ in range(MESSAGE_DEPTH + 1):
+    for _ in range(MAX_MESSAGE_DEPTH + 1):
         containers = [value for value in level if isinstance(value, (dict, list))]
         if not containers:
             return
@@ -1772,7 +1789,7 @@ class EventQueue:
         self._is_stopped = False
         # The thread of the loop, and the socket that wakes it; None before the start.
         self.thread: threading.Thread | None = None
-        self._waker: socket.socket | None = None
+        self._wake_sender: socket.socket | None = None
 
     def publish(self, drafts: Iterable[Draft]) -> list[EventId]:
         """Queue events for delivery and return their ids. Waits while the queue is full.
@@ -1835,9 +1852,9 @@ class EventQueue:
 
     def _wake(self) -> None:
         # If the buffer is full, a wake-up is in it. If it is closed, the loop has stopped.
-        if self._waker is not None:
+        if self._wake_sender is not None:
             with suppress(OSError):
-                self._waker.send(b"\0")
+                self._wake_sender.send(b"\0")
 
     def queue_length(self) -> int:
         return len(self._queue)
@@ -1900,10 +1917,10 @@ class Loop(EventQueue):
     def start(self) -> None:
         """Create the selector and the wake-up sockets, and start the thread."""
         self.selector = selectors.DefaultSelector()
-        self._wake_up, self._waker = socket.socketpair()
-        for sock in (self._wake_up, self._waker):
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        for sock in (self._wake_receiver, self._wake_sender):
             sock.setblocking(False)
-        self.selector.register(self._wake_up, selectors.EVENT_READ, None)
+        self.selector.register(self._wake_receiver, selectors.EVENT_READ, None)
         self.thread = threading.Thread(target=self._run, name="swiftcms-ws loop", daemon=True)
         try:
             self.thread.start()
@@ -1920,7 +1937,7 @@ class Loop(EventQueue):
         if self.thread is not None:
             self._wake()
 
-    def run_through(self, deadline: float) -> None:
+    def wait_for_queued(self, deadline: float) -> None:
         """Wait until the loop has done everything that is queued now, or until the deadline."""
         is_done = threading.Event()
         if self.call(is_done.set):
@@ -2004,7 +2021,7 @@ class Loop(EventQueue):
             else:
                 # The wake-up has done its work.
                 with suppress(BlockingIOError):
-                    self._wake_up.recv(4096)
+                    self._wake_receiver.recv(4096)
 
     def _close_if_requested(self) -> None:
         if self._must_close_all:
@@ -2092,7 +2109,7 @@ class Loop(EventQueue):
 
     def _close_descriptors(self) -> None:
         self.selector.close()
-        for sock in (self._wake_up, self._waker):
+        for sock in (self._wake_receiver, self._wake_sender):
             if sock is not None:
                 sock.close()
 
@@ -2163,12 +2180,14 @@ class History:
         Any other id may be of an earlier process, whose events are not known.
         """
         index = bisect.bisect_right(self._events, since, key=lambda event: event.id)
-        previous = self._events[index - 1].id if index else self.forgotten_id
+        previous = self.forgotten_id
+        if index:
+            previous = self._events[index - 1].id
         if since != previous:
             return None
         return list(itertools.islice(self._events, index, None))
 
-    def continue_after(self, older: list[Event]) -> list[Event] | None:
+    def append_newer(self, older: list[Event]) -> list[Event] | None:
         """Return `older`, which was read from the shared log, with the newer events of the history.
 
         None if there may be events between the two.
@@ -2450,11 +2469,11 @@ class Connection:
         "framing",
         "id",
         "session",
+        "silent_since",
         "state",
         "subscriptions",
         "unsent_bytes",
         "user",
-        "waiting_since",
         "written_bytes",
     )
 
@@ -2499,7 +2518,7 @@ class Connection:
         self._progress_at = 0.0
         # Since when the client has been silent; infinity while the server does not read it, or if
         # it has nothing to send, because its silence does not count then.
-        self.waiting_since = time.monotonic()
+        self.silent_since = time.monotonic()
         # Close the socket as soon as everything is written: the client's close frame has arrived.
         self._close_when_written = False
         self.close_deadline = float("inf")
@@ -2640,7 +2659,7 @@ class Connection:
             self.abort()
             return
         if self.framing.has_pongs:
-            self.waiting_since = time.monotonic()
+            self.silent_since = time.monotonic()
         self.session.receive(data)
 
     @property
@@ -2675,9 +2694,9 @@ class Connection:
     def _note_reading(self, is_reading: bool) -> None:
         """Count the client's silence only while the server reads from it."""
         if not is_reading or not self.framing.has_pongs:
-            self.waiting_since = float("inf")
+            self.silent_since = float("inf")
         elif not self._selected & selectors.EVENT_READ:
-            self.waiting_since = time.monotonic()
+            self.silent_since = time.monotonic()
 
     # -- closing -----------------------------------------------------------------------------------
 
@@ -2702,12 +2721,14 @@ class Connection:
         """The client's close frame has arrived: answer it unless it is an answer; then close."""
         self._close_when_written = True
         if self.state is State.OPEN:
-            payload = b"" if code is None else struct.pack("!H", code)
+            payload = b""
+            if code is not None:
+                payload = struct.pack("!H", code)
             self._begin_closing(encode_frame(Opcode.CLOSE, payload))
         elif not self._unsent:
             self.abort()
 
-    def fail(self, code: int, reason: str) -> None:
+    def close_malformed(self, code: int, reason: str) -> None:
         """Close a connection whose client sent a malformed frame. No later byte is read."""
         self.close(code, reason)
         if not self._unsent:
@@ -2725,7 +2746,7 @@ class Connection:
         if self.session.is_paused:
             # The client's close frame may have been received and not handled yet.
             self._loop.call_at(time.monotonic(), self.session.handle_received)
-        self.session.end()
+        self.session.on_closed()
 
     def abort(self) -> None:
         """Close the socket now, and drop unsent data. Sends no close frame."""
@@ -2742,7 +2763,7 @@ class Connection:
         self._sock.close()
         self._loop.closing.discard(self)
         try:
-            self.session.end()
+            self.session.on_closed()
         finally:
             self._loop.registry.release()
 
@@ -2759,9 +2780,9 @@ class Connection:
         """Close a forked child's copy of the socket; the parent's stays open."""
         self._sock.close()
 
-    def idle_since(self, now: float) -> float:
+    def last_progress(self, now: float) -> float:
         """Return since when the client is silent, or has not accepted any unsent data."""
-        moments = [now, self.waiting_since]
+        moments = [now, self.silent_since]
         if self._unsent:
             moments.append(self._progress_at)
         return min(moments)
@@ -2774,7 +2795,7 @@ class Connection:
 # II  From the handshake to an answer
 # == 8. Endpoint: the /ws route, and taking over the socket ======================================
 
-HANDSHAKE_KEY = "swiftcms_ws.handshake"
+ENVIRON_KEY = "swiftcms_ws.handshake"
 RETRY_SOON = {"Retry-After": "10"}
 SUPPORTED_SERVERS = "serve the site with gunicorn, waitress or flask run"
 
@@ -2810,10 +2831,10 @@ class Handshake:
         self.sock = sock
         self.user = user
         # Before the site was asked for the user.
-        self.began = began
+        self.began_at = began
         self.response = b""
         # After the take-over: our own socket and, if there is a relay, the peer of that socket.
-        self.own: socket.socket | None = None
+        self.own_socket: socket.socket | None = None
         self.relay: socket.socket | None = None
         self.read_ahead = b""
         # Its open() gives the socket to the loop.
@@ -2906,7 +2927,7 @@ class Endpoint:
             engine.counters.add(f"refused_{refused.status}")
             return refused.response
         # simple-websocket looks for the socket under the second key.
-        environ[HANDSHAKE_KEY] = environ["werkzeug.socket"] = handshake
+        environ[ENVIRON_KEY] = environ["werkzeug.socket"] = handshake
         # Without compression, the same frame can be sent to all clients.
         environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
         return None
@@ -2926,15 +2947,15 @@ class Endpoint:
         # The accepted object has parsed the handshake, and would keep it.
         accepted.ws = None
         environ = request.environ
-        handshake: Handshake = environ[HANDSHAKE_KEY]
+        handshake: Handshake = environ[ENVIRON_KEY]
         engine = self._engine()
         engine.has_served = True
         try:
             if needs_relay(handshake.sock):
-                handshake.relay, handshake.own = descriptors().create_pair()
+                handshake.relay, handshake.own_socket = descriptors().create_pair()
                 handshake.sock.setblocking(False)
             else:
-                handshake.own = descriptors().take_over(handshake.sock)
+                handshake.own_socket = descriptors().take_over(handshake.sock)
         except (OSError, ValueError) as error:
             # ValueError: the server has closed its socket, because the client has left.
             log_lost_socket(engine, error)
@@ -2947,12 +2968,12 @@ class Endpoint:
         After the take-over it is written into a dead socket. The client gets the 101 from the loop.
         A stream's socket is taken over later, by its response.
         """
-        handshake = request.environ.get(HANDSHAKE_KEY)
+        handshake = request.environ.get(ENVIRON_KEY)
         if not isinstance(handshake, Handshake):
             return response
         if isinstance(handshake, EventsHandshake):
             return StreamResponse(self._engine(), handshake, response)
-        if handshake.own is None:
+        if handshake.own_socket is None:
             if handshake.response and response.status_code == 200:
                 # The handshake was accepted, but the socket could not be taken over.
                 message = "too many open files"
@@ -2970,18 +2991,18 @@ class Endpoint:
         has the 101 may send the next request, which needs that session.
         """
         environ = request.environ
-        handshake = environ.get(HANDSHAKE_KEY)
+        handshake = environ.get(ENVIRON_KEY)
         if not isinstance(handshake, Handshake):
             return
         engine = self._engine()
-        if handshake.own is not None:
+        if handshake.own_socket is not None:
             kept = None
             if self._hub.authorize_hook or has_connection_receivers():
                 kept = hook_environ(environ)
             address = environ.get("REMOTE_ADDR", "")
             if engine.loop.call(handshake.session_type.open, engine, handshake, kept, address):
                 return
-            handshake.own.close()
+            handshake.own_socket.close()
         engine.registry.release()
 
     # -- other requests ----------------------------------------------------------------------------
@@ -3008,7 +3029,9 @@ class Endpoint:
 
     def _is_inspector_on(self) -> bool:
         setting = self._engine().settings.inspector
-        return current_app.debug if setting is None else setting
+        if setting is None:
+            return current_app.debug
+        return setting
 
     def _inspector_file(self, kind: str, **values: Any) -> Response:
         """Serve the inspector's script or style.
@@ -3053,7 +3076,7 @@ class HandshakeCheck:
     """
 
     # Names and values of a handshake's headers together: they are kept if the site has hooks.
-    MAX_HEADERS = 32 * 1024
+    MAX_HEADER_BYTES = 32 * 1024
 
     def __init__(self, hub: Hub, engine: Engine) -> None:
         self._hub = hub
@@ -3127,7 +3150,7 @@ class HandshakeCheck:
                 f"Sec-WebSocket-Version must be 13, not {version}",
                 **{"Sec-WebSocket-Version": "13"},
             )
-        if not _is_handshake_key(headers.get("HTTP_SEC_WEBSOCKET_KEY", "")):
+        if not _is_websocket_key(headers.get("HTTP_SEC_WEBSOCKET_KEY", "")):
             raise HandshakeRefused(
                 400, "bad_handshake", "Sec-WebSocket-Key must be 16 bytes in base64"
             )
@@ -3137,9 +3160,9 @@ class HandshakeCheck:
         environ = request.environ
         headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
         size = sum(len(key) + len(value) for key, value in headers.items())
-        if size + len(environ.get("QUERY_STRING", "")) > self.MAX_HEADERS:
+        if size + len(environ.get("QUERY_STRING", "")) > self.MAX_HEADER_BYTES:
             raise HandshakeRefused(
-                431, "bad_handshake", f"the headers are over {self.MAX_HEADERS} bytes"
+                431, "bad_handshake", f"the headers are over {self.MAX_HEADER_BYTES} bytes"
             )
         return headers
 
@@ -3173,14 +3196,14 @@ class HandshakeCheck:
 
     def _find_user(self) -> User | None:
         """Return the user of the token in the handshake, or of the identify hook."""
-        parameter, bearer = request.args.get("token"), _bearer_token()
-        token = parameter if parameter is not None else bearer
+        bearer = _bearer_token()
+        token = request.args.get("token", bearer)
         if token is not None:
             try:
                 return check_token(self._engine.settings, token)
             except ClientError as error:
                 # Some proxies add a Bearer header of their own. Then the identify hook decides.
-                if parameter is not None or self._hub.identify_hook is None:
+                if "token" in request.args or self._hub.identify_hook is None:
                     challenge = {"WWW-Authenticate": "Bearer"}
                     raise HandshakeRefused(401, error.code, str(error), **challenge) from error
         if self._hub.identify_hook is None:
@@ -3239,7 +3262,7 @@ def page_file(body: str, mimetype: str) -> Response:
     return cast(Response, response.make_conditional(request))
 
 
-def _is_handshake_key(key: str) -> bool:
+def _is_websocket_key(key: str) -> bool:
     try:
         return len(base64.b64decode(key, validate=True)) == 16
     except ValueError:
@@ -3347,7 +3370,7 @@ SERVER_KEYS = {
     "werkzeug.request",
     "gunicorn.socket",
     "waitress.client_disconnected",
-    HANDSHAKE_KEY,
+    ENVIRON_KEY,
 }
 
 
@@ -3426,7 +3449,7 @@ class Descriptors:
     """
 
     RESERVED = 50
-    MOST_CONNECTIONS = 10_000
+    MAX_CONNECTIONS = 10_000
 
     def __init__(self) -> None:
         self.limit = self._raise_limit()
@@ -3435,7 +3458,7 @@ class Descriptors:
             # Too few descriptors to leave 1024 to the site.
             self.floor = min(200, self.limit // 2)
         self.max_connections = max(
-            1, min(self.MOST_CONNECTIONS, self.limit - self.floor - self.RESERVED)
+            1, min(self.MAX_CONNECTIONS, self.limit - self.floor - self.RESERVED)
         )
         self._dead = self._create_dead_socket()
 
@@ -3461,7 +3484,9 @@ class Descriptors:
         if resource is None:
             return 8192
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+        wanted = 65_536
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(hard, wanted)
         # macOS reports a higher hard limit than it accepts.
         while wanted > soft:
             try:
@@ -3525,7 +3550,7 @@ class RelayResponse(Response):
     def __init__(self, server: Any, ours: socket.socket) -> None:
         super().__init__(status=101)
         self._server = server
-        self._ours = ours
+        self._relay_side = ours
 
     def get_app_iter(self, environ: Any) -> Iterable[bytes]:
         # Werkzeug's own would drop the body of a 101.
@@ -3533,8 +3558,8 @@ class RelayResponse(Response):
 
     def _copy(self) -> Iterator[bytes]:
         """Copy in both directions until one side closes. It yields no body."""
-        ends = (self._server, self._ours)
-        waiting = {self._server: b"", self._ours: b""}
+        ends = (self._server, self._relay_side)
+        waiting = {self._server: b"", self._relay_side: b""}
         try:
             for end in ends:
                 end.setblocking(False)
@@ -3546,7 +3571,7 @@ class RelayResponse(Response):
             # One side is gone.
             pass
         finally:
-            self._ours.close()
+            self._relay_side.close()
             # The server now writes its headers, which must not reach the client.
             with suppress(OSError):
                 socket.socket.shutdown(self._server, socket.SHUT_RDWR)
@@ -3596,8 +3621,10 @@ class RelayResponse(Response):
     def _wait(self, waiting: Mapping[Any, bytes]) -> None:
         """Wait until one of the sockets can be read, or written if data waits for it."""
         with RelaySelector() as selector:
-            for end, other in ((self._server, self._ours), (self._ours, self._server)):
-                events = selectors.EVENT_WRITE if waiting[end] else 0
+            for end, other in ((self._server, self._relay_side), (self._relay_side, self._server)):
+                events = 0
+                if waiting[end]:
+                    events |= selectors.EVENT_WRITE
                 if not waiting[other]:
                     events |= selectors.EVENT_READ
                 if events:
@@ -3625,7 +3652,7 @@ class User:
 
 
 # Longer tokens are refused without decoding, so that strangers cannot cause much work.
-MAX_TOKEN = 8 * 1024
+MAX_TOKEN_LENGTH = 8 * 1024
 # The issuer's clock may be this many seconds ahead of ours.
 TOKEN_LEEWAY = 60
 # The year 10000 in seconds. A larger `exp` is probably in milliseconds.
@@ -3687,7 +3714,7 @@ def check_token(settings: Settings, token: str) -> User:
             " SWIFTCMS_WS_JWT_KEY",
         )
     try:
-        if len(token) > MAX_TOKEN:
+        if len(token) > MAX_TOKEN_LENGTH:
             raise ValueError
         claims = _decode(settings, token)
         # A string, which PyJWT accepts for a number, raises TypeError here.
@@ -3711,7 +3738,7 @@ def check_token(settings: Settings, token: str) -> User:
 
 def _decode(settings: Settings, token: str) -> dict[str, Any]:
     """Verify a token with the key or, while a site changes its key, with an older one."""
-    keys = (settings.jwt_key, *settings.old_keys)
+    keys = (settings.jwt_key, *settings.fallback_keys)
     for key in keys:
         try:
             return jwt.decode(
@@ -3921,8 +3948,8 @@ class Session:
         """Adopt the socket of a handshake: send the response and the greeting; begin to read."""
         client_id = engine.process + secrets.token_hex(6)
         max_queue = engine.settings.max_queue
-        assert handshake.own is not None
-        own, user = handshake.own, handshake.user
+        assert handshake.own_socket is not None
+        own, user = handshake.own_socket, handshake.user
         connection = Connection(client_id, own, engine.loop, max_queue, user, cls.FRAMING)
         connection.session = session = cls(engine, connection, environ, address)
         session.guarded(session._start, handshake)
@@ -3940,7 +3967,7 @@ class Session:
         self._greet()
         if is_closing:
             connection.close(CloseCode.GOING_AWAY, "the server is going away; reconnect with since")
-        elif handshake.user and engine.was_signed_out(handshake.user, handshake.began):
+        elif handshake.user and engine.was_signed_out(handshake.user, handshake.began_at):
             self.sign_out()
         if connection.state is not State.OPEN:
             return
@@ -3955,7 +3982,7 @@ class Session:
             self._serve_first(handshake)
 
         if client_connected.receivers:
-            self.tasks.start(self.tasks.signal(client_connected), connected)
+            self.tasks.start(self.tasks.signal_task(client_connected), connected)
         else:
             connected()
 
@@ -3971,7 +3998,7 @@ class Session:
             "clientId": self.connection.id,
             "userId": user.id if user else None,
             "heartbeat": self.engine.settings.heartbeat,
-            **place_fields(self.engine),
+            **resume_fields(self.engine),
         }
         self.connection.send(message_frame("system.connected", payload))
 
@@ -4001,7 +4028,9 @@ class Session:
                 if received.opcode is Opcode.CLOSE:
                     code, _ = received.payload
                     # 1005 stands for a close frame without a code (RFC 6455 section 7.1.5).
-                    connection.answer_close(None if code == 1005 else code)
+                    if code == 1005:
+                        code = None
+                    connection.answer_close(code)
                 elif connection.state is State.OPEN:
                     self._handle(received)
                 else:
@@ -4013,7 +4042,7 @@ class Session:
                     self.engine.loop.call_at(time.monotonic(), self._begin_turn)
                     break
         except ParseFailed as error:
-            connection.fail(error.code, str(error))
+            connection.close_malformed(error.code, str(error))
         except Exception as error:
             self.fail(error)
         connection.update_selector()
@@ -4074,14 +4103,14 @@ class Session:
         message = parse_message(data)
         name = message.get("action")
         if isinstance(name, str):
-            self.action = name[:NAME_LENGTH]
+            self.action = name[:MAX_NAME_LENGTH]
         self.ref = ref_of(message)
         name = string_field(message, "action")
         action = actions().get(name)
         if action is None:
             raise ClientError(
                 "unknown_action",
-                f"there is no action {json.dumps(name[:NAME_LENGTH])}"
+                f"there is no action {json.dumps(name[:MAX_NAME_LENGTH])}"
                 f"{did_you_mean(name, actions())}; there are {', '.join(actions())}",
             )
         if self.must_sign_in() and name != "authenticate":
@@ -4145,7 +4174,7 @@ class Session:
         """Close the connection, because the site has signed its user out."""
         self.connection.close(CloseCode.UNAUTHORIZED, self.SIGNED_OUT)
 
-    def end(self) -> None:
+    def on_closed(self) -> None:
         """The connection is not OPEN any more: forget the client, and notify the site."""
         if self._has_ended:
             return
@@ -4153,11 +4182,11 @@ class Session:
         engine, connection = self.engine, self.connection
         engine.registry.remove(connection)
         engine.heartbeat.discard(connection)
-        engine.editing.leave(connection.id)
+        engine.editing.stop_soon(connection.id)
         self._count_close()
         if self._has_begun and client_disconnected.receivers:
             # If a hook of this client is running, the signal is sent after it.
-            self.tasks.finish(self.tasks.signal(client_disconnected))
+            self.tasks.start_last(self.tasks.signal_task(client_disconnected))
 
     def _count_close(self) -> None:
         """Count and log it if the server has closed the connection."""
@@ -4189,7 +4218,7 @@ class ClientTasks:
         # To be run after the one that is running.
         self._last_task: Callable[[], object] | None = None
 
-    def ask(self, patterns: Sequence[Pattern], then: Callable[..., None], *args: Any) -> None:
+    def ask_hook(self, patterns: Sequence[Pattern], then: Callable[..., None], *args: Any) -> None:
         """Ask the authorize hook for all patterns, then call `then(*args, answers)`."""
         engine, user = self._session.engine, self._session.connection.user
         hook = engine.hub.authorize_hook
@@ -4220,7 +4249,7 @@ class ClientTasks:
         assert log_ is not None
         self.start(functools.partial(log_.read_after, since), then)
 
-    def signal(self, named: NamedSignal) -> Callable[[], object]:
+    def signal_task(self, named: NamedSignal) -> Callable[[], object]:
         """Return a task that sends a signal to the site's receivers."""
         engine, connection = self._session.engine, self._session.connection
 
@@ -4255,7 +4284,7 @@ class ClientTasks:
         self._set_busy()
         self._session.engine.loop.call_at(time.monotonic() + seconds, self._done, then)
 
-    def finish(self, task: Callable[[], object]) -> None:
+    def start_last(self, task: Callable[[], object]) -> None:
         """Run a last task, after the one that is running."""
         if self.is_busy:
             self._last_task = task
@@ -4322,7 +4351,7 @@ class Expiry:
     def schedule(self) -> None:
         """Plan the next check for the first time at which something may have expired."""
         session, now = self._session, time.monotonic()
-        times = [session.connection.idle_since(now) + self._max_silence()]
+        times = [session.connection.last_progress(now) + self._max_silence()]
         if session.must_sign_in():
             times.append(self._opened_at + self.AUTH_TIMEOUT)
         user = session.connection.user
@@ -4349,7 +4378,7 @@ class Expiry:
         expiry = connection.session.expiry
         if now - expiry._check_at > engine.settings.heartbeat:
             # The process was suspended, and the client had no heartbeat to answer.
-            connection.waiting_since = max(connection.waiting_since, now)
+            connection.silent_since = max(connection.silent_since, now)
         expiry._check_at = float("inf")
         expiry._close_expired(now)
         if connection.state is State.OPEN:
@@ -4358,7 +4387,7 @@ class Expiry:
     def _close_expired(self, now: float) -> None:
         session, limit = self._session, self._max_silence()
         connection = session.connection
-        if now - connection.waiting_since >= limit:
+        if now - connection.silent_since >= limit:
             reason = f"nothing received for {limit:g} seconds; reconnect with since"
             connection.close(CloseCode.HEARTBEAT_TIMEOUT, reason)
         elif connection.is_stuck(now, limit):
@@ -4382,7 +4411,7 @@ class Expiry:
         self._session.report_error(error)
 
 
-def place_fields(engine: Engine) -> dict[str, Any]:
+def resume_fields(engine: Engine) -> dict[str, Any]:
     """Return the fields from which a client can resume, in system.connected and heartbeats.
 
     Live pages refresh within `spread` seconds after an event: if all of them do, that takes about
@@ -4420,7 +4449,7 @@ def string_field(message: Mapping[str, Any], name: str) -> str:
 
 Action = Callable[[Session, Mapping[str, Any]], None]
 # The most items of a `subscriptions` list.
-MAX_LIST = 1000
+MAX_LIST_ITEMS = 1000
 # An authenticate message costs ten tokens, because checking a JWT takes longer.
 AUTHENTICATE_COST = 10
 # This many items of a `subscriptions` list cost one more token.
@@ -4454,12 +4483,16 @@ class Subscribing:
     def __init__(self, session: Session, message: Mapping[str, Any]) -> None:
         self.session = session
         self.is_list = "subscriptions" in message
-        self.since = parse_event_id(message["since"]) if "since" in message else None
+        self.since: EventId | None = None
+        if "since" in message:
+            self.since = parse_event_id(message["since"])
         # Each once, in the order of the message.
         self.patterns: list[Pattern] = []
         self.refused: list[dict[str, Any]] = []
         self._deadline = time.monotonic() + self.SINCE_TIMEOUT
-        items = subscription_list(message) if self.is_list else [message]
+        items: Sequence[Any] = [message]
+        if self.is_list:
+            items = subscription_list(message)
         for item in items:
             self._add_pattern(item)
         self.patterns = list(dict.fromkeys(self.patterns))
@@ -4534,7 +4567,7 @@ class Subscribing:
         elif not older:
             self.finish(history.after(cast(EventId, self.since)))
         else:
-            self.finish(history.continue_after(older))
+            self.finish(history.append_newer(older))
 
     def finish(self, events: list[Event] | None) -> None:
         """Subscribe, answer and replay, all between two events."""
@@ -4566,7 +4599,7 @@ class Subscribing:
 
 def subscribe(session: Session, message: Mapping[str, Any]) -> None:
     subscribing = Subscribing(session, message)
-    session.tasks.ask(subscribing.patterns, subscribing.allowed)
+    session.tasks.ask_hook(subscribing.patterns, subscribing.allowed)
 
 
 def unsubscribe(session: Session, message: Mapping[str, Any]) -> None:
@@ -4580,8 +4613,10 @@ def unsubscribe(session: Session, message: Mapping[str, Any]) -> None:
         session.consume(len(items) // ITEMS_PER_TOKEN)
     else:
         pattern = parse_pattern(message)
-        is_one = "type" in message or "contentType" in message
-        removed = registry.unsubscribe(connection, [pattern] if is_one else None)
+        patterns = None
+        if "type" in message or "contentType" in message:
+            patterns = [pattern]
+        removed = registry.unsubscribe(connection, patterns)
         payload = {"type": pattern[0], "contentType": pattern[1], "removed": removed}
     session.answer("system.unsubscribed", payload)
 
@@ -4594,11 +4629,13 @@ def subscription_list(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the items of a message's `subscriptions`, or raise ClientError."""
     items = message["subscriptions"]
     is_list = isinstance(items, list) and all(isinstance(item, dict) for item in items)
-    if not is_list or not 1 <= len(items) <= MAX_LIST:
-        found = f"a list of {len(items)}" if is_list else describe(items)
+    if not is_list or not 1 <= len(items) <= MAX_LIST_ITEMS:
+        found = describe(items)
+        if is_list:
+            found = f"a list of {len(items)}"
         raise ClientError(
             "invalid_message",
-            f"`subscriptions` must be a list of 1 to {MAX_LIST} objects with `type` and"
+            f"`subscriptions` must be a list of 1 to {MAX_LIST_ITEMS} objects with `type` and"
             f" `contentType`, not {found}",
         )
     if "type" in message or "contentType" in message:
@@ -4642,7 +4679,7 @@ def pong(session: Session, message: Mapping[str, Any]) -> None:
 
 
 def heartbeat(session: Session, message: Mapping[str, Any]) -> None:
-    session.answer("system.heartbeat", place_fields(session.engine))
+    session.answer("system.heartbeat", resume_fields(session.engine))
 
 
 # -- workers ---------------------------------------------------------------------------------------
@@ -4663,14 +4700,14 @@ class Workers:
         # Guards the threads and the number of unfinished tasks.
         self._lock = threading.Lock()
         # Notified when no task is left.
-        self._is_idle = threading.Condition(self._lock)
+        self._idle = threading.Condition(self._lock)
         # Tasks that are queued or running. Reading it is atomic.
         self.unfinished = 0
         self._threads: list[threading.Thread] = []
         # With its module: gevent may replace the class later (gunicorn --preload).
         self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         # The log records of the loop, in order.
-        self.records = Lane(self, self.MAX_RECORDS)
+        self.records = SerialQueue(self, self.MAX_RECORDS)
 
     def submit(self, task: Callable[[], object]) -> None:
         with self._lock:
@@ -4696,17 +4733,17 @@ class Workers:
         except BaseException as error:
             # Of a receiver, also its SystemExit. No caller can receive it.
             log(logging.ERROR, "a function of the site failed", exc_info=error)
-        with self._is_idle:
+        with self._idle:
             self.unfinished -= 1
             if not self.unfinished:
-                self._is_idle.notify_all()
+                self._idle.notify_all()
 
     def wait_until_idle(self, deadline: float) -> None:
         """Wait until no task is left, or until the deadline."""
         if not any(thread.is_alive() for thread in self._threads):
             self._run_left(deadline)
-        with self._is_idle:
-            self._is_idle.wait_for(
+        with self._idle:
+            self._idle.wait_for(
                 lambda: not self.unfinished, max(0.0, deadline - time.monotonic())
             )
 
@@ -4733,7 +4770,7 @@ class Workers:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
 
-class Lane:
+class SerialQueue:
     """Tasks that the workers run one at a time and in order. Any thread may put one.
 
     So a slow task holds one worker at most. If too many wait, the oldest are dropped.
@@ -4781,8 +4818,8 @@ class Heartbeat:
     """
 
     # How often the thread checks whether gunicorn stops its worker, in seconds.
-    MAX_PAUSE = 0.5
-    MOST_SLICES = 100
+    CHECK_INTERVAL = 0.5
+    MAX_SLICES = 100
     # Names are compared each time that so many slices have had their heartbeat: every 5 seconds.
     SLICES_PER_CHECK = 20
     # The most patterns and names that are compared, and the most names that are logged.
@@ -4791,7 +4828,7 @@ class Heartbeat:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         interval = engine.settings.heartbeat
-        count = max(1, min(self.MOST_SLICES, round(interval / 0.25)))
+        count = max(1, min(self.MAX_SLICES, round(interval / 0.25)))
         self._pause = interval / count
         # Dictionaries without values are sets that keep their order. Loop only.
         self._slices: list[dict[Connection, None]] = [{} for _ in range(count)]
@@ -4821,7 +4858,7 @@ class Heartbeat:
         next_beat = time.monotonic() + self._pause
         for number in itertools.cycle(range(len(self._slices))):
             while (left := next_beat - time.monotonic()) > 0:
-                if self._stopped.wait(min(left, self.MAX_PAUSE)) or self._engine.is_closing:
+                if self._stopped.wait(min(left, self.CHECK_INTERVAL)) or self._engine.is_closing:
                     return
                 if is_gunicorn_stopping():
                     close_engines([self._engine], timeout=2.0)
@@ -4876,7 +4913,7 @@ class Heartbeat:
         for framing in engine.registry.framings:
             connections = [each for each in self._slices[number] if each.framing is framing]
             if connections:
-                Connection.send_to_all(connections, framing.heartbeat(place_fields(engine)))
+                Connection.send_to_all(connections, framing.heartbeat(resume_fields(engine)))
 
 
 def is_gunicorn_stopping() -> bool:
@@ -4956,7 +4993,9 @@ class Editing:
             if entry_id is not None and is_name(content_pattern):
                 # The cost of asking for one entry does not depend on the others.
                 entry = (content_pattern, entry_id)
-                return [entry] if entry in self._editors else []
+                if entry in self._editors:
+                    return [entry]
+                return []
             found = [
                 entry
                 for entry in self._editors
@@ -5003,7 +5042,7 @@ class Editing:
                     del self._entries[client_id]
             return editor
 
-    def leave(self, client_id: str) -> None:
+    def stop_soon(self, client_id: str) -> None:
         """Stop the editing of a client that is gone, in a later round of the loop.
 
         A broadcast may find more clients that are gone. If their editing were stopped in the same
@@ -5081,9 +5120,9 @@ class EditorExchange:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         # When each other process last sent its list.
-        self._heard_at: dict[str, float] = {}
+        self._list_received_at: dict[str, float] = {}
         # Messages to other processes, in order. Only a worker waits for the shared log.
-        self._outbox = Lane(engine.workers, limit=1000)
+        self._outbox = SerialQueue(engine.workers, limit=1000)
         # A list of our own editors waits in the outbox. Setting it is atomic.
         self._is_list_queued = False
 
@@ -5124,7 +5163,7 @@ class EditorExchange:
             self._is_list_queued = False
             self.queue_list()
         silence = self._engine.settings.heartbeat * self.MISSED_LISTS
-        for process, heard_at in list(self._heard_at.items()):
+        for process, heard_at in list(self._list_received_at.items()):
             if time.monotonic() - heard_at > silence:
                 self._receive_list(process, set())
 
@@ -5151,9 +5190,9 @@ class EditorExchange:
         """Replace the editors of another process."""
         known = self._engine.editing.of_process(process)
         if found:
-            self._heard_at[process] = time.monotonic()
+            self._list_received_at[process] = time.monotonic()
         else:
-            self._heard_at.pop(process, None)
+            self._list_received_at.pop(process, None)
         for entry, editor in known - found:
             self._engine.editing.stop(entry, editor.client_id)
         for entry, editor in found - known:
@@ -5165,7 +5204,7 @@ class EditorExchange:
 
 def edit_start(session: Session, message: Mapping[str, Any]) -> None:
     entry = entry_of(message)
-    session.tasks.ask([("user.editing", entry[0])], _start_allowed, session, entry)
+    session.tasks.ask_hook([("user.editing", entry[0])], _start_allowed, session, entry)
 
 
 def _start_allowed(session: Session, entry: Entry, answers: list[bool]) -> None:
@@ -5192,7 +5231,7 @@ def _start_allowed(session: Session, entry: Entry, answers: list[bool]) -> None:
 
 def edit_stop(session: Session, message: Mapping[str, Any]) -> None:
     entry = entry_of(message)
-    session.tasks.ask([("user.editing", entry[0])], _stop_allowed, session, entry)
+    session.tasks.ask_hook([("user.editing", entry[0])], _stop_allowed, session, entry)
 
 
 def _stop_allowed(session: Session, entry: Entry, answers: list[bool]) -> None:
@@ -5211,7 +5250,7 @@ def edit_change(session: Session, message: Mapping[str, Any]) -> None:
             f"the field `payload` is missing{hint}; it is the change, any JSON value",
         )
     pattern = ("user.editing", entry[0])
-    session.tasks.ask([pattern], _change_allowed, session, entry, message["payload"])
+    session.tasks.ask_hook([pattern], _change_allowed, session, entry, message["payload"])
 
 
 def _change_allowed(
@@ -5227,11 +5266,13 @@ def _change_allowed(
 
 
 def presence(session: Session, message: Mapping[str, Any]) -> None:
-    fields = {"contentType": message["contentType"]} if "contentType" in message else {}
+    fields = {key: message[key] for key in message if key == "contentType"}
     content_type = parse_pattern(fields)[1]
-    entry_id = string_field(message, "entryId") if "entryId" in message else None
+    entry_id = None
+    if "entryId" in message:
+        entry_id = string_field(message, "entryId")
     pattern = ("user.editing", content_type)
-    session.tasks.ask([pattern], _presence_allowed, session, content_type, entry_id)
+    session.tasks.ask_hook([pattern], _presence_allowed, session, content_type, entry_id)
 
 
 def _presence_allowed(
@@ -5268,15 +5309,17 @@ def entry_of(message: Mapping[str, Any]) -> Entry:
             "`contentType` must be that of the entry, such as posts, without *"
             f" ({NAME_RULE}), not {describe(content_type)}",
         )
-    if not 0 < len(entry_id) <= NAME_LENGTH:
-        raise ClientError("invalid_message", f"`entryId` must have 1 to {NAME_LENGTH} characters")
+    if not 0 < len(entry_id) <= MAX_NAME_LENGTH:
+        raise ClientError(
+            "invalid_message", f"`entryId` must have 1 to {MAX_NAME_LENGTH} characters"
+        )
     return content_type, entry_id
 
 
 # == 13. Shared logs: SQLite on one machine, Redis on several ====================================
 
 # A position in a shared log: the last event that was read, and the last control message.
-Place = tuple[EventId, str]
+Position = tuple[EventId, str]
 # An event without recipients. It is appended to an empty log, to have a position to continue from.
 MARKER = Draft("system.marker", "system", "{}", frozenset())
 # The type of an event that signs a user out in all processes; no client receives it. Unlike control
@@ -5290,8 +5333,8 @@ class SharedLog:
     It gives the ids, and one order, to the events of all processes. It also carries control
     messages between processes: lists of editors and changes, which are never replayed. Any thread
     may call append(), send() and read_after(), which give up within two seconds, and newest_id().
-    Only the follower calls find_end(), read_on() and stop_reading(). If the log is away, append()
-    and send() raise PublishError, and the others LogUnavailable.
+    Only the follower calls find_position(), read_on() and stop_reading(). If the log is away,
+    append() and send() raise PublishError, and the others LogUnavailable.
     """
 
     # The most entries that are read at once.
@@ -5314,7 +5357,9 @@ class SharedLog:
     def __init__(self, settings: Settings, is_trimming: bool, report: Callable[..., None]) -> None:
         self._history = settings.history
         # Only a process with an app trims: a script does not know the site's HISTORY.
-        self._max_events = settings.history + self.FOLLOWER_ROOM if is_trimming else None
+        self._max_events: int | None = None
+        if is_trimming:
+            self._max_events = settings.history + self.FOLLOWER_ROOM
         self._report = report
         # The newest event of this process, for flush(). Setting it is atomic.
         self.last_appended: EventId = (0, 0)
@@ -5369,11 +5414,11 @@ class SharedLog:
         """Return the events after `since`; None if some of them are not kept any more."""
         raise NotImplementedError
 
-    def find_end(self) -> Place:
+    def find_position(self) -> Position:
         """Return the newest position. An empty log gets a marker event first."""
         raise NotImplementedError
 
-    def read_on(self, place: Place) -> tuple[list[Event], list[str], Place] | None:
+    def read_on(self, place: Position) -> tuple[list[Event], list[str], Position] | None:
         """Wait about a second for new entries; return events, messages, and the place after them.
 
         None if the place is not in the log any more: it was trimmed, or this is another log.
@@ -5383,7 +5428,9 @@ class SharedLog:
     def parse_event(self, event_id: EventId, fields: Mapping[str, Any]) -> Event:
         """Return an event of the log. Otherwise a stranger's entry would stop the follower."""
         try:
-            to = None if fields.get("to") is None else frozenset(json.loads(fields["to"]))
+            to = None
+            if fields.get("to") is not None:
+                to = frozenset(json.loads(fields["to"]))
             draft = Draft(fields["type"], fields["contentType"], fields["payload"], to)
             return Event(event_id, draft)
         except (KeyError, ValueError, TypeError, AttributeError):
@@ -5839,7 +5886,9 @@ class SqliteLog(SharedLog):
             rows = []
             for index, draft in enumerate(drafts):
                 size += utf8_length(draft.payload)
-                receivers = None if draft.to is None else json.dumps(sorted(draft.to))
+                receivers = None
+                if draft.to is not None:
+                    receivers = json.dumps(sorted(draft.to))
                 rows.append((first + index, position + 1 + index, size, *draft[:3], receivers))
             # Followers trim too, but there may be none. None has read the new events yet.
             if position // self.TIDY_STEP < (position + len(rows)) // self.TIDY_STEP:
@@ -5862,7 +5911,9 @@ class SqliteLog(SharedLog):
     def newest_id(self) -> EventId | None:
         with self._newest_file.use() as connection:
             row = self._last_row(connection)
-        return None if row is None else self._to_id(row[0])
+        if row is None:
+            return None
+        return self._to_id(row[0])
 
     def read_after(self, since: EventId) -> list[Event] | None:
         events: list[Event] = []
@@ -5895,7 +5946,9 @@ class SqliteLog(SharedLog):
             " ORDER BY id LIMIT ?",
             (number, self.READ_SIZE + 1),
         ).fetchall()
-        return rows[1:] if rows and rows[0][0] == number else None
+        if rows and rows[0][0] == number:
+            return rows[1:]
+        return None
 
     def _parse_row(self, row: tuple[Any, ...]) -> Event:
         fields = dict(zip(("type", "contentType", "payload", "to"), row[1:], strict=True))
@@ -5942,7 +5995,7 @@ class SqliteLog(SharedLog):
 
     # -- the follower's thread ---------------------------------------------------------------------
 
-    def find_end(self) -> Place:
+    def find_position(self) -> Position:
         if self._listener is None:
             # A site behind a Unix socket may not be allowed to.
             with suppress(OSError):
@@ -5954,10 +6007,11 @@ class SqliteLog(SharedLog):
         with self._own_file.use() as connection:
             row = self._last_row(connection)
             message = connection.execute("SELECT max(id) FROM messages").fetchone()[0] or 0
-        newest = self._to_id(row[0]) if row is not None else self.append([MARKER])[0]
-        return newest, str(message)
+        if row is None:
+            return self.append([MARKER])[0], str(message)
+        return self._to_id(row[0]), str(message)
 
-    def read_on(self, place: Place) -> tuple[list[Event], list[str], Place] | None:
+    def read_on(self, place: Position) -> tuple[list[Event], list[str], Position] | None:
         is_woken = self._has_more or self._wait()
         if time.monotonic() > self._confirm_at:
             # If another process writes for long, the next call does it.
@@ -6086,7 +6140,7 @@ class RedisLog(SharedLog):
     # How many seconds Redis has to accept a connection, and to answer.
     TIMEOUT = 1.0
     # How long one XREAD of the follower waits for new entries, in milliseconds.
-    BLOCK = 500
+    BLOCK_MS = 500
     # A connection that was idle for this many seconds is tested, because a firewall may have
     # dropped it.
     MAX_IDLE = 5.0
@@ -6182,7 +6236,9 @@ class RedisLog(SharedLog):
     def _newest(self, client: Any) -> EventId | None:
         with self._translated_errors():
             newest = client.xrevrange(self._events, count=1)
-        return parse_event_id(newest[0][0]) if newest else None
+        if not newest:
+            return None
+        return parse_event_id(newest[0][0])
 
     def read_after(self, since: EventId) -> list[Event] | None:
         start = format_event_id(since)
@@ -6205,18 +6261,20 @@ class RedisLog(SharedLog):
 
     # -- the follower's thread ---------------------------------------------------------------------
 
-    def find_end(self) -> Place:
+    def find_position(self) -> Position:
         newest = self._newest(self._redis) or self.append([MARKER])[0]
         with self._translated_errors():
             messages = self._redis.xrevrange(self._messages, count=1)
-        return newest, messages[0][0] if messages else "0-0"
+        if not messages:
+            return newest, "0-0"
+        return newest, messages[0][0]
 
-    def read_on(self, place: Place) -> tuple[list[Event], list[str], Place] | None:
+    def read_on(self, place: Position) -> tuple[list[Event], list[str], Position] | None:
         event_id, message_id = place
         here = format_event_id(event_id)
         with self._translated_errors(), self._redis.pipeline(transaction=False) as pipe:
             streams = {self._events: here, self._messages: message_id}
-            pipe.xread(streams, count=self.READ_SIZE, block=self.BLOCK)
+            pipe.xread(streams, count=self.READ_SIZE, block=self.BLOCK_MS)
             pipe.xrange(self._events, here, here)
             answer, still_here = pipe.execute()
         if not still_here:
@@ -6252,8 +6310,8 @@ class Follower:
     """
 
     # The pause before the next attempt, in seconds. It is doubled each time.
-    FIRST_PAUSE = 0.05
-    LAST_PAUSE = 1.0
+    MIN_PAUSE = 0.05
+    MAX_PAUSE = 1.0
     # How long a greeting waits for the id of the newest event, in seconds.
     BEGIN_TIMEOUT = 1.0
     # After so many seconds without reading, the heartbeat logs it once a minute.
@@ -6272,7 +6330,7 @@ class Follower:
         # When the log was last read. Setting it is atomic.
         self._read_at = 0.0
         # Thread only.
-        self._place: Place | None = None
+        self._place: Position | None = None
 
     def start(self) -> None:
         self._read_at = time.monotonic()
@@ -6296,20 +6354,20 @@ class Follower:
 
     def _run(self) -> None:
         """Thread body: read the log until stopped. An error is logged, and it tries again."""
-        pause = self.FIRST_PAUSE
+        pause = self.MIN_PAUSE
         while not self._is_stopping():
             try:
                 self._read()
             except BaseException as error:
                 if not self._is_stopping():
-                    self._report_error(error, is_first=pause == self.FIRST_PAUSE)
-                    pause = min(pause * 2, self.LAST_PAUSE)
+                    self._report_error(error, is_first=pause == self.MIN_PAUSE)
+                    pause = min(pause * 2, self.MAX_PAUSE)
                     self._stopped.wait(pause * random.uniform(0.5, 1))
             else:
                 self._read_at = time.monotonic()
-                if pause != self.FIRST_PAUSE:
+                if pause != self.MIN_PAUSE:
                     self._engine.report(logging.WARNING, "%s is back", self._log.name)
-                pause = self.FIRST_PAUSE
+                pause = self.MIN_PAUSE
         self._log.stop_reading()
 
     def _is_stopping(self) -> bool:
@@ -6333,7 +6391,7 @@ class Follower:
         """Read what is new and give it to the loop, in order."""
         loop = self._engine.loop
         if self._place is None:
-            place = self._log.find_end()
+            place = self._log.find_position()
             loop.call(self._restart_history, place[0])
             self._place, self.newest_id = place, place[0]
             self._log.send_quietly({"do": "hello", "process": self._engine.process})
@@ -6407,7 +6465,9 @@ def is_live_refresh() -> bool:
 
 def swiftcms_last_id() -> str:
     """For templates: the newest event's id when the request began, or "" if it is not known."""
-    return cast(str, request.environ.get(NEWEST_KEY, "")) if has_request_context() else ""
+    if not has_request_context():
+        return ""
+    return cast(str, request.environ.get(NEWEST_KEY, ""))
 
 
 class LivePages:
@@ -6464,7 +6524,8 @@ class LivePages:
         # publish() raises mistakes in the configuration. Pages are served all the same.
         with suppress(Exception):
             newest = self._hub.engine_of(self._app).newest_id()
-            return "" if newest is None else format_event_id(newest)
+            if newest is not None:
+                return format_event_id(newest)
         return ""
 
     def _timed(self, body: Iterable[bytes], seconds: float) -> Iterator[bytes]:
@@ -6618,7 +6679,9 @@ class Tracker:
         content_type, payload, to = (value(obj) if callable(value) else value for value in rule)
         # If the primary key was changed, payload() does not know the old one.
         if rule[1] is None or self._inspect(obj).identity_key != key:
-            payload = {"id": key[1][0] if len(key[1]) == 1 else list(key[1])}
+            payload = {"id": list(key[1])}
+            if len(key[1]) == 1:
+                payload = {"id": key[1][0]}
         event = (f"content.{action}", content_type, payload, _keep_iterator(to))
         return event, self._hub._engine().draft(*event)
 
@@ -6703,7 +6766,9 @@ class Tracker:
                 # Loads the row again if the object was taken out of the session.
                 current = session.get(type(obj), key[1], identity_token=key[2])
                 if current is not None:
-                    action = "updated" if existed else "created"
+                    action = "created"
+                    if existed:
+                        action = "updated"
                     changes.events.append(self._prepare(action, current, key))
             elif existed and isinstance(deleted, Exception):
                 raise deleted
@@ -6849,7 +6914,7 @@ class EventsRequest(HandshakeCheck):
         if request.args.get("mode") == "poll" or not can_stream(handshake.sock):
             return self._poll(handshake)
         self._reserve_slot()
-        request.environ[HANDSHAKE_KEY] = handshake
+        request.environ[ENVIRON_KEY] = handshake
         return EventsResponse(has_length=False)
 
     def _check_origin(self) -> None:
@@ -6966,7 +7031,7 @@ class StreamResponse(Response):
         # The server would answer another request of this client into the dead socket.
         read_server_buffers(environ)
         set_timeout(own, self._engine.settings.heartbeat * (MISSED_HEARTBEATS + 1))
-        handshake.own, handshake.response = own, head
+        handshake.own_socket, handshake.response = own, head
         return super().__call__(environ, start_response)
 
     def _head(self, environ: Any) -> bytes:
@@ -7026,7 +7091,7 @@ class StreamSubscribing(Subscribing):
         connection = session.connection
         if self.since is not None and connection.state is State.OPEN:
             # The replay is over, so the client may resume from here, also if it was empty.
-            connection.send(EVENT_STREAM.heartbeat(place_fields(session.engine)))
+            connection.send(EVENT_STREAM.heartbeat(resume_fields(session.engine)))
 
     def answer(self, payload: Mapping[str, Any]) -> None:
         """Send system.subscribed. The client gets heartbeats from now on.
@@ -7041,7 +7106,7 @@ class StreamSubscribing(Subscribing):
     def first_block(self, payload: Mapping[str, Any]) -> bytes:
         """Return system.subscribed, with the fields of a greeting."""
         engine, connection = self.session.engine, self.session.connection
-        user, place = connection.user, place_fields(engine)
+        user, place = connection.user, resume_fields(engine)
         last_id = place.pop("lastId")
         if self.since is not None and payload["recovered"]:
             last_id = format_event_id(self.since)
@@ -7099,7 +7164,7 @@ class Poll(Connection):
         """Answer the query now, or as soon as the shared log is read."""
         engine, handshake = self._engine, self._handshake
         self.session = session = StreamSession(engine, self, None, "")
-        if handshake.user and engine.was_signed_out(handshake.user, handshake.began):
+        if handshake.user and engine.was_signed_out(handshake.user, handshake.began_at):
             session.sign_out()
         else:
             session.guarded(self._subscribe)
@@ -7169,7 +7234,7 @@ class PollSubscribing(StreamSubscribing):
         recovery = {"recovered": events is not None, "replayed": len(sent)}
         poll.send(self.first_block({**self.describe(), **recovery}))
         poll.send(b"".join(event.block for event in sent))
-        place = place_fields(engine)
+        place = resume_fields(engine)
         if len(sent) < len(missed):
             # The rest comes with the next poll.
             place["lastId"] = format_event_id(sent[-1].id)
@@ -7287,7 +7352,9 @@ class HttpRequest:
     def __init__(self, url: str, status: int, timeout: float, headers: Mapping[str, str]) -> None:
         parts = urlsplit(url)
         is_secure = parts.scheme == "wss"
-        kind = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
+        kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
+        if is_secure:
+            kind = http.client.HTTPSConnection
         port = parts.port or DEFAULT_PORTS[parts.scheme]
         connection = kind(parts.hostname or "", port, timeout=timeout)
         try:
@@ -7498,7 +7565,9 @@ class Listener:
         payload = message["payload"]
         if "id" in message:
             # JSON can be written in ASCII for terminals that cannot show all characters.
-            write_line(data if is_utf8() else json.dumps(message))
+            if not is_utf8():
+                data = json.dumps(message)
+            write_line(data)
             self.last_id = message["id"]
         elif message["type"] == "system.subscribed":
             print(f"listening to {self.options.url}", file=sys.stderr)
@@ -7643,7 +7712,9 @@ def find_problems(url: str, may_redirect: bool = True) -> Iterator[Finding]:
         yield _check_concurrent_clients(url)
     elif plain_refusal is None:
         # Some web servers give no access to the socket. Their visitors poll, which is no mistake.
-        is_ok = None if status_of(refusal) == 501 else False
+        is_ok: bool | None = False
+        if status_of(refusal) == 501:
+            is_ok = None
         message = f"visitors get no WebSocket, in pages of {origin}: {refusal}"
         yield Finding(is_ok, message, hint_for(refusal))
         yield _check_plain_http(url, None, "instead,")
@@ -7726,7 +7797,9 @@ def _check_processes(url: str) -> Finding:
     try:
         # No process has so old an event in memory, so it looks into the shared log, if it has one.
         replies = poll_all(["1-0"])
-        newest = {reply.payload["clientId"][:PROCESS_LENGTH]: reply.event_id for reply in replies}
+        newest = {
+            reply.payload["clientId"][:PROCESS_ID_LENGTH]: reply.event_id for reply in replies
+        }
         seen = f"server processes seen: {len(newest)}"
         replies = poll_all(newest.values())
     except CONNECTION_ERRORS as error:
@@ -8005,7 +8078,7 @@ class DemoFlood:
         # Otherwise the kernel would keep the first megabyte.
         own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         self._handshake = Handshake(own, None, time.monotonic())
-        self._handshake.own = own
+        self._handshake.own_socket = own
         self._environ = hook_environ(request.environ)
         self._number = 0
 

@@ -4846,10 +4846,10 @@ def test_parent_of_the_reloader_is_silent(
     with Server() as server:
         server.publish(1)
         monkeypatch.setitem(sys.modules, "werkzeug._reloader", os)
-        engine_of(server).warn_if_alone()
+        engine_of(server).warn_if_served_no_client()
         assert log_lines(caplog) == []
         monkeypatch.setenv("WERKZEUG_RUN_MAIN", "true")
-        engine_of(server).warn_if_alone()
+        engine_of(server).warn_if_served_no_client()
     assert only_log_line(caplog, "published 1 events and served no client")
 
 
