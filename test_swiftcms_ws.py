@@ -1,8 +1,30 @@
-"""Behaviour of swiftcms_ws: real servers on free ports, real sockets and clients, a real browser.
+"""Tests of swiftcms_ws: real servers on free ports, real sockets and clients, real browsers.
 
-No test sleeps to wait for something: it waits for the thing itself, until a deadline. A warning,
-or an exception in any thread, fails the test in which it happens (see pyproject.toml). So does a
-connection that another thread than the loop's has used.
+Run from the folder with pyproject.toml; tests skip what a machine does not have (Chromium, Firefox,
+Redis, nginx, npm):
+
+    .venv/bin/pytest -q -n 2                       # all tests
+    .venv/bin/pytest -q -k resume                  # tests with a word in their names
+    .venv/bin/pytest -q -m core                    # a few tests of each part, in seconds
+
+Sections. The first section has all helpers. The others are those of the module: the tests of its
+section 6, Registry, are below `# == 6. Registry` here. Sections 20 and 21 test README, the package,
+and everything together under noise, load and the model.
+
+Helpers. `Server` is a site in this process and `Client` a strict WebSocket client, so most tests
+are `with Server(…) as server, server.client() as client:`. `Process` runs a site in a process of
+its own, and `Browser` opens its pages in Chromium. `until(condition, name)` waits: no test sleeps.
+`log_lines` reads the log. Only the functions below "Access to internals" use private names of the
+module.
+
+Core. Tests marked `core` touch each part of the module. CI runs them on the oldest and the newest
+Python, with the lowest and the newest package versions. It runs all tests on one Python.
+
+Model. Hypothesis invents what publishers, clients, processes and logs do to each other, and
+compares what each client received with a list of all published events. It is at the end of this
+file, where MODEL_SETTINGS says how to run it for hours.
+
+A warning, or an exception in any thread, fails the test in which it happens (see pyproject.toml).
 """
 
 from __future__ import annotations
@@ -52,7 +74,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timezone
 from decimal import Decimal
 from enum import Enum
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -116,33 +138,29 @@ from swiftcms_ws import EVERYONE, Connection, Engine, Hub, now_milliseconds
 HERE = Path(__file__).parent
 SEED = HERE.parent / "shared" / "seed" / "websocket-api.md"
 KEY = "a key for tests that is longer than the 64 bytes that HS512 asks for, and so for all"
-signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and their children too
-# For anything that is bound to happen, in seconds: a busy machine is slow.
+# How long until() and sockets wait for what must happen, in seconds: a busy machine is slow.
 PATIENCE = 20.0
-# A heartbeat for tests that count all messages: the first comes after 14 minutes.
+# Factor for bounds of time: CI runs several tests at the same time.
+SLOWNESS = 3 if os.environ.get("CI") else 1
+# Heartbeat interval of tests that must see no heartbeat.
 NEVER = 86_400
+
+# A shell's background jobs ignore SIGINT, and so do their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # == Tools =========================================================================================
 
 
-# -- A server, a client, a process, Chromium -------------------------------------------------------
-
-
-def until(condition: Callable[[], Any], what: str = "it", timeout: float = PATIENCE) -> Any:
-    """Wait until `condition()` is true and return what it returned."""
-    deadline = time.monotonic() + timeout
-    pause = threading.Event()
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"{what} did not happen within {timeout} seconds"
-        pause.wait(0.005)
-    return result
+# -- Servers in this process -----------------------------------------------------------------------
 
 
 class Server:
-    """A hub and an app under Werkzeug's threaded server, on a free port of this machine."""
+    """An app with a hub under Werkzeug's threaded server, on a free port."""
 
-    def __init__(self, configure: Callable[[Flask, Hub], None] | None = None, **config: Any) -> None:
+    def __init__(
+        self, configure: Callable[[Flask, Hub], None] | None = None, **config: Any
+    ) -> None:
         self.hub = Hub()
         self.app = Flask("site")
         self.app.secret_key = KEY
@@ -154,7 +172,9 @@ class Server:
         ssl_context = self.app.config.get("TEST_SSL")
         self._http = make_server("127.0.0.1", 0, self.app, threaded=True, ssl_context=ssl_context)
         self.port: int = self._http.port
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._http.serve_forever, args=(0.02,), daemon=True
+        )
 
     def __enter__(self) -> Server:
         self._thread.start()
@@ -169,43 +189,57 @@ class Server:
     def publish(
         self, number: int = 0, kind: str = "content.created", to: Any = EVERYONE, **more: Any
     ) -> str:
+        """Publish an event with the payload {"n": number, **more}, and return its id."""
         return self.hub.publish(kind, "posts", {"n": number, **more}, to=to)
 
     def client(self, **options: Any) -> Client:
+        """Connect a client; `options` are those of Client."""
         return Client(self.port, **options)
 
     def get(self, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+        """Request a page; return status, headers and body."""
         return http(f"http://127.0.0.1:{self.port}{path}", **headers)
 
-    def handshake(self, path: str = "/ws", **changes: str | None) -> tuple[int, dict[str, str], Any]:
-        """Send a handshake as plain HTTP with some headers changed; return status, headers, JSON body."""
-        headers: dict[str, str | None] = {
-            "Host": f"127.0.0.1:{self.port}",
-            "Connection": "Upgrade",
-            "Upgrade": "websocket",
-            "Sec-WebSocket-Key": base64.b64encode(os.urandom(16)).decode(),
-            "Sec-WebSocket-Version": "13",
-        }
-        headers.update({name.replace("_", "-"): value for name, value in changes.items()})
-        lines = [f"GET {path} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items() if v is not None)]
+    def handshake(
+        self, path: str = "/ws", first_line: str | None = None, **changes: str | None
+    ) -> tuple[int, dict[str, str], Any]:
+        """Send upgrade_request() and disconnect; return status, headers and the JSON body."""
+        sent = upgrade_request(self.port, path, first_line, **changes)
+        method = sent.split()[0].decode()
         with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
-            sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-            answer = b""
-            while b"\r\n\r\n" not in answer:
-                answer += sock.recv(4096)
-            head, _, body = answer.partition(b"\r\n\r\n")
-            status, *fields = head.decode("latin-1").split("\r\n")
-            found = dict(field.split(": ", 1) for field in fields)
-            if status.split()[1] == "101":
-                return 101, found, None
-            while len(body) < int(found["Content-Length"]):
-                body += sock.recv(4096)
-            return int(status.split()[1]), found, json.loads(body)
+            sock.sendall(sent)
+            with HTTPResponse(sock, method=method) as response:
+                response.begin()
+                headers, body = dict(response.getheaders()), response.read()
+        is_json = headers.get("Content-Type") == "application/json"
+        return response.status, headers, json.loads(body) if is_json and body else None
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A server with the default configuration."""
+    with Server() as running:
+        yield running
+
+
+@contextlib.contextmanager
+def served(app: Flask) -> Iterator[int]:
+    """Serve an app that the test has created, and yield the port. The test closes the hub."""
+    http_server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=http_server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield http_server.port
+    finally:
+        http_server.shutdown()
+        http_server.server_close()
+        thread.join(PATIENCE)
 
 
 def http(
     url: str, method: str = "GET", data: Any = None, **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
+    """Send an HTTP request, with `data` as JSON; return status, headers and body."""
     body = None if data is None else json.dumps(data).encode()
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     if body is not None:
@@ -219,12 +253,15 @@ def http(
             return error.code, dict(error.headers), error.read()
 
 
+# -- A WebSocket client ----------------------------------------------------------------------------
+
+
 class Refused(Exception):
-    """The server answered the handshake with HTTP."""
+    """The server refused the handshake with this HTTP status."""
 
 
 class Closed(Exception):
-    """The server ended the connection, as `code` and `reason` say; None: without a close frame."""
+    """The server closed the connection with this code, or without a close frame (None)."""
 
     def __init__(self, code: int | None, reason: str | None) -> None:
         super().__init__(f"{code} {reason}")
@@ -232,11 +269,14 @@ class Closed(Exception):
 
 
 class Client:
-    """A client that offers permessage-deflate, as every browser does, and is strict in what it accepts.
+    """A client that offers permessage-deflate, as browsers do, and accepts no protocol error.
 
-    wsproto fails it for a reserved bit, a broken frame or text that is not UTF-8; it fails itself
-    for a single byte that comes after the server's close frame.
+    A reserved bit, a malformed frame, text that is not UTF-8, or a byte after the server's close
+    frame fails the test.
     """
+
+    # False: the client ignores pings.
+    answers_pings = True
 
     def __init__(
         self,
@@ -250,28 +290,31 @@ class Client:
         self.sock = sock or socket.socket()
         self.messages: deque[dict[str, Any]] = deque()
         self.pings = 0
+        # The next `ref` of ask().
+        self.refs = itertools.count(1)
         self._ws = WSConnection(ConnectionType.CLIENT)
-        self._refs = itertools.count(1)
         self._text = ""
         self._status = 0
         self._closed: Closed | None = None
-        if receive_buffer is not None:  # a stuck reader: loopback would else take megabytes for it
+        if receive_buffer is not None:
+            # For a client that reads slowly. Otherwise the loopback device buffers megabytes.
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
         self.sock.settimeout(PATIENCE)
         if sock is None:
             self.sock.connect(("127.0.0.1", port))
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        extra = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
         hello = Request(
             host=f"127.0.0.1:{port}",
             target=path,
             extensions=[PerMessageDeflate()],
-            extra_headers=[(name.encode(), value.encode()) for name, value in (headers or {}).items()],
+            extra_headers=extra,
         )
         self.sock.sendall(self._ws.send(hello))
         self._accepted = False
         while not self._accepted:
-            self._read(PATIENCE)
+            self.read_once()
         if greeted:
             self.hello = self.receive()
             assert self.hello["type"] == "system.connected"
@@ -282,7 +325,8 @@ class Client:
     def __exit__(self, *exc: object) -> None:
         self.sock.close()
 
-    def _read(self, timeout: float) -> None:  # noqa: PLR0912 - one case for each kind of event
+    def read_once(self, timeout: float = PATIENCE) -> None:  # noqa: PLR0912
+        """Read bytes once and handle the frames in them: one case for each kind of event."""
         self.sock.settimeout(max(timeout, 0.001))
         try:
             data = self.sock.recv(65536)
@@ -308,7 +352,7 @@ class Client:
                 case Ping():
                     self.pings += 1
                     # After our close frame, wsproto sends none. The server may be gone by now.
-                    if self._ws.state is ConnectionState.OPEN:
+                    if self.answers_pings and self._ws.state is ConnectionState.OPEN:
                         with contextlib.suppress(OSError):
                             self.sock.sendall(self._ws.send(event.response()))
                 case TextMessage():
@@ -325,27 +369,34 @@ class Client:
                             self.sock.sendall(self._ws.send(event.response()))
 
     def receive(self, timeout: float = PATIENCE, heartbeats: bool = False) -> dict[str, Any]:
-        """Return the next message, heartbeats only where wanted; raise Closed at the end."""
+        """Return the next message; skip heartbeats by default. Raise Closed if there is none."""
         deadline = time.monotonic() + timeout
         while True:
             while self.messages:
                 message = self.messages.popleft()
                 if heartbeats or message["type"] != "system.heartbeat" or "ref" in message:
                     return message
-            self._read(deadline - time.monotonic())
+            self.read_once(deadline - time.monotonic())
 
     def receive_many(self, count: int) -> list[dict[str, Any]]:
+        """Return the next messages."""
         return [self.receive() for _ in range(count)]
 
     def send(self, **message: Any) -> None:
+        """Send a message as JSON."""
         self.send_raw(json.dumps(message))
 
     def send_raw(self, data: str | bytes) -> None:
+        """Send a text message (str) or a binary message (bytes)."""
         self.sock.sendall(self._ws.send(Message(data=data)))
 
+    def ping(self, payload: bytes = b"") -> None:
+        """Send a ping frame."""
+        self.sock.sendall(self._ws.send(Ping(payload)))
+
     def ask(self, action: str, **fields: Any) -> dict[str, Any]:
-        """Send a message with a `ref` and return its answer; what else comes is kept for receive()."""
-        ref = next(self._refs)
+        """Send a message with a `ref` and return the answer; keep other messages for receive()."""
+        ref = next(self.refs)
         self.send(action=action, ref=ref, **fields)
         others = []
         while (message := self.receive(heartbeats=True)).get("ref") != ref:
@@ -353,21 +404,27 @@ class Client:
         self.messages.extendleft(reversed(others))
         return message
 
-    def subscribe(self, pattern: str = "*", content_type: str = "*", **fields: Any) -> dict[str, Any]:
+    def subscribe(
+        self, pattern: str = "*", content_type: str = "*", **fields: Any
+    ) -> dict[str, Any]:
+        """Subscribe, and return the payload of the answer, which must not be an error."""
         answer = self.ask("subscribe", type=pattern, contentType=content_type, **fields)
         assert answer["type"] == "system.subscribed", answer
         return answer["payload"]
 
     def authenticate(self, token: str) -> dict[str, Any]:
+        """Send a token, and return the answer."""
         return self.ask("authenticate", token=token)
 
     def nothing_more(self) -> None:
+        """Check that no message is left."""
         assert self.rest() == []
 
     def rest(self) -> list[dict[str, Any]]:
-        """Return all messages that are still on their way, by asking the server for an answer.
+        """Return all messages that are still on their way.
 
-        The loop gives it in its order, so after every event that was published before.
+        The loop answers in order, so every event published before this call arrives before the
+        answer.
         """
         self.ask("editStop", contentType="none", entryId="none")
         rest = [message for message in self.messages if message["type"] != "system.heartbeat"]
@@ -375,55 +432,177 @@ class Client:
         return rest
 
     def closing(self) -> Closed:
-        """Read on until the server has ended the connection, and the end of the stream after it."""
+        """Read until the server has closed the connection, and return how."""
         with pytest.raises(Closed) as caught:
             while True:
-                self._read(PATIENCE)
+                self.read_once()
         return caught.value
 
     def close(self, code: int = 1000) -> Closed:
-        """End the connection as a client does, and wait for the server's close frame and its end."""
+        """Send a close frame, and wait until the server has closed the connection."""
         self.sock.sendall(self._ws.send(CloseConnection(code)))
         return self.closing()
 
     def reset(self) -> None:
-        """Vanish without a word: the kernel sends RST."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
+        """Reset the connection, as a client does that crashes."""
+        reset(self.sock)
 
 
-class Frames:
-    """Raw frames, well formed and not, for what no library would send."""
-
-    @staticmethod
-    def masked(
-        opcode: int, payload: bytes = b"", *, fin: bool = True, rsv: int = 0, length: int | None = None
-    ) -> bytes:
-        size = len(payload) if length is None else length
-        head = bytes([(0x80 if fin else 0) | rsv << 4 | opcode])
-        if size < 126:
-            head += bytes([0x80 | size])
-        elif size < 65536:
-            head += bytes([0x80 | 126]) + struct.pack("!H", size)
-        else:
-            head += bytes([0x80 | 127]) + struct.pack("!Q", size)
-        return head + b"\0\0\0\0" + payload
+# -- Waiting, and threads --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as running:
-        yield running
+def until(condition: Callable[[], Any], awaited: str = "it", timeout: float = PATIENCE) -> Any:
+    """Wait until `condition()` is true and return its value; `awaited` names it in the failure."""
+    deadline = time.monotonic() + timeout
+    pause = threading.Event()
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"{awaited} did not happen within {timeout} seconds"
+        pause.wait(0.005)
+    return result
+
+
+@contextlib.contextmanager
+def running(tasks: list[Callable[[], None]], timeout: float = 60) -> Iterator[None]:
+    """Run each task in a thread beside the body; raise the first exception of a task."""
+    failures: list[BaseException] = []
+
+    def run(task: Callable[[], None]) -> None:
+        try:
+            task()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(task,), daemon=True) for task in tasks]
+    for thread in threads:
+        thread.start()
+    yield
+    deadline = time.monotonic() + timeout
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    if failures:
+        raise failures[0]
+    assert not any(thread.is_alive() for thread in threads), "a thread is stuck"
+
+
+def run_all(tasks: list[Callable[[], None]], timeout: float = 60) -> None:
+    """Run each task in a thread, and wait for all of them."""
+    with running(tasks, timeout):
+        pass
+
+
+def publish_steadily(
+    publish: Callable[[int], object], stop: threading.Event, rate: int = 500
+) -> list[int]:
+    """Publish numbers at a steady rate until `stop`; return them."""
+    numbers = []
+    began = time.monotonic()
+    while not stop.wait(max(0, began + len(numbers) / rate - time.monotonic())):
+        publish(len(numbers))
+        numbers.append(len(numbers))
+    return numbers
+
+
+# -- Log records -----------------------------------------------------------------------------------
+
+
+def log_lines(
+    caplog: pytest.LogCaptureFixture,
+    words: str = "",
+    *,
+    level: int = logging.NOTSET,
+    logger: str = "swiftcms_ws",
+) -> list[str]:
+    """Return the logged messages that contain `words`; `logger=""` is all loggers.
+
+    A worker logs for the loop, so wait for a record with until() before counting.
+    """
+    records = [record for record in caplog.records if record.levelno >= level]
+    lines = [record.getMessage() for record in records if logger in ("", record.name)]
+    return [line for line in lines if words in line]
+
+
+def only_log_line(caplog: pytest.LogCaptureFixture, words: str) -> bool:
+    """Wait for a log record with `words`; return whether it is the module's only one."""
+    until(lambda: log_lines(caplog, words), f"the log record with {words}")
+    return len(log_lines(caplog)) == 1
+
+
+# -- Statistics, memory, threads and descriptors ---------------------------------------------------
+
+
+def stat(server: Server, name: str) -> int:
+    """Return a number of hub.stats(); a counter that is missing is 0."""
+    return server.hub.stats().get(name, 0)
+
+
+def resident() -> int:
+    """Return this process's memory in bytes: that of server and clients."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def thread_count() -> int:
+    """Return the number of threads, without the workers: the first log record starts them."""
+    names = [thread.name for thread in threading.enumerate()]
+    return sum(not name.startswith("swiftcms-ws worker") for name in names)
+
+
+def open_files() -> int:
+    """Return the number of this process's descriptors."""
+    # Werkzeug leaves an epoll file in a cycle after each refusal.
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+# -- Access to internals ---------------------------------------------------------------------------
+
+# Tests observe the module from outside. These functions, and no test, use its private names.
 
 
 def engine_of(server: Server) -> Engine:
-    """Return the engine of a server's app, for tests that look at the module's internals."""
-    return server.hub._engine()
+    """Return the engine of a server's app."""
+    return server.hub.engine_of(server.app)
+
+
+def slots(server: Server) -> int:
+    """Return the number of handshakes and connections that count against MAX_CONNECTIONS."""
+    return engine_of(server).registry.slots
+
+
+def server_socket(server: Server, client_id: str) -> socket.socket:
+    """Return the server's socket of a connection."""
+    connection = engine_of(server).registry.find(client_id)
+    assert connection is not None
+    return connection._sock
+
+
+def remains(server: Server) -> list[object]:
+    """Return the entries of the tables that must be empty without a connection."""
+    engine = engine_of(server)
+    registry = engine.registry
+    tables: list[Any] = [
+        *(registry._connections, registry._subscribers, registry._by_user),
+        *(engine.loop.closing, engine.heartbeat._slice_of),
+    ]
+    return [entry for table in tables for entry in table]
+
+
+def locks_of(hub: Hub) -> list[Any]:
+    """Return the locks of a hub and of the parts of its engine."""
+    parts = vars(hub._engine()).values()
+    locks = [hub._starting, *(getattr(part, "_lock", None) for part in parts)]
+    return [lock for lock in locks if lock is not None]
+
+
+def file_of(hub: Hub) -> swiftcms_ws.LogFile:
+    """Return the SQLite file of a hub's shared log."""
+    log = hub._engine().log
+    assert isinstance(log, swiftcms_ws.SqliteLog)
+    return log._file
 
 
 @contextlib.contextmanager
 def held_loop(server: Server) -> Iterator[None]:
-    """Keep the loop's thread busy: events and calls wait in its queue meanwhile."""
+    """Block the loop's thread in the body: events and calls wait in its queue meanwhile."""
     is_held, may_continue = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -441,13 +620,13 @@ def held_loop(server: Server) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def connections_stay_on_the_loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail a test in which another thread than the loop's has used a connection."""
-    strays: list[str] = []
+    violations: list[str] = []
 
     def guarded(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Connection, *args: Any) -> Any:
             thread = threading.current_thread()
             if thread is not self._loop.thread:
-                strays.append(f"Connection.{name} in {thread.name}")
+                violations.append(f"Connection.{name} in {thread.name}")
             return method(self, *args)
 
         return call
@@ -455,18 +634,210 @@ def connections_stay_on_the_loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     for name in ("send", "send_replay", "serve", "close", "answer_close", "abort"):
         monkeypatch.setattr(Connection, name, guarded(name, getattr(Connection, name)))
     yield
-    assert strays == []
+    assert violations == []
+
+
+# -- Messages and tokens ---------------------------------------------------------------------------
+
+
+def token(
+    user: Any = "ana",
+    expires_in: float = 600,
+    key: str = KEY,
+    algorithm: str = "HS256",
+    **claims: Any,
+) -> str:
+    """Sign a token with PyJWT, so that the module is not checked against itself."""
+    return jwt.encode({"sub": user, "exp": time.time() + expires_in, **claims}, key, algorithm)
+
+
+def unsigned_token() -> str:
+    """Return a token with the algorithm `none`, which has no signature."""
+    parts = ({"alg": "none", "typ": "JWT"}, {"sub": "ana", "exp": time.time() + 600})
+    encoded = [base64.urlsafe_b64encode(json.dumps(part).encode()) for part in parts]
+    return ".".join([*(part.rstrip(b"=").decode() for part in encoded), ""])
+
+
+# The entry that tests edit.
+POST = {"contentType": "posts", "entryId": "42"}
+
+
+def names(message: dict[str, Any]) -> list[Any]:
+    """Return the user ids in a list of editors."""
+    return [editor["userId"] for editor in message["payload"]["editors"]]
+
+
+def numbers(messages: list[dict[str, Any]]) -> list[int]:
+    """Return the numbers of those messages that Server.publish() has sent."""
+    return [message["payload"]["n"] for message in messages if "n" in message["payload"]]
+
+
+def pairs(*patterns: tuple[str, str]) -> list[dict[str, str]]:
+    """Return (type, content type) patterns in the form of `subscriptions`."""
+    return [
+        {"type": event_type, "contentType": content_type} for event_type, content_type in patterns
+    ]
+
+
+def error_code(answer: dict[str, Any]) -> str | None:
+    """Return the code of an answer that is an error, and None for any other."""
+    return answer["payload"]["code"] if answer["type"] == "system.error" else None
+
+
+def position(event_id: str) -> tuple[int, ...]:
+    """Return an event's id as numbers, which can be compared."""
+    return tuple(map(int, event_id.split("-")))
+
+
+def receive_answers(client: Client, count: int) -> list[dict[str, Any]]:
+    """Return the next messages that carry a `ref`; heartbeats may come between them."""
+    answers: list[dict[str, Any]] = []
+    while len(answers) < count:
+        message = client.receive(heartbeats=True)
+        if "ref" in message:
+            answers.append(message)
+    return answers
+
+
+# -- Raw sockets, handshakes and frames ------------------------------------------------------------
+
+# The headers of a handshake besides Host.
+HANDSHAKE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Key": "MDEyMzQ1Njc4OTAxMjM0NQ==",
+    "Sec-WebSocket-Version": "13",
+}
+
+
+def upgrade_request(
+    port: int, path: str = "/ws", first_line: str | None = None, **changes: str | None
+) -> bytes:
+    """Return a handshake request. `changes` sets headers, or removes those that are None."""
+    headers: dict[str, str | None] = {"Host": f"127.0.0.1:{port}", **HANDSHAKE}
+    headers |= {name.replace("_", "-"): value for name, value in changes.items()}
+    fields = [f"{name}: {value}" for name, value in headers.items() if value is not None]
+    lines = [first_line or f"GET {path} HTTP/1.1", *fields, "", ""]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def open_raw(port: int, path: str = "/ws") -> socket.socket:
+    """Return a socket after its handshake, for tests that send and read bytes."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.sendall(upgrade_request(port, path))
+    read_to(sock, b"\r\n\r\n")
+    return sock
+
+
+def read_to(sock: socket.socket, words: bytes) -> bytes:
+    """Read until `words` have arrived, and return all bytes that were read."""
+    data = b""
+    while words not in data:
+        more = sock.recv(65536)
+        assert more, f"the connection was closed before {words!r}, after {data[-200:]!r}"
+        data += more
+    return data
+
+
+def read_to_the_end(sock: socket.socket) -> bytes:
+    """Read until the server has closed or reset the connection."""
+    data = b""
+    with contextlib.suppress(ConnectionError):
+        while more := sock.recv(65536):
+            data += more
+    return data
+
+
+def is_readable(sock: socket.socket) -> bool:
+    """Return whether bytes, or the end of the stream, have arrived."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(0))
+
+
+def reset(sock: socket.socket) -> None:
+    """Reset a connection: the system sends RST, without a close frame or the end of the stream."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def close_code(data: bytes) -> int | None:
+    """Return the code of the close frame at the end of the bytes, or None."""
+    for start in range(max(0, len(data) - 127), len(data) - 3):
+        if data[start] == 0x88 and data[start + 1] == len(data) - start - 2:
+            return int(struct.unpack("!H", data[start + 2 : start + 4])[0])
+    return None
+
+
+class Frames:
+    """Raw client frames, valid and invalid ones."""
+
+    @staticmethod
+    def masked(
+        opcode: int,
+        payload: bytes = b"",
+        *,
+        fin: bool = True,
+        rsv: int = 0,
+        length: int | None = None,
+    ) -> bytes:
+        """Return a frame with the mask 0; `length` is a wrong one."""
+        size = len(payload) if length is None else length
+        head = bytes([(0x80 if fin else 0) | rsv << 4 | opcode])
+        if size < 126:
+            head += bytes([0x80 | size])
+        elif size < 65536:
+            head += bytes([0x80 | 126]) + struct.pack("!H", size)
+        else:
+            head += bytes([0x80 | 127]) + struct.pack("!Q", size)
+        return head + b"\0\0\0\0" + payload
+
+
+def text(**message: Any) -> bytes:
+    """Return a message as a text frame."""
+    return Frames.masked(0x1, json.dumps(message).encode())
+
+
+def padded(size: int, filling: str = "x") -> bytes:
+    """Return a message of exactly `size` bytes."""
+    frame = json.dumps({"action": "heartbeat", "padding": ""}).encode()
+    return frame[:-2] + (filling * size).encode()[: size - len(frame)] + frame[-2:]
+
+
+def fragments(data: bytes, size: int) -> bytes:
+    """Return a text message in fragments of `size` bytes."""
+    parts = [data[at : at + size] for at in range(0, len(data), size)]
+    last = len(parts) - 1
+    frames = []
+    for number, part in enumerate(parts):
+        frames.append(Frames.masked(0x0 if number else 0x1, part, fin=number == last))
+    return b"".join(frames)
+
+
+# -- Processes -------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    """Return a port on which nothing listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 class Process:
-    """A server in a process of its own, with its output in a file; ended by its id."""
+    """A server in a process of its own, with its output in a file. It is killed after the body."""
 
     def __init__(self, *command: str, cwd: Path, port: int, **environ: str) -> None:
         self.port = port
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         # gunicorn 25 and newer keep a control socket there. Two servers that share it log errors.
         self._runtime = tempfile.TemporaryDirectory(prefix="run-")
-        own = {"PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1", "XDG_RUNTIME_DIR": self._runtime.name}
+        own = {
+            "PYTHONPATH": str(HERE),
+            "PYTHONUNBUFFERED": "1",
+            "XDG_RUNTIME_DIR": self._runtime.name,
+        }
         self.popen = subprocess.Popen(
             command,
             cwd=cwd,
@@ -482,7 +853,8 @@ class Process:
 
     def _is_up(self) -> bool:
         assert self.popen.poll() is None, self.output()
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+        address = ("127.0.0.1", self.port)
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=1):
             return True
         return False
 
@@ -494,27 +866,156 @@ class Process:
         self._runtime.cleanup()
 
     def output(self) -> str:
+        """Return what the server has written to its standard output and error."""
         # The server writes at the offset of the same open file: it must not be moved.
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), size, 0).decode()
 
     def client(self, **options: Any) -> Client:
+        """Connect a client; `options` are those of Client."""
         return Client(self.port, **options)
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+SITE = """
+import os
+from flask import Flask, request
+from swiftcms_ws import blueprint, hub, publish
+
+app = Flask(__name__)
+app.secret_key = "a key of more than thirty-two bytes, for tests"
+app.config["SWIFTCMS_WS_HEARTBEAT"] = float(os.environ.get("TEST_HEARTBEAT", 25))
+app.register_blueprint(blueprint)
+
+@app.post("/publish")
+def publish_it():
+    return {"id": publish("content.created", "posts", request.json)}
+
+if __name__ == "__main__":
+    import sys
+    app.run(port=int(sys.argv[1]))
+"""
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+# Commands for site(): SITE under a web server.
+WERKZEUG = ("{python}", "site_app.py", "{port}")
+
+GUNICORN = ("{python}", "-m", "gunicorn", "site_app:app", "--access-logfile", "-")
+
+SYNC = (*GUNICORN, "--bind", "127.0.0.1:{port}")
+
+GTHREAD = (*SYNC, "--worker-class", "gthread", "--threads", "2")
+
+
+def site(tmp_path: Path, command: tuple[str, ...], *more: str, **environ: str) -> Process:
+    """Run SITE with a command and more arguments."""
+    (tmp_path / "site_app.py").write_text(SITE)
+    port = free_port()
+    filled = [part.format(python=sys.executable, port=port) for part in (*command, *more)]
+    return Process(*filled, cwd=tmp_path, port=port, **environ)
+
+
+def publish_over_http(process: Process, **payload: Any) -> str:
+    """Publish an event through the view of SITE, and return its id."""
+    status, _, body = http(f"http://127.0.0.1:{process.port}/publish", "POST", payload)
+    assert status == 200, body
+    return str(json.loads(body)["id"])
+
+
+def script_site(tmp_path: Path, script: str, *command: str, **environ: str) -> Process:
+    """Run a script as site_app.py, with `command` or by itself."""
+    (tmp_path / "site_app.py").write_text(script)
+    port = free_port()
+    filled = [part.format(port=port) for part in command or ("site_app.py", "{port}")]
+    return Process(sys.executable, *filled, cwd=tmp_path, port=port, **environ)
+
+
+def run_script(tmp_path: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script until it exits, for at most half of PATIENCE."""
+    (tmp_path / "script.py").write_text(script)
+    return subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE / 2,
+        check=False,
+    )
+
+
+# -- A proxy that resets connections ---------------------------------------------------------------
+
+
+class Proxy:
+    """A TCP proxy to the port `target`, which tests may change, that can reset its connections."""
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._lock = threading.Lock()
+        self._is_closed = False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near = self._listener.accept()[0]
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:
+                    # The server is down.
+                    near.close()
+                    continue
+                with self._lock:
+                    self._pairs.append((near, far))
+                if self._is_closed:
+                    # It was accepted while the last connections were reset.
+                    self.cut()
+                for source, sink in ((near, far), (far, near)):
+                    thread = threading.Thread(target=self._relay, args=(source, sink), daemon=True)
+                    thread.start()
+
+    @staticmethod
+    def _relay(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """Reset every connection, to the client and to the server."""
+        with self._lock:
+            pairs, self._pairs = self._pairs, []
+        for sock in itertools.chain(*pairs):
+            # This wakes the thread that reads from the socket.
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            reset(sock)
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._is_closed = True
+        self._listener.close()
+        self.cut()
+
+
+# -- Chromium --------------------------------------------------------------------------------------
+
+CHROMIUM = (
+    shutil.which("chromium")
+    or shutil.which("google-chrome")
+    or shutil.which("chromium-browser")
+)
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 
 
 class Browser:
-    """Headless Chromium, driven over its DevTools protocol."""
+    """Headless Chromium, controlled over its DevTools protocol."""
 
     def __init__(self) -> None:
         assert CHROMIUM is not None
@@ -561,8 +1062,11 @@ class Browser:
         self.popen.wait(PATIENCE)
 
     def page(self, url: str, **options: Any) -> Page:
-        answer = json.loads(http(f"http://127.0.0.1:{self._port()}/json/new?about:blank", "PUT")[2])
-        page = Page(self._port(), answer["webSocketDebuggerUrl"].split(str(self._port()), 1)[1], answer["id"])
+        """Open a page in a new tab; `options` are those of Page.open()."""
+        port = self._port()
+        target = json.loads(http(f"http://127.0.0.1:{port}/json/new?about:blank", "PUT")[2])
+        path = target["webSocketDebuggerUrl"].split(str(port), 1)[1]
+        page = Page(port, path, target["id"])
         page.open(url, **options)
         return page
 
@@ -572,7 +1076,7 @@ class Navigated(AssertionError):
 
 
 class Page:
-    """One page of a Browser. `console` has what it logged and what the browser complained of."""
+    """One page of a Browser. `console` has the lines of its console, those of Chromium included."""
 
     def __init__(self, port: int, path: str, target: str) -> None:
         self._port, self._target = port, target
@@ -581,6 +1085,7 @@ class Page:
         self._socket = simple_websocket.Client.connect(f"ws://127.0.0.1:{port}{path}")
 
     def call(self, method: str, **params: Any) -> Any:
+        """Call a method of the DevTools protocol, and return its result."""
         number = next(self._numbers)
         self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
         while True:
@@ -602,24 +1107,30 @@ class Page:
                 self.console.append(f"{params['type']}: {' '.join(values)}")
             case "Runtime.exceptionThrown":
                 self.console.append(f"exception: {params['exceptionDetails']}")
-            # A page without an icon makes the browser ask for this file. It is not there.
+            # Chromium requests the icon of a page that names none, and the site has none.
             case "Log.entryAdded" if not params["entry"].get("url", "").endswith("/favicon.ico"):
                 self.console.append(f"{params['entry']['level']}: {params['entry']['text']}")
 
-    def open(self, url: str, before: str = "", width: int = 1200, height: int = 900) -> None:
+    def open(self, url: str, before: str = "") -> None:
+        """Load a page, with a script that runs before those of the page."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         if before:
             self.call("Page.addScriptToEvaluateOnNewDocument", source=before)
         self.call("Page.navigate", url=url)
-        until(lambda: self.js("document.readyState === 'complete' && location.href !== 'about:blank'"), url)
+        is_loaded = "document.readyState === 'complete' && location.href !== 'about:blank'"
+        until(lambda: self.js(is_loaded), url)
 
     def js(self, expression: str) -> Any:
-        result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        """Evaluate JavaScript, and return its value or that of its promise."""
+        options = {"awaitPromise": True, "returnByValue": True}
+        result = self.call("Runtime.evaluate", expression=expression, **options)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
     def wait(self, expression: str, timeout: float = PATIENCE) -> Any:
+        """Wait until JavaScript is true, and return its value."""
+
         def holds() -> Any:
             # A page that is being loaded again has no answer yet.
             with contextlib.suppress(Navigated):
@@ -632,69 +1143,154 @@ class Page:
             raise AssertionError(f"{error}; console: {self.console}; page: {shown}") from None
 
     def be_offline(self, offline: bool) -> None:
+        """Switch the network of the page off or on."""
         speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
         self.call("Network.emulateNetworkConditions", offline=offline, **speed)
 
     def complaints(self) -> list[str]:
-        """Return what stands in the console but was not logged by the page itself."""
-        self.js("1")  # collects what is on its way
+        """Return the warnings and errors in the console."""
+        # This reads the lines that are on their way.
+        self.js("1")
         return [line for line in self.console if not line.startswith(("log:", "info:"))]
 
     def close(self) -> None:
+        """Close the tab."""
         http(f"http://127.0.0.1:{self._port}/json/close/{self._target}")
-        with contextlib.suppress(OSError, simple_websocket.ConnectionClosed):  # Chromium was faster
+        # Chromium may have closed the connection already.
+        with contextlib.suppress(OSError, simple_websocket.ConnectionClosed):
             self._socket.close()
 
 
-# -- Tokens ----------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One Chromium for all tests."""
+    with Browser() as running:
+        yield running
 
 
-def token(user: Any = "ana", expires_in: float = 600, key: str = KEY, algorithm: str = "HS256", **claims: Any) -> str:
-    """Sign a token without our help, so that ours is not checked against itself."""
-    return jwt.encode({"sub": user, "exp": time.time() + expires_in, **claims}, key, algorithm)
+def html(body: str) -> str:
+    """Return a page with this body."""
+    head = '<link rel="icon" href="data:,"><title>test</title>'
+    return f'<!doctype html><html lang="en">{head}<body>{body}</html>'
 
 
-def unsigned_token() -> str:
-    head, body = ({"alg": "none", "typ": "JWT"}, {"sub": "ana", "exp": time.time() + 600})
-    encode = [base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode() for part in (head, body)]
-    return ".".join([*encode, ""])
+# -- Hooks and signals of a site -------------------------------------------------------------------
 
 
-# -- Threads ---------------------------------------------------------------------------------------
+def identify_as_ana(app: Flask, hub: Hub) -> None:
+    """Configure a site whose visitors are all the user ana."""
+
+    @hub.identify
+    def identify() -> str:
+        return "ana"
+
+
+class SlowHook:
+    """Configures a site whose authorize hook waits at a gate if the type is `slow`."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.was_asked = threading.Event()
+
+    def __call__(self, app: Flask, hub: Hub) -> None:
+        @hub.authorize
+        def authorize(user: object, event_type: str, content_type: str) -> bool:
+            if event_type == "slow":
+                self.was_asked.set()
+                assert self.gate.wait(PATIENCE)
+            return True
+
+
+@pytest.fixture
+def slow_hook() -> Iterator[SlowHook]:
+    """A SlowHook whose gate is opened after the test."""
+    hook = SlowHook()
+    yield hook
+    hook.gate.set()
 
 
 @contextlib.contextmanager
-def running(tasks: list[Callable[[], None]], timeout: float = 60) -> Iterator[None]:
-    """Run each task in a thread beside the body; then wait for all, and raise what the first of them raised."""
-    failures: list[BaseException] = []
+def received_signals() -> Iterator[dict[str, list[str]]]:
+    """Collect the names of client_connected and client_disconnected, in order, by client."""
+    signals: dict[str, list[str]] = {}
 
-    def run(task: Callable[[], None]) -> None:
+    def connected(app: Flask, client_id: str, **more: Any) -> None:
+        signals.setdefault(client_id, []).append("connected")
+
+    def disconnected(app: Flask, client_id: str, **more: Any) -> None:
+        signals.setdefault(client_id, []).append("disconnected")
+
+    with (
+        swiftcms_ws.client_connected.connected_to(connected),
+        swiftcms_ws.client_disconnected.connected_to(disconnected),
+    ):
+        yield signals
+
+
+def note_ends(app: Flask) -> list[str]:
+    """Collect the path of each request that the app has finished, session and teardown included."""
+    ends: list[str] = []
+    inner = app.wsgi_app
+
+    def noting(environ: Any, start_response: Any) -> Any:
         try:
-            task()
-        except BaseException as error:
-            failures.append(error)
+            return inner(environ, start_response)
+        finally:
+            ends.append(environ["PATH_INFO"])
 
-    threads = [threading.Thread(target=run, args=(task,), daemon=True) for task in tasks]
-    for thread in threads:
-        thread.start()
-    yield
-    deadline = time.monotonic() + timeout
-    for thread in threads:
-        thread.join(max(0, deadline - time.monotonic()))
-    if failures:
-        raise failures[0]
-    assert not any(thread.is_alive() for thread in threads), "a thread is stuck"
+    app.wsgi_app = noting  # type: ignore[method-assign]
+    return ends
 
 
-def run_all(tasks: list[Callable[[], None]], timeout: float = 60) -> None:
-    with running(tasks, timeout):
-        pass
+# -- A server under attack -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def attacked_server(caplog: pytest.LogCaptureFixture, **config: Any) -> Iterator[Server]:
+    """Run a server with a healthy client, and check after the attack that nothing is left of it.
+
+    The client has received every event, no failure is logged, and threads, descriptors, connections
+    and subscriptions are those of before.
+    """
+    with Server(**config) as server, server.client() as healthy:
+        healthy.subscribe()
+        threads, files = thread_count(), open_files()
+        stop, got = threading.Event(), []
+
+        def publish() -> None:
+            for number in itertools.count():
+                server.publish(number)
+                if stop.wait(0.01):
+                    server.hub.publish("the.end", "posts", {"count": number + 1})
+                    return
+
+        def listen() -> None:
+            while (message := healthy.receive())["type"] != "the.end":
+                if message["type"] == "content.created":
+                    got.append(message["payload"]["n"])
+            assert got == list(range(message["payload"]["count"]))
+
+        with running([publish, listen], PATIENCE):
+            try:
+                yield server
+            finally:
+                stop.set()
+        until(lambda: stat(server, "connections") == 1, "the end of all other connections")
+        assert (stat(server, "subscriptions"), stat(server, "waiting_bytes")) == (1, 0)
+        until(lambda: slots(server) == 1, "the release of their slots")
+        until(lambda: thread_count() <= threads, "the end of their threads")
+        until(lambda: open_files() <= files, "the closing of their descriptors")
+        assert healthy.ask("presence")["payload"]["entries"] == []
+    failures = log_lines(caplog, logger="", level=logging.ERROR)
+    assert [line for line in failures if "code 400" not in line and "code 50" not in line] == []
+    assert "Traceback" not in caplog.text
 
 
 # -- TLS and slow readers --------------------------------------------------------------------------
 
 
 def stuck_reader(server: Server) -> Client:
+    """Return a client with small buffers and a subscription to all events."""
     client = server.client(receive_buffer=2048)
     client.subscribe()
     return client
@@ -703,17 +1299,14 @@ def stuck_reader(server: Server) -> Client:
 def self_signed(directory: Path) -> tuple[str, str]:
     """Make a certificate for 127.0.0.1 with openssl."""
     cert, key = directory / "cert.pem", directory / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
-         "-keyout", key, "-out", cert],
-        check=True,
-        capture_output=True,
-    )  # fmt: skip
+    subject = ("-days", "2", "-subj", "/CN=127.0.0.1")
+    options = ("-x509", "-newkey", "rsa:2048", "-nodes", *subject, "-keyout", key, "-out", cert)
+    subprocess.run(["openssl", "req", *options], check=True, capture_output=True)
     return str(cert), str(key)
 
 
 def tls(tmp_path: Path) -> tuple[Callable[[Flask, Hub], None], ssl.SSLContext]:
-    """Return what has a Server speak TLS, and a context for its clients."""
+    """Return a function that configures a Server for TLS, and a context for its clients."""
     trusting = ssl.create_default_context()
     trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
     certificate = self_signed(tmp_path)
@@ -722,131 +1315,6 @@ def tls(tmp_path: Path) -> tuple[Callable[[Flask, Hub], None], ssl.SSLContext]:
         app.config["TEST_SSL"] = certificate
 
     return configure, trusting
-
-
-# -- A proxy that cuts connections -----------------------------------------------------------------
-
-
-class Proxy:
-    """A TCP relay before a server that can reset whatever goes through it."""
-
-    def __init__(self, port: int) -> None:
-        self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._lock = threading.Lock()
-        self._is_closed = False
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near = self._listener.accept()[0]
-                try:
-                    far = socket.create_connection(("127.0.0.1", self._target))
-                except OSError:  # the server is down
-                    near.close()
-                    continue
-                with self._lock:
-                    self._pairs.append((near, far))
-                if self._is_closed:
-                    # It came while the last connections were cut.
-                    self.cut()
-                for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=self._relay, args=(source, sink), daemon=True).start()
-
-    @staticmethod
-    def _relay(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-
-    def cut(self) -> None:
-        """Reset every connection, both ways."""
-        with self._lock:
-            pairs, self._pairs = self._pairs, []
-        for sock in itertools.chain(*pairs):
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-
-    def __enter__(self) -> Proxy:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._is_closed = True
-        self._listener.close()
-        self.cut()
-
-
-def publish_steadily(publish: Callable[[int], object], stop: threading.Event, rate: int = 500) -> list[int]:
-    """Publish numbers at a steady rate until `stop`; return them."""
-    numbers = []
-    began = time.monotonic()
-    while not stop.wait(max(0, began + len(numbers) / rate - time.monotonic())):
-        publish(len(numbers))
-        numbers.append(len(numbers))
-    return numbers
-
-
-# -- Sites in processes ----------------------------------------------------------------------------
-
-
-# A busy machine makes everything slower, the bounds of two seconds included.
-SLOWNESS = 3 if os.environ.get("CI") else 1
-
-SITE = """
-import os
-from flask import Flask, request
-from swiftcms_ws import blueprint, hub, publish
-
-app = Flask(__name__)
-app.secret_key = "a key of more than thirty-two bytes, for tests"
-app.config["SWIFTCMS_WS_HEARTBEAT"] = float(os.environ.get("TEST_HEARTBEAT", 25))
-app.register_blueprint(blueprint)
-
-@app.post("/publish")
-def publish_it():
-    return {"id": publish("content.created", "posts", request.json)}
-
-if __name__ == "__main__":
-    import sys
-    app.run(port=int(sys.argv[1]))
-"""
-
-WERKZEUG = ("{python}", "site_app.py", "{port}")
-
-GUNICORN = ("{python}", "-m", "gunicorn", "site_app:app", "--access-logfile", "-")
-
-SYNC = (*GUNICORN, "--bind", "127.0.0.1:{port}")
-
-GTHREAD = (*SYNC, "--worker-class", "gthread", "--threads", "2")
-
-
-def site(tmp_path: Path, command: tuple[str, ...], *more: str, **environ: str) -> Process:
-    (tmp_path / "site_app.py").write_text(SITE)
-    port = free_port()
-    filled = [part.format(python=sys.executable, port=port) for part in (*command, *more)]
-    return Process(*filled, cwd=tmp_path, port=port, **environ)
-
-
-def publish_over_http(process: Process, **payload: Any) -> str:
-    status, _, body = http(f"http://127.0.0.1:{process.port}/publish", "POST", payload)
-    assert status == 200, body
-    return str(json.loads(body)["id"])
-
-
-# -- Editors ---------------------------------------------------------------------------------------
-
-
-POST = {"contentType": "posts", "entryId": "42"}
-
-
-def names(message: dict[str, Any]) -> list[Any]:
-    return [editor["userId"] for editor in message["payload"]["editors"]]
 
 
 # -- Redis, and several servers with one log -------------------------------------------------------
@@ -1101,7 +1569,7 @@ if not os.environ.get("TEST_PLAIN"):
 
     @app.get("/state")
     def state():
-        return {"pid": os.getpid(), "slots": hub._engine().registry.slots, **hub.stats()}
+        return {"pid": os.getpid(), "slots": hub.engine_of(app).registry.slots, **hub.stats()}
 
 
 if __name__ == "__main__":
@@ -1247,13 +1715,7 @@ class Site(Process):
 
     def refusal(self) -> tuple[int, dict[str, str], dict[str, str]]:
         """Send a handshake that must be refused; return status, headers and the JSON body."""
-        status, headers, body = self.ask(
-            *("GET", "/ws"),
-            Connection="Upgrade",
-            Upgrade="websocket",
-            Sec_WebSocket_Key="MDEyMzQ1Njc4OTAxMjM0NQ==",
-            Sec_WebSocket_Version="13",
-        )
+        status, headers, body = self.ask("GET", "/ws", **HANDSHAKE)
         assert status != 101, "the server accepted the handshake"
         return status, headers, json.loads(body)
 
@@ -1425,13 +1887,13 @@ def connect_and_vanish(site: Site, number: int) -> None:
         match number % 6:
             case 0:
                 sock.sendall(hello)
-                vanish(sock)
+                reset(sock)
             case 1:
                 sock.sendall(hello + frame)
-                vanish(sock)
+                reset(sock)
             case 2:
                 sock.sendall(hello[:60])
-                vanish(sock)
+                reset(sock)
             case 3:
                 sock.sendall(hello + frame[:9])
             case 4:
@@ -1441,7 +1903,7 @@ def connect_and_vanish(site: Site, number: int) -> None:
                 sock.sendall(hello)
                 read_to(sock, b"\r\n\r\n")
                 sock.sendall(frame[:9])
-                vanish(sock)
+                reset(sock)
 
 
 # -- A client that reconnects ----------------------------------------------------------------------
@@ -1478,16 +1940,6 @@ class Follower:
 
 
 # -- README, the demo and its pages ----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with Browser() as running:
-        yield running
-
-
-def html(body: str) -> str:
-    return f'<!doctype html><html lang="en"><link rel="icon" href="data:,"><title>test</title><body>{body}</html>'
 
 
 README = (HERE / "README.md").read_text()
@@ -1750,231 +2202,6 @@ def editing_page(script: str) -> str:
     return html(f"<script src='/ws/client.js'></script><script>const cms = new SwiftCMS(); {script}</script>")
 
 
-# -- Log lines, memory, raw sockets and frames -----------------------------------------------------
-
-
-def log_lines(caplog: pytest.LogCaptureFixture, word: str = "") -> list[str]:
-    """Return what swiftcms_ws has logged, of the lines that have `word` in them.
-
-    A worker logs for the loop, so wait for such a line before counting.
-    """
-    lines = [record.getMessage() for record in caplog.records if record.name == "swiftcms_ws"]
-    return [line for line in lines if word in line]
-
-
-def only_log_line(caplog: pytest.LogCaptureFixture, word: str) -> bool:
-    """Wait for a line with `word`; return whether it is the only one that was logged."""
-    until(lambda: log_lines(caplog, word), f"the log line with {word}")
-    return len(log_lines(caplog)) == 1
-
-
-def stat(server: Server, name: str) -> int:
-    return server.hub.stats().get(name, 0)
-
-
-def resident() -> int:
-    """Return this process's memory in bytes: server and clients are both in it."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def thread_count() -> int:
-    """Return the number of threads, without the workers: the first log record starts them."""
-    names = [thread.name for thread in threading.enumerate()]
-    return sum(not name.startswith("swiftcms-ws worker") for name in names)
-
-
-def open_files() -> int:
-    # Werkzeug leaves an epoll file in a cycle after each refusal.
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
-
-
-def upgrade_request(port: int, path: str = "/ws", *more: str) -> bytes:
-    lines = [
-        f"GET {path} HTTP/1.1",
-        f"Host: 127.0.0.1:{port}",
-        "Connection: Upgrade",
-        "Upgrade: websocket",
-        "Sec-WebSocket-Key: MDEyMzQ1Njc4OTAxMjM0NQ==",
-        "Sec-WebSocket-Version: 13",
-        *more,
-    ]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1")
-
-
-def open_raw(port: int) -> socket.socket:
-    """Open a connection with nothing between a test and its bytes. What the server says is unread."""
-    sock = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.sendall(upgrade_request(port))
-    read_to(sock, b"\r\n\r\n")
-    return sock
-
-
-def read_to(sock: socket.socket, words: bytes) -> bytes:
-    """Read until `words` have come; what came may end after them."""
-    data = b""
-    while words not in data:
-        more = sock.recv(65536)
-        assert more, f"the line ended before {words!r} came, after {data[-200:]!r}"
-        data += more
-    return data
-
-
-def read_to_the_end(sock: socket.socket) -> bytes:
-    data = b""
-    with contextlib.suppress(ConnectionError):
-        while more := sock.recv(65536):
-            data += more
-    return data
-
-
-def close_code(data: bytes) -> int | None:
-    """Return the code of the close frame that what a server sent ends with, if it does."""
-    for start in range(max(0, len(data) - 127), len(data) - 3):
-        if data[start] == 0x88 and data[start + 1] == len(data) - start - 2:
-            return int(struct.unpack("!H", data[start + 2 : start + 4])[0])
-    return None
-
-
-def vanish(sock: socket.socket) -> None:
-    """Let the kernel send RST: no close frame, no end of the stream."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-def text(**message: Any) -> bytes:
-    return Frames.masked(0x1, json.dumps(message).encode())
-
-
-def padded(size: int, filling: str = "x") -> bytes:
-    """Return a message of exactly `size` bytes."""
-    frame = json.dumps({"action": "heartbeat", "padding": ""}).encode()
-    return frame[:-2] + (filling * size).encode()[: size - len(frame)] + frame[-2:]
-
-
-def fragments(data: bytes, size: int) -> bytes:
-    parts = [data[at : at + size] for at in range(0, len(data), size)]
-    last = len(parts) - 1
-    return b"".join(Frames.masked(0x0 if n else 0x1, part, fin=n == last) for n, part in enumerate(parts))
-
-
-@contextlib.contextmanager
-def served(app: Flask) -> Iterator[int]:
-    """Serve an app that the test has made itself, and return the port. The test closes the hub."""
-    http_server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=http_server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield http_server.port
-    finally:
-        http_server.shutdown()
-        http_server.server_close()
-        thread.join(PATIENCE)
-
-
-def script_site(tmp_path: Path, script: str, *command: str, **environ: str) -> Process:
-    """Run `script` as site_app.py, with `command` or by itself, in a process of its own."""
-    (tmp_path / "site_app.py").write_text(script)
-    port = free_port()
-    filled = [part.format(port=port) for part in command or ("site_app.py", "{port}")]
-    return Process(sys.executable, *filled, cwd=tmp_path, port=port, **environ)
-
-
-def run_script(tmp_path: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """Run a Python script until it exits, for at most half of PATIENCE."""
-    (tmp_path / "script.py").write_text(script)
-    return subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(HERE)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE / 2,
-        check=False,
-    )
-
-
-def note_ends(app: Flask) -> list[str]:
-    """Note the path of each request that the app has finished, with its session and teardown."""
-    ends: list[str] = []
-    inner = app.wsgi_app
-
-    def noting(environ: Any, start_response: Any) -> Any:
-        try:
-            return inner(environ, start_response)
-        finally:
-            ends.append(environ["PATH_INFO"])
-
-    app.wsgi_app = noting  # type: ignore[method-assign]
-    return ends
-
-
-def position(event_id: str) -> tuple[int, ...]:
-    """Return an event's id as numbers, which can be compared."""
-    return tuple(map(int, event_id.split("-")))
-
-
-def numbers(messages: list[dict[str, Any]]) -> list[int]:
-    return [message["payload"]["n"] for message in messages if "n" in message["payload"]]
-
-
-def pairs(*patterns: tuple[str, str]) -> list[dict[str, str]]:
-    """Return (type, content type) patterns in the form of `subscriptions`."""
-    return [
-        {"type": event_type, "contentType": content_type} for event_type, content_type in patterns
-    ]
-
-
-def receive_answers(client: Client, count: int) -> list[dict[str, Any]]:
-    """Return so many messages that carry a `ref`; heartbeats that are due come between them."""
-    answers: list[dict[str, Any]] = []
-    while len(answers) < count:
-        message = client.receive(heartbeats=True)
-        if "ref" in message:
-            answers.append(message)
-    return answers
-
-
-def error_code(answer: dict[str, Any]) -> str | None:
-    """Return the code of an answer that is an error, and None for any other."""
-    return answer["payload"]["code"] if answer["type"] == "system.error" else None
-
-
-def logged_errors(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
-
-
-def is_readable(sock: socket.socket) -> bool:
-    """Return whether bytes, or the end of the stream, have arrived."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(0))
-
-
-class SlowHook:
-    """Configures a site: its authorize hook waits at a gate if it is asked for the type `slow`."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.was_asked = threading.Event()
-
-    def __call__(self, app: Flask, hub: Hub) -> None:
-        @hub.authorize
-        def authorize(user: object, event_type: str, content_type: str) -> bool:
-            if event_type == "slow":
-                self.was_asked.set()
-                assert self.gate.wait(PATIENCE)
-            return True
-
-
-@pytest.fixture
-def slow_hook() -> Iterator[SlowHook]:
-    hook = SlowHook()
-    yield hook
-    hook.gate.set()
-
-
 # -- Floods ----------------------------------------------------------------------------------------
 
 
@@ -2049,23 +2276,6 @@ class CarelessBytesProvider(DefaultJSONProvider):
         return json.dumps(obj).encode()
 
 
-# -- Handshakes ------------------------------------------------------------------------------------
-
-
-def answer_to_handshake(
-    server: Server, first_line: str = "GET /ws HTTP/1.1", **changes: str
-) -> tuple[int, bytes]:
-    """Send a handshake with another first line or other headers; return the status and the head."""
-    head = upgrade_request(server.port).decode().split("\r\n")[1:-2]
-    fields = dict(line.split(": ", 1) for line in head)
-    fields |= {name.replace("_", "-"): value for name, value in changes.items()}
-    lines = [first_line, *(f"{name}: {value}" for name, value in fields.items()), "", ""]
-    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
-        sock.sendall("\r\n".join(lines).encode())
-        answer = read_to(sock, b"\r\n\r\n").partition(b"\r\n\r\n")[0]
-    return int(answer.split()[1]), answer
-
-
 # -- Forged tokens ---------------------------------------------------------------------------------
 
 
@@ -2083,49 +2293,6 @@ def forged(header: dict[str, Any], key: bytes, sub: str = "root") -> str:
         else None
     )
     return f"{signed}.{part(hmac.new(key, signed.encode(), digest).digest()) if digest else ''}"
-
-
-# -- Checks after an attack ------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def nothing_is_left(caplog: pytest.LogCaptureFixture, **config: Any) -> Iterator[Server]:
-    """Run a server with a healthy client; afterwards that has got every event and nothing else remains.
-
-    No failure is logged, and threads, files, connections and subscriptions are back where they were.
-    """
-    with Server(**config) as server, server.client() as healthy:
-        healthy.subscribe()
-        threads, files = thread_count(), open_files()
-        stop, got = threading.Event(), []
-
-        def publish() -> None:
-            for number in itertools.count():
-                server.publish(number)
-                if stop.wait(0.01):
-                    server.hub.publish("the.end", "posts", {"count": number + 1})
-                    return
-
-        def listen() -> None:
-            while (message := healthy.receive())["type"] != "the.end":
-                if message["type"] == "content.created":
-                    got.append(message["payload"]["n"])
-            assert got == list(range(message["payload"]["count"]))
-
-        with running([publish, listen], PATIENCE):
-            try:
-                yield server
-            finally:
-                stop.set()
-        until(lambda: stat(server, "connections") == 1, "the end of all others")
-        assert (stat(server, "subscriptions"), stat(server, "waiting_bytes")) == (1, 0)
-        until(lambda: engine_of(server).registry.slots == 1, "the release of their slots")
-        until(lambda: thread_count() <= threads, "the end of their threads")
-        until(lambda: open_files() <= files, "the end of their files")
-        assert healthy.ask("presence")["payload"]["entries"] == []
-    failures_logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-    assert [line for line in failures_logged if "code 400" not in line and "code 50" not in line] == []
-    assert "Traceback" not in caplog.text
 
 
 # -- Firefox ---------------------------------------------------------------------------------------
@@ -2435,37 +2602,6 @@ def version_1_client() -> str:
     return found[1]
 
 
-# -- Signals ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def received_signals() -> Iterator[dict[str, list[str]]]:
-    """Collect client_connected and client_disconnected, in order, as lists of names by client."""
-    signals: dict[str, list[str]] = {}
-
-    def connected(app: Flask, client_id: str, **more: Any) -> None:
-        signals.setdefault(client_id, []).append("connected")
-
-    def disconnected(app: Flask, client_id: str, **more: Any) -> None:
-        signals.setdefault(client_id, []).append("disconnected")
-
-    with (
-        swiftcms_ws.client_connected.connected_to(connected),
-        swiftcms_ws.client_disconnected.connected_to(disconnected),
-    ):
-        yield signals
-
-
-def sign_everyone_in_as_ana(app: Flask, hub: Hub) -> None:
-    @hub.identify
-    def identify() -> str:
-        return "ana"
-
-
-def is_nobody_connected(server: Server) -> bool:
-    return engine_of(server).registry.slots == 0
-
-
 # -- Forks -----------------------------------------------------------------------------------------
 
 
@@ -2505,12 +2641,6 @@ def stored_ids(path: Path) -> list[str]:
 
 def is_intact(path: Path) -> bool:
     return query(path, "PRAGMA integrity_check") == ["ok"]
-
-
-def file_of(hub: Hub) -> swiftcms_ws.LogFile:
-    log = hub._engine().log
-    assert isinstance(log, swiftcms_ws.SqliteLog)
-    return log._file
 
 
 def script_of(code: str, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -2608,8 +2738,7 @@ class Swarm:
         self.connects += 1
         message = {"action": "subscribe", "type": "content.*", "since": self.ids[number][-1]}
         sock.sendall(
-            b"GET /ws HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+            upgrade_request(self._port)
             + Frames.masked(1, json.dumps(message).encode())
         )
         sock.setblocking(False)
@@ -3684,7 +3813,7 @@ def lesson_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LessonSite
 @pytest.fixture(scope="module")
 def pupil(browser: Browser, lesson_site: LessonSite) -> Iterator[Page]:
     """A page of the lesson. Whatever the tests do with it, the browser must not complain."""
-    page = browser.page(lesson_site.url, before=SHORT_TIMES, width=1280, height=720)
+    page = browser.page(lesson_site.url, before=SHORT_TIMES)
     size = {"width": 1280, "height": 720, "deviceScaleFactor": 1, "mobile": False}
     page.call("Emulation.setDeviceMetricsOverride", **size)
     sign_in(page, "Mira")
@@ -4275,7 +4404,7 @@ def test_signals_of_clients_that_leave_at_once() -> None:
             with socket.create_connection(("127.0.0.1", server.port)) as sock:
                 sock.sendall(upgrade_request(server.port))
         until(lambda: len(handshakes) == 40, "all handshakes")
-        until(lambda: is_nobody_connected(server), "the end of all connections")
+        until(lambda: slots(server) == 0, "the end of all connections")
     assert {tuple(names) for names in signals.values()} <= {("connected", "disconnected")}
 
 
@@ -4686,16 +4815,15 @@ FORK_BESIDE_HELD_LOCKS = """
 import contextlib, os, signal
 from flask import Flask
 from swiftcms_ws import Hub
+from test_swiftcms_ws import locks_of
 
 hub = Hub()
 app = Flask("site")
 hub.init_app(app)
 hub.publish("content.created", "posts", {})
-locks = [getattr(part, "_lock", None) for part in vars(hub._engine()).values()]
 with contextlib.ExitStack() as stack:
-    for lock in (hub._starting, *locks):
-        if lock is not None:
-            stack.enter_context(lock)
+    for lock in locks_of(hub):
+        stack.enter_context(lock)
     child = os.fork()
     if child == 0:
         hub.publish("content.created", "posts", {})
@@ -5033,7 +5161,7 @@ def test_one_order_for_all_under_load(server: Server) -> None:
                 elif message["type"].startswith("content."):
                     got[index].append(message)
                     if len(got[index]) % 40 == 0:
-                        client.sock.sendall(client._ws.send(Ping(b"are you there")))
+                        client.ping()
                         client.send(action="subscribe", type="content.*", contentType="posts")
             assert client.close(1001).code == 1001
 
@@ -5466,8 +5594,8 @@ def test_the_limit_of_connections_is_exact(caplog: pytest.LogCaptureFixture) -> 
             assert stat(server, "refused_503") == 23 * count
             until(lambda: stat(server, "connections") == 7)
             for sock in held:
-                vanish(sock)
-            until(lambda: engine_of(server).registry.slots == 0, "free places")
+                reset(sock)
+            until(lambda: slots(server) == 0, "free places")
     assert only_log_line(caplog, "SWIFTCMS_WS_MAX_CONNECTIONS")
 
 
@@ -5667,7 +5795,7 @@ def test_close_of_a_client_that_never_answers(
         until(lambda: stat(server, "connections") == 1, "the connection")
         assert server.hub.close(timeout=0.1) is False
         assert close_code(read_to_the_end(lingers)) == 1001
-    until(lambda: engine_of(server).registry.slots == 0, "the release of the slot")
+    until(lambda: slots(server) == 0, "the release of the slot")
 
 
 @pytest.mark.core
@@ -5694,7 +5822,7 @@ def test_a_client_that_vanishes_leaves_nothing(server: Server) -> None:
     what = "the end of all threads but the loop's and the heartbeat's"
     until(lambda: threading.active_count() <= before + 2, what)
     assert server.hub.stats()["subscriptions"] == 0
-    assert engine_of(server).registry.slots == 0
+    assert slots(server) == 0
 
 
 def test_pongs_and_events_are_never_mixed(server: Server) -> None:
@@ -5975,11 +6103,11 @@ def test_frames_after_the_close_frame_of_the_server(monkeypatch: pytest.MonkeyPa
             # The end of the stream comes without a reset.
             while polite.recv(4096):
                 pass
-        until(lambda: is_nobody_connected(server), "the end of the polite client")
+        until(lambda: slots(server) == 0, "the end of the polite client")
         with closed_by_server(server, 1009) as flooding:
             with contextlib.suppress(ConnectionError):
                 flooding.sendall(Frames.masked(0xA) * 10_000)
-            until(lambda: is_nobody_connected(server), "the end of the flooding client")
+            until(lambda: slots(server) == 0, "the end of the flooding client")
 
 
 # == 8. Endpoint: the /ws route, and taking over the socket ========================================
@@ -6098,7 +6226,7 @@ def test_tls_in_the_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
             until(lambda: server.hub.stats()["waiting_bytes"] > 5_000_000)
             left = server.hub.stats()["waiting_bytes"]
             for _ in range(100):
-                client._read(PATIENCE)
+                client.read_once()
             what = "the count of what the client has read of a large event"
             until(lambda: server.hub.stats()["waiting_bytes"] < left - 100_000, what)
         until(lambda: server.hub.stats()["connections"] == 0, "the end of the connection")
@@ -6197,15 +6325,9 @@ def test_test_client_is_refused() -> None:
     """Flask's test client has no socket: 501 with a sentence, no exception."""
     app = Flask("site")
     Hub().init_app(app)
-    headers = {
-        "Connection": "Upgrade",
-        "Upgrade": "websocket",
-        "Sec-WebSocket-Key": "MDEyMzQ1Njc4OTAxMjM0NQ==",
-        "Sec-WebSocket-Version": "13",
-    }
     # Without the version of HTTP, which the test client leaves to WSGI's default, this is 400.
     environ = {"SERVER_PROTOCOL": "HTTP/1.1"}
-    answer = app.test_client().get("/ws", headers=headers, environ_overrides=environ)
+    answer = app.test_client().get("/ws", headers=HANDSHAKE, environ_overrides=environ)
     assert answer.status_code == 501
     assert answer.json is not None
     assert answer.json["code"] == "not_supported"
@@ -6527,7 +6649,7 @@ def test_reset_before_the_101(tmp_path: Path, server_name: str) -> None:
         with site.open() as sock:
             sock.sendall(upgrade_request(site.port, "/ws?hold"))
             until(lambda: "handshake held" in site.output(), "the handshake")
-            vanish(sock)
+            reset(sock)
         (tmp_path / "release").touch()
         until(lambda: site.output().count("teardown") == 2, "the end of the request")
         until(lambda: site.state()["slots"] == 0, "the release of the slot")
@@ -7026,7 +7148,7 @@ def test_after_request_that_commits(caplog: pytest.LogCaptureFixture) -> None:
         until(lambda: stat(server, "connections") == 0, "the end of the connection")
     assert commits == ["/ws"]
     assert "Traceback" not in caplog.text
-    assert logged_errors(caplog) == []
+    assert log_lines(caplog, logger="", level=logging.ERROR) == []
 
 
 def test_g_is_not_shared_between_hooks() -> None:
@@ -7308,7 +7430,7 @@ def test_handshake_with_another_method_or_version(
     server: Server, first_line: str, status: int
 ) -> None:
     """RFC 6455 section 4.2.1 allows only GET with HTTP/1.1 or newer."""
-    assert answer_to_handshake(server, first_line)[0] == status
+    assert server.handshake(first_line=first_line)[0] == status
 
 
 @pytest.mark.parametrize(
@@ -7326,15 +7448,14 @@ def test_handshake_with_another_method_or_version(
 )
 def test_handshake_with_a_key_of_the_wrong_form(server: Server, key: str, status: int) -> None:
     """The key must be 16 bytes in base64; anything else is `bad_handshake`."""
-    assert answer_to_handshake(server, Sec_WebSocket_Key=key)[0] == status
+    assert server.handshake(Sec_WebSocket_Key=key)[0] == status
 
 
 @pytest.mark.parametrize("version", ["8", "7", "14"])
 def test_handshake_of_another_version(server: Server, version: str) -> None:
     """A client of another version of the protocol learns which one this server speaks."""
-    status, head = answer_to_handshake(server, Sec_WebSocket_Version=version)
-    assert status == 426
-    assert b"\r\nsec-websocket-version: 13" in head.lower()
+    status, headers, _ = server.handshake(Sec_WebSocket_Version=version)
+    assert (status, headers["Sec-WebSocket-Version"]) == (426, "13")
 
 
 # -- Hostile clients: who may see what -------------------------------------------------------------
@@ -7521,7 +7642,7 @@ def test_a_sites_failing_teardown_leaves_no_thread_and_takes_no_place(
         for _ in range(4):
             with contextlib.suppress(Closed, AssertionError):
                 server.client(path="/ws?break=1").sock.close()
-        until(lambda: engine_of(server).registry.slots == 0, "free places", timeout=5)
+        until(lambda: slots(server) == 0, "free places", timeout=5)
         with server.client() as client:
             assert client.subscribe()["recovered"]
     until(lambda: threading.active_count() <= threads, "the end of all threads", timeout=5)
@@ -7542,7 +7663,7 @@ def test_a_signals_receiver_that_fails_leaves_nothing(caplog: pytest.LogCaptureF
                     assert (client.close() if is_let_in else client.closing()).code == (
                         1000 if is_let_in else 1011
                     )
-                until(lambda: engine_of(server).registry.slots == 0, "a free place", timeout=5)
+                until(lambda: slots(server) == 0, "a free place", timeout=5)
                 until(lambda: "the receiver failed" in caplog.text, "a line in the log", timeout=5)
             caplog.clear()
         with server.client() as client:
@@ -7884,7 +8005,7 @@ def test_tokens_with_a_strange_end_harm_nobody(caplog: pytest.LogCaptureFixture)
         assert watched.receive()["payload"]["code"] == "token_expired"
         assert watched.pings > 0
         assert watched.closing().code == 4401
-    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert log_lines(caplog, logger="", level=logging.ERROR) == []
 
 
 def test_a_connection_stays_with_its_first_user() -> None:
@@ -8276,7 +8397,7 @@ def test_who_waits_for_a_slow_hook_is_not_taken_for_dead(monkeypatch: pytest.Mon
         server.client() as busy,
         server.client() as silent,
     ):
-        silent._ws.send = lambda event: b""  # type: ignore[assignment,method-assign]  # it answers no ping
+        silent.answers_pings = False
         busy.send(action="subscribe", ref=1)
         assert silent.closing().code == 4408
         gate.set()
@@ -8453,7 +8574,7 @@ def test_a_busy_server_does_not_read_ahead() -> None:
         assert b'"flood"' not in data.partition(b'"system.subscribed"')[0]
         read_to(pusher, b'"ref": "flood"')
         until(lambda: stat(server, "throttled") == 1, "the end of the burst")
-        vanish(pusher)
+        reset(pusher)
         until(lambda: stat(server, "connections") == 1, "the end of the flood")
 
 
@@ -8608,7 +8729,7 @@ def test_client_vanishes_while_its_hook_runs(
         until(lambda: stat(server, "connections") == 1, "the end of the client")
         other.subscribe("content.*")
         assert stat(server, "subscriptions") == 1
-    assert logged_errors(caplog) == []
+    assert log_lines(caplog, logger="", level=logging.ERROR) == []
     assert "Traceback" not in caplog.text
 
 
@@ -9119,7 +9240,7 @@ def test_hook_is_not_asked_for_clients_that_have_left() -> None:
             sock = open_raw(server.port)
             sock.sendall(text(action="subscribe", type="gone"))
             until(lambda n=number: workers.unfinished == workers.COUNT + n, "the queued message")
-            vanish(sock)
+            reset(sock)
         with server.client() as present:
             present.send(action="subscribe", type="here")
             gate.set()
@@ -9622,9 +9743,9 @@ def test_many_editors_reset_at_once(caplog: pytest.LogCaptureFixture) -> None:
             watcher.subscribe()
             with held_loop(server):
                 for sock in editors:
-                    vanish(sock)
+                    reset(sock)
                 server.publish(1)
-            until(lambda: engine_of(server).registry.slots == 1, "the end of all editors")
+            until(lambda: slots(server) == 1, "the end of all editors")
             until(
                 lambda: not any(server.hub.editors("posts", entry) for entry in entries),
                 "the end of all editing",
@@ -9636,7 +9757,7 @@ def test_many_editors_reset_at_once(caplog: pytest.LogCaptureFixture) -> None:
         assert len(stopped) == count
     ends = [names for names in signals.values() if names == ["connected", "disconnected"]]
     assert len(ends) == count + 1
-    assert logged_errors(caplog) == []
+    assert log_lines(caplog, logger="", level=logging.ERROR) == []
 
 
 def test_two_editors_of_one_entry_reset_at_once(server: Server) -> None:
@@ -9650,7 +9771,7 @@ def test_two_editors_of_one_entry_reset_at_once(server: Server) -> None:
         with held_loop(server):
             one.reset()
             two.reset()
-        until(lambda: engine_of(server).registry.slots == 1, "the end of both editors")
+        until(lambda: slots(server) == 1, "the end of both editors")
         until(lambda: not server.hub.editors("posts", "1"), "the end of their editing")
         counts = [len(message["payload"]["editors"]) for message in watcher.rest()]
     assert counts == [1, 0]
@@ -9830,7 +9951,7 @@ def test_redis_dies_and_comes_back_with_its_data(redis: Redis, caplog: pytest.Lo
             until(lambda: "Redis is back" in caplog.text)
             server.publish(3)
             assert patient.receive()["payload"] == {"n": 3}
-    complaints = [record.message for record in caplog.records if record.name == "swiftcms_ws"]
+    complaints = log_lines(caplog)
     assert len(complaints) == 3, complaints
 
 
@@ -10150,7 +10271,7 @@ def test_shared_log_sign_in_before_the_own_sign_out_is_read_back(
         return found
 
     monkeypatch.setattr(kind, "read_on", late)
-    with Server(sign_everyone_in_as_ana, **shared.config, HEARTBEAT=NEVER) as server:
+    with Server(identify_as_ana, **shared.config, HEARTBEAT=NEVER) as server:
         with server.client() as old:
             may_read.clear()
             assert server.hub.disconnect("ana") == 1
@@ -11954,11 +12075,10 @@ def test_events_stream_messages(server: Server) -> None:
         ]
         names = ("refused", "recovered", "replayed", "userId", "expiresAt", "heartbeat", "spread")
         assert [payload[name] for name in names] == [[], True, 0, None, None, 25, 0]
-        connection = engine_of(server).registry.find(payload["clientId"])
-        assert connection is not None
+        sock = server_socket(server, payload["clientId"])
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             # A client that has vanished without a word is noticed after three heartbeats.
-            assert connection._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 75_000
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 75_000
         event_id = server.publish(1)
         server.hub.publish("user.login", "users", {})
         server.hub.publish("any.thing", "pages", {"text": "a\nb\u2028c"})
@@ -11970,7 +12090,7 @@ def test_events_stream_messages(server: Server) -> None:
         assert {**message, "event": 0, "blockId": 0} == {**same, "event": 0, "blockId": 0}
         assert stream.receive()["payload"] == {"text": "a\nb\u2028c"}
         assert stat(server, "connections") >= 1
-    until(lambda: engine_of(server).registry.slots == 0, "the release of the slot")
+    until(lambda: slots(server) == 0, "the release of the slot")
 
 
 def test_events_stream_heartbeats_and_presence() -> None:
@@ -12012,7 +12132,7 @@ def test_events_poll_messages(server: Server) -> None:
     assert poll(server, f"since={start}").payloads == [{"n": 1}, {"n": 2}]
     assert stat(server, "polls") == 4
     assert stat(server, "replayed") == 3
-    assert engine_of(server).registry.slots == 0
+    assert slots(server) == 0
 
 
 def test_events_poll_in_parts() -> None:
@@ -12081,7 +12201,7 @@ def test_events_error(
         assert "Access-Control-Allow-Origin" not in answer.headers
         assert client.head(f"/ws/events?{query}", headers=headers).status_code == status
         assert stat(server, f"refused_{status}") == 2
-        assert engine_of(server).registry.slots == 0
+        assert slots(server) == 0
 
 
 @pytest.mark.core
@@ -12123,7 +12243,7 @@ def test_events_that_after_request_refuses(mistake: Exception | None, status: in
         code, _, body = http(f"http://127.0.0.1:{server.port}/ws/events")
         assert code == status
         assert b"system.subscribed" not in body
-        until(lambda: server.hub._engine().registry.slots == 0, "the free slot")
+        until(lambda: slots(server) == 0, "the free slot")
         with Stream(server.port) as stream:
             assert stream.receive()["type"] == "system.subscribed"
 
@@ -12255,7 +12375,7 @@ def test_events_tokens_and_ends(caplog: pytest.LogCaptureFixture) -> None:
         assert (answer.status, answer.last_id, answer.first["code"]) == (200, None, "going_away")
         assert answer.retry is not None
         assert 10 <= answer.retry <= 20
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert log_lines(caplog, logger="", level=logging.ERROR) == []
 
 
 def test_events_signed_out_during_the_request() -> None:
@@ -12307,7 +12427,7 @@ def test_events_socket_that_cannot_be_taken_over(
         assert stream.closing() == "too_many_connections"
         assert stream.retry is not None
         assert 10 <= stream.retry <= 20
-    until(lambda: engine_of(server).registry.slots == 0, "the release of the slot")
+    until(lambda: slots(server) == 0, "the release of the slot")
     assert ("may not open more files" in caplog.text) == isinstance(error, OSError)
 
 
@@ -12492,11 +12612,11 @@ def test_events_stream_under_server(tmp_path: Path, server_name: str) -> None:
             assert len(re.findall(r'GET /ws/events\S* HTTP/1\.1\S*" 200 ', site.output())) == 21
         # Clients that leave, now or before they have an answer, free their slots.
         streams.pop().sock.close()
-        vanish(streams.pop().sock)
+        reset(streams.pop().sock)
         for _ in range(5):
             sock = site.open()
             sock.sendall(b"GET /ws/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-            vanish(sock)
+            reset(sock)
         until(lambda: site.state()["slots"] == 18, "the release of the slots")
         site.popen.send_signal(signal.SIGTERM)
         for stream in streams:
@@ -12576,7 +12696,7 @@ def test_events_behind_nginx_without_upgrade(tmp_path: Path) -> None:
                 start = stream.last_id
             server.publish(9)
             assert Polled(http(f"http://127.0.0.1:{port}/ws/events?mode=poll&since={start}")).payloads == [{"n": 9}]
-            until(lambda: engine_of(server).registry.slots == 0, "the release of the slot")
+            until(lambda: slots(server) == 0, "the release of the slot")
             nginx.popen.terminate()
             nginx.popen.wait(PATIENCE)
 
@@ -12703,7 +12823,7 @@ def test_events_hook_that_raises(caplog: pytest.LogCaptureFixture) -> None:
         (refused,) = poll(server, "sub=*:posts").first["refused"]
         assert refused["code"] == "forbidden"
         assert "returned str" in caplog.text
-        assert engine_of(server).registry.slots == 0
+        assert slots(server) == 0
 
 
 @needs_chromium
@@ -13350,8 +13470,8 @@ def test_demo_reset(address: str, header: dict[str, str], status: int) -> None:
         assert ("Mine" in titles) == (status != 200)
     finally:
         with app.app_context():
-            swiftcms_ws.hub._engine().begin_closing()
-            swiftcms_ws.hub._engine().finish_closing(time.monotonic() + 5)
+            swiftcms_ws.hub.engine_of(app).begin_closing()
+            swiftcms_ws.hub.engine_of(app).finish_closing(time.monotonic() + 5)
 
 
 def test_demo_keeps_fifty_entries(demo: Process) -> None:
@@ -13920,7 +14040,7 @@ def test_client_js_server_with_an_earlier_clock(
         page.wait("got.length === 1")
         monkeypatch.setattr(swiftcms_ws, "now_milliseconds", real)
         with serving() as behind:
-            proxy._target = behind.port
+            proxy.target = behind.port
             proxy.cut()
             page.wait("gaps.length === 1 && onlines() === 2")
             behind.publish(2)
@@ -14206,12 +14326,12 @@ def test_client_js_offline_at_once_and_short_losses(either: Any) -> None:
             "offline",
             "online",
         ]
-        target, proxy._target = proxy._target, free_port()
+        target, proxy.target = proxy.target, free_port()
         proxy.cut()
         page.wait("statuses.at(-1) === 'offline'")
         # It stays offline until it is online again: a notice does not flicker.
         page.wait("new Promise(resolve => setTimeout(() => resolve(true), 2000))")
-        proxy._target = target
+        proxy.target = target
         online(page)
         assert page.js("statuses.slice(-3)") == ["connecting", "offline", "online"]
         page.close()
@@ -14377,13 +14497,13 @@ def test_client_js_attempt_that_hangs_is_given_up(either: Any) -> None:
         page = either.page(f"http://localhost:{proxy.port}/", before=FAST)
         online(page)
         with socket.create_server(("127.0.0.1", 0)) as deaf:
-            target, proxy._target = proxy._target, deaf.getsockname()[1]
+            target, proxy.target = proxy.target, deaf.getsockname()[1]
             proxy.cut()
             page.wait("statuses.at(-1) === 'offline'")
             deaf.settimeout(PATIENCE)
             first = deaf.accept()[0]
             began = time.monotonic()
-            proxy._target = target
+            proxy.target = target
             online(page)
             assert time.monotonic() - began < 6
             first.close()
@@ -14407,11 +14527,11 @@ def test_client_js_is_soon_back_after_a_long_outage(either: Any) -> None:
     with serving() as server, Proxy(server.port) as proxy:
         page = either.page(f"http://localhost:{proxy.port}/", before=clock)
         online(page)
-        target, proxy._target = proxy._target, free_port()
+        target, proxy.target = proxy.target, free_port()
         proxy.cut()
         page.wait(f"new Promise(resolve => setTimeout(() => resolve(true), {outage}_000))")
         assert page.js("statuses.at(-1)") == "offline"
-        proxy._target = target
+        proxy.target = target
         server.publish(1)
         began = time.monotonic()
         page.wait("got.length === 1")
@@ -14814,11 +14934,11 @@ def test_live_reconnecting(browser: Browser, live: LivePageSite) -> None:
         live.server.publish()
         page.wait("answers === 2 && $('p1').textContent === '3'")
         # It has missed more than the history has.
-        target, proxy._target = proxy._target, free_port()
+        target, proxy.target = proxy.target, free_port()
         proxy.cut()
         for number in range(6):
             live.server.publish(number, "user.login")
-        proxy._target = target
+        proxy.target = target
         page.wait("answers === 3 && seen.at(-1) === 'online'")
         # A fetch that failed, as while the server restarts, is made again.
         live.status = 502
@@ -15234,7 +15354,7 @@ def test_client_js_restart_over_plain_http(either: Any, set_times: Callable[...,
             page.wait(f"got.length === {number}")
             proxy.cut()
         with serving() as other:
-            proxy._target = other.port
+            proxy.target = other.port
             proxy.cut()
             page.wait("gaps.length === 1 && statuses.at(-1) === 'online'")
             other.publish(3)
@@ -15266,10 +15386,10 @@ def test_client_js_keeps_websockets_through_a_restart(browser: Browser) -> None:
     with serving() as server, BlockingProxy(server.port, None) as proxy:
         page = browser.page(f"http://localhost:{proxy.port}/", before=NO_WAIT + COUNTING)
         online(page)
-        target, proxy._target = proxy._target, free_port()
+        target, proxy.target = proxy.target, free_port()
         proxy.cut()
         page.wait("sources >= 2")
-        proxy._target = target
+        proxy.target = target
         online(page)
         assert page.js("cms.transport") == "websocket"
         # The server is back after the third attempt: the fourth shows that WebSockets work.
@@ -16538,7 +16658,7 @@ VIOLATIONS: dict[str, tuple[bytes, int]] = {
 def test_broken_frames_end_their_sender_alone(caplog: pytest.LogCaptureFixture) -> None:
     """Each way to break RFC 6455's framing is answered with its close code, after what was whole."""
     before = text(action="heartbeat", ref="before it")
-    with nothing_is_left(caplog) as server:
+    with attacked_server(caplog) as server:
         for kind, (data, code) in VIOLATIONS.items():
             with open_raw(server.port) as sock:
                 sock.sendall(before + data)
@@ -16580,10 +16700,10 @@ def test_random_bytes_and_rude_ends(caplog: pytest.LogCaptureFixture) -> None:
                     case 2:
                         sock.shutdown(socket.SHUT_RD)
                     case 3:
-                        vanish(sock)
+                        reset(sock)
             sock.close()
 
-    with nothing_is_left(caplog) as server:
+    with attacked_server(caplog) as server:
         rngs = [random.Random(seeds.random()) for _ in range(4)]
         run_all([lambda rng=rng: attack(server.port, rng) for rng in rngs])  # type: ignore[misc]
 
@@ -16614,7 +16734,7 @@ DEPTHS = [5, 50, 500, *range(900, 1001, 2), *range(960, 1000), 2000, 30_000]
 def test_broken_json_is_answered_and_the_connection_stays(caplog: pytest.LogCaptureFixture) -> None:
     """Whatever a text message holds, its sender is told, and goes on; other editors get only JSON."""
     with (
-        nothing_is_left(caplog, RATE=100_000) as server,
+        attacked_server(caplog, RATE=100_000) as server,
         server.client() as client,
         server.client() as editor,
     ):
@@ -16680,8 +16800,8 @@ def test_every_field_of_every_action_with_every_wrong_kind(caplog: pytest.LogCap
         messages.append(message)
     rng.shuffle(messages)
     codes: Counter[str] = Counter()
-    with nothing_is_left(caplog, RATE=100_000, MAX_SUBSCRIPTIONS=4) as server, server.client() as client:
-        client._refs = itertools.count(1000)
+    with attacked_server(caplog, RATE=100_000, MAX_SUBSCRIPTIONS=4) as server, server.client() as client:
+        client.refs = itertools.count(1000)
         for start in range(0, len(messages), 50):
             client.sock.sendall(b"".join(text(**message) for message in messages[start : start + 50]))
             assert client.ask("heartbeat")["type"] == "system.heartbeat"
@@ -16721,7 +16841,7 @@ STRANGE_HEADERS: list[dict[str, str | None]] = [
 
 def test_a_strange_handshake_is_refused_in_words(caplog: pytest.LogCaptureFixture) -> None:
     """Headers that no browser sends are let in or answered with 4xx and JSON, never with a traceback."""
-    with nothing_is_left(caplog) as server:
+    with attacked_server(caplog) as server:
         for headers in STRANGE_HEADERS:
             try:
                 status, _, body = server.handshake(**headers)
@@ -16741,7 +16861,7 @@ def test_a_strange_handshake_is_refused_in_words(caplog: pytest.LogCaptureFixtur
 def test_handshakes_that_are_noise_or_never_end(caplog: pytest.LogCaptureFixture) -> None:
     """Noise, halves, wrong methods and slow drips before the upgrade take no place and leave nothing."""
     rng = random.Random(2616)
-    with nothing_is_left(caplog) as server:
+    with attacked_server(caplog) as server:
         whole = upgrade_request(server.port)
         for number in range(80):
             data = bytearray(whole)
@@ -16761,7 +16881,7 @@ def test_handshakes_that_are_noise_or_never_end(caplog: pytest.LogCaptureFixture
                     sock.settimeout(0.02)
                     sock.recv(65536)
                 if number % 3 == 0:
-                    vanish(sock)
+                    reset(sock)
         with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for byte in whole:
@@ -16783,7 +16903,7 @@ def test_two_thousand_come_and_go() -> None:
         # The first client starts the threads that stay, and opens the files that stay.
         with server.client() as first:
             first.close()
-        until(lambda: engine_of(server).registry.slots == 0, "the end of the first client")
+        until(lambda: slots(server) == 0, "the end of the first client")
         threads, files = threading.active_count(), open_files()
         cycles, memory = itertools.count(1), {}
 
@@ -16796,7 +16916,7 @@ def test_two_thousand_come_and_go() -> None:
                 read_to(sock, b"system.subscribed")
                 match number % 3:
                     case 0:
-                        vanish(sock)
+                        reset(sock)
                     case 1:
                         sock.sendall(Frames.masked(0x8, b"\x03\xe8"))
                         read_to_the_end(sock)
@@ -16816,12 +16936,8 @@ def test_two_thousand_come_and_go() -> None:
         )
         until(lambda: threading.active_count() <= threads, "the end of all threads")
         until(lambda: open_files() <= files, "the end of all files")
-        registry = engine_of(server).registry
-        until(lambda: registry.slots == 0, "the release of all slots")
-        indexes = (registry._connections, registry._subscribers, registry._by_user)
-        assert indexes == ({}, {}, {})
-        assert engine_of(server).loop.closing == set()
-        assert engine_of(server).heartbeat._slice_of == {}
+        until(lambda: slots(server) == 0, "the release of all slots")
+        assert remains(server) == []
         with server.client() as last:
             assert last.ask("presence")["payload"]["entries"] == []
         assert memory[2000] - memory[500] < 15_000_000
