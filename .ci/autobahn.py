@@ -9,7 +9,7 @@ Docker image runs the suite. To install the command:
     DIRECTORY/bin/pip install autobahntestsuite
 
 All cases run except 9.* (large messages and speed) and 12.* and 13.* (compression, which the server
-does not offer). A case passes if its verdict is OK, for the messages and for the close. Cases with
+does not offer). A case passes if the verdicts of its messages and of its close are OK. Cases with
 the verdict INFORMATIONAL cannot fail. The report of each case is written to .ci/autobahn/.
 """
 

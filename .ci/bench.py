@@ -1,23 +1,23 @@
 """Measure swiftcms_ws and its peers: `python3 .ci/bench.py`. BENCHMARK.md explains the method.
 
-It needs Python 3.10+ with pip, Linux, and preferably a C compiler and redis-server. It makes its
-own environment in ~/.cache/swiftcms-ws-bench (or under $XDG_CACHE_HOME) and uses it again.
+It needs Linux, Python 3.10 or newer with pip, and preferably a C compiler and redis-server. It
+installs packages in ~/.cache/swiftcms-ws-bench (or under $XDG_CACHE_HOME), if they are missing.
 
     bench.py                                    everything, three rounds of about 15 minutes
     bench.py --against ../1.0.0                 in turns with the swiftcms_ws.py of that directory
     bench.py --measure single,many --rounds 5   only these measurements
     bench.py --only raw_python,swiftcms_ws      only these servers (and the one of --against)
     bench.py --quick                            small sizes and one round, to try the code
-    bench.py --report                           print the tables of earlier runs, measure nothing
+    bench.py --report                           print the tables of earlier runs only
     bench.py --write                            put the tables into .ci/BENCHMARK.md too
 
-Results are kept in .ci/bench.json, measurement by measurement: a run replaces the measurements it
-made and leaves the others, so they can be made in several runs. With --quick they are kept apart.
+Results are stored in .ci/bench.json. A run replaces the results of its measurements and keeps the
+others, so a benchmark can be made in several runs. If --quick is given, another file is used.
 
 burst       from the first publish of a burst until the last client has its last event
 single      one event alone, in turns with the raw loop: until half of the clients have it
 publish     one call of publish(), back to back, with 1 and with 1000 subscribers in turns
-memory      the server process's memory per client, for 200 and for 1000 clients
+memory      the server process's memory per client, with 200 and with 1000 clients
 stuck       how much longer a burst takes for the others if one of 200 clients never reads
 matching    one subscriber, while others subscribe to something else
 redis       200 clients of another process than the one that publishes, beside one process alone
@@ -28,8 +28,8 @@ many        15,000 clients of one process: one event, in turns with the raw loop
 idle_cpu    processor time for a connection that only answers pings
 return      1,000 clients reconnect with ten patterns each, while `authorize` looks something up
 http        the same over plain HTTP: a burst, memory of streams, and processor time of a poll
-refresh     a live page of 1,000 rows in Chromium, of which one changes (if there is Chromium)
-ceiling     how much the load client can count: it must be more than any server sends
+refresh     a live page of 1,000 rows in Chromium, if one row changes
+ceiling     how much the load client can count; if a server sends more, its figure is too low
 
 The load client checks that every client gets every event, complete and in order. If not, or if a
 process fails, the measurement is reported as failed and the exit status is 1. No figure is compared
@@ -164,13 +164,13 @@ def cache_directory() -> Path:
 
 
 def enter_environment() -> None:
-    """Start this program again in its virtual environment, which is made if it is missing."""
+    """Start this program again in its virtual environment. Create it if it is missing."""
     kind = hashlib.sha256(" ".join([sys.version, *PACKAGES]).encode()).hexdigest()[:12]
     home = cache_directory() / kind
     if Path(sys.prefix) == home:
         return
     python = home / "bin" / "python"
-    # Without this file an installation was interrupted, and is started again.
+    # If this file is missing, an installation was interrupted. Then it is started again.
     finished = home / "complete"
     if not finished.exists():
         print(f"making an environment in {home}", file=sys.stderr)
@@ -458,7 +458,7 @@ class PageFetcher(threading.Thread):
 
 
 class Visitors(threading.Thread):
-    """Thread: live pages, each of which does what client.js does for `data-live`.
+    """Thread: live pages, which imitate client.js with `data-live`.
 
     A page is opened, subscribes, and learns the server's `spread` from a heartbeat. After an event
     it waits for a random time, up to half a second or the spread, and fetches itself again.
@@ -470,7 +470,7 @@ class Visitors(threading.Thread):
         self.are_ready = threading.Event()
         # Of each page that is subscribed, from its first heartbeat.
         self.spreads: list[float] = []
-        # When the pages showed the event, of time.monotonic().
+        # The times at which pages showed the event, of time.monotonic().
         self.refreshed: list[float] = []
         self.error: Exception | None = None
 
@@ -629,7 +629,8 @@ class Session:
         if "start_ns" in report:
             report["seconds"] = (report["last_ns"] - report["start_ns"]) / 1e9
             report["per_second"] = events * readers / report["seconds"]
-        # The share of the time in which the client's core was busy. Near 1 it was the bottleneck.
+        # The share of time in which the client's core was busy. If it is near 1, the client was the
+        # bottleneck.
         span = report["last_ns"] - report["first_ns"]
         report["client_busy"] = report["busy_ns"] / span if span > 1e6 else 0.0
         return report
@@ -721,7 +722,7 @@ class Poller:
 # --- Measurements: each returns the figures of one round, by server -------------------------------
 
 Figures = dict[str, dict]
-# What a measurement consists of: the variant's name in the results, and a function.
+# A variant of a measurement: its name in the results, and a function.
 Variants = Iterator[tuple[str, Callable[[], Figures]]]
 MEASUREMENTS = [
     "ceiling",
@@ -741,7 +742,7 @@ MEASUREMENTS = [
     "http",
     "refresh",
 ]
-# How clients join over plain HTTP.
+# Options of the load client for plain HTTP.
 STREAM = ("/ws/events?sub=content.*", "--stream", "--answers", "1")
 BURST_COLUMNS = [(200, False), (200, True), (1000, False), (1000, True)]
 # The ten patterns of a client that reconnects. Events have the content type of the last one.
@@ -754,12 +755,12 @@ def burst_column(clients: int, deflate: bool) -> str:
 
 
 class Bench:
-    """The measurements, for the machine and the options of this run."""
+    """The measurements, with sizes for this machine and these options."""
 
     # Alternating pairs or rounds, and events in each turn of one.
     PAIRS = 10
     STUCK_LIMIT_S = 10
-    # Seconds between heartbeats for which processor time is reported.
+    # Seconds between heartbeats while processor time is measured.
     HEARTBEAT_S = 25
     LOOKUP_S = 0.01
 
@@ -1234,7 +1235,7 @@ class Bench:
     def http_poll(self, server: Server) -> Figures:
         """Measure a sync worker that 200 clients poll every two seconds; an event each second.
 
-        As many requests for a plain page show what the web server and Flask take of it.
+        The same number of requests for a plain page shows the part of gunicorn and Flask.
         """
         seconds = 4 if self.quick else 20
         with Deployment(self, server, []) as session:
@@ -1274,9 +1275,9 @@ def bind(function: Callable[..., Figures], *arguments, **options) -> Callable[[]
 
 # --- Disturbances by other processes --------------------------------------------------------------
 
-# Share of a core that other processes may take. Above it a measurement is repeated.
+# If other processes take more than this share of a core, a measurement is repeated.
 DISTURBED = 0.15
-# How often a measurement is made at most, and how long to wait for a calm machine before another.
+# The most attempts of a measurement, and the longest wait for a calm machine before another one.
 ATTEMPTS, CALM_WAIT_S = 3, 20
 
 
@@ -1298,7 +1299,7 @@ def watched(measure: Callable[[], Figures]) -> tuple[float, Figures]:
 
 
 def undisturbed(measure: Callable[[], Figures], attempts: int) -> Figures:
-    """Measure again if other processes had much of a core. The calmest attempt counts."""
+    """Measure again if other processes used much of a core. The calmest attempt counts."""
 
     def wait_a_second() -> Figures:
         time.sleep(1)
@@ -1439,7 +1440,7 @@ def by_variant(results: Results, measurement: str, title: str, fields: dict) -> 
 
 
 TWO, WHOLE = "{:.2f}", "{:,.0f}"
-# A figure that issue 22 sets as a goal, the goal, and where the figures are in the results.
+# A figure that issue 22 sets as a goal, the goal, and the names of the figures in the results.
 GOALS: list[tuple[str, str, list[tuple[str, str, str]]]] = [
     *(
         (
@@ -1763,7 +1764,7 @@ def markdown(results: Results) -> str:
 
 
 def write_benchmark_md(text: str) -> None:
-    """Replace what stands between the markers of BENCHMARK.md."""
+    """Replace the text between the markers of BENCHMARK.md."""
     page = BENCHMARK_MD.read_text(encoding="utf-8")
     begin, end = MARKERS
     before, found, rest = page.partition(begin)
@@ -1841,8 +1842,8 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--only", default="", help="names of servers, with commas")
     parser.add_argument("--measure", default="", help="names of measurements, with commas")
     parser.add_argument("--against", type=Path, help="directory of another swiftcms_ws.py")
-    parser.add_argument("--json", type=Path, help="where results are kept")
-    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--json", type=Path, help="the file of results")
+    parser.add_argument("--report", action="store_true", help="only print the tables")
     parser.add_argument("--write", action="store_true", help="put the tables into BENCHMARK.md")
     return parser, parser.parse_args()
 

@@ -5,9 +5,9 @@
 A server prints {"port": …}. Then it reads commands from standard input, one per line, and answers
 each with one line of JSON:
 
-    clients              number of connected clients (null if only the load client can know it)
+    clients              number of connected clients (null if the server does not know it)
     resize BYTES         length of all messages from now on
-    burst EVENTS         publish them as fast as this server can; returns when that began and ended
+    burst EVENTS         publish them as fast as possible; returns the times of start and end
     burst_many EVENTS    the same in one call, if the server has such a call
     publish_cost CALLS   the same as burst, with a stopwatch around each call
     process              process id, and the processor time that it has used
@@ -15,7 +15,7 @@ each with one line of JSON:
     exit
 
 Every message has the same length for all servers. It carries `seq`, one more than the message
-before, and `sent_ns`, the time of its publication. The load client looks for nothing else.
+before, and `sent_ns`, the time of its publication. The load client reads only these two.
 
 Under gunicorn the application is `bench_servers:deployed(…)`. It has an ordinary page at `/`, and
 executes the same commands as body of `POST /command`.
@@ -228,8 +228,8 @@ class FlaskSocketIO(Server):
         from flask_socketio import SocketIO
 
         app = Flask(__name__)
-        # With the default of 20 s it disconnects its own clients, because their pongs wait for
-        # a thousand threads.
+        # If this is the default of 20 s, it disconnects its clients, because a thousand threads
+        # delay their pongs.
         settings = {"async_mode": "threading", "transports": ["websocket"], "ping_timeout": 120}
         self.io = SocketIO(app, message_queue=options.redis, **settings)
         self.port = serve_wsgi(app)
@@ -285,7 +285,7 @@ class Websockets(Server):
         for number in range(1, events + 1):
             broadcast(self.connections, self.message(self.payload()))
             await asyncio.sleep(0)
-            # Only every 16th time: otherwise this scan of all clients would be what is measured.
+            # If this scan of all clients ran for each event, it would dominate the measurement.
             if number % 16 == 0:
                 # One client may be stuck. broadcast() promises to continue without it.
                 while self.clients_behind() > 1:
@@ -431,7 +431,7 @@ def main() -> None:
         if line.strip() == "exit":
             break
         print(json.dumps(server.execute(line)), file=answers)
-    # Leave at once: a thousand threads would take their time.
+    # Exit at once, because a thousand threads would exit slowly.
     os._exit(0)
 
 

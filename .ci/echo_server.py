@@ -1,8 +1,8 @@
 """An echo server for Autobahn's fuzzing client: `python3 .ci/echo_server.py PORT`.
 
-It serves ws://127.0.0.1:PORT/ws with the connections and frames of swiftcms_ws.py in this checkout,
-and with its limits raised: text and binary messages up to 64 MiB are sent back as they are, and
-nothing else is sent. Ctrl+C stops it.
+autobahn.py starts it. It serves ws://127.0.0.1:PORT/ws with the connections and frames of
+swiftcms_ws.py in this checkout. If a text or binary message has at most 64 MiB, it is sent back
+unchanged. No other messages are sent. Ctrl+C stops it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class EchoSession(swiftcms_ws.Session):
     __slots__ = ()
 
     def _greet(self) -> None:
-        """Send nothing but echoes."""
+        """Send no message at the start."""
 
     def _handle_message(self, data: str | bytes) -> None:
         if isinstance(data, str):

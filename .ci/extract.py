@@ -1,9 +1,9 @@
-"""Write the embedded JavaScript, CSS and HTML of swiftcms_ws.py into files, for linters.
+"""Write the embedded JavaScript, CSS and HTML of swiftcms_ws.py into files that linters can read.
 
     python .ci/extract.py DIRECTORY
 
-The files are what the demo serves: `client.js`, the inspector's and the demo's scripts and style,
-and the rendered pages `demo.html` and `inspector.html`.
+The demo serves these files: `client.js`, the scripts and the style of the inspector and of the
+demo, and the rendered pages `demo.html` and `inspector.html`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(directory: Path) -> None:
     client = swiftcms_ws.demo_app().test_client()
     for name, path in FILES.items():
         response = client.get(path)
-        # A linter is content with an empty file, so an extraction that failed must not be silent.
+        # Linters accept an empty file, so a failed extraction must stop CI here.
         if response.status_code != 200 or not response.text.strip():
             sys.exit(f"GET {path} of the demo answers {response.status}, {response.mimetype}")
         (directory / name).write_text(response.text)

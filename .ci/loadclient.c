@@ -3,7 +3,7 @@
  *   loadclient PORT PATH COUNT [--send TEXT] [--repeat N] [--answers N] [--parallel N]
  *              [--deflate] [--engineio] [--stream] [--stuck] [--spin]
  *
- * With --stream they are clients of server-sent events over plain HTTP instead, and send nothing.
+ * If --stream is given, they receive server-sent events over plain HTTP instead, and send no data.
  *
  * It opens COUNT connections to 127.0.0.1, at most --parallel of them at the same time (default:
  * one after the other). On each it sends TEXT (there may be several) N times, and every '#' in it
@@ -20,10 +20,10 @@
  *
  * It must be much faster than any server, so it parses no JSON: it looks for the number of an
  * event at the place where the previous frame had it. Every event of a connection must carry the
- * number after that of the event before. With --spin it does not sleep while it expects events.
- * Otherwise a server with slightly longer pauses between its system calls would find the client
- * asleep each time, and waking it takes as long as the system call itself on a virtual machine,
- * which would be charged to the server. All times are CLOCK_MONOTONIC, as time.monotonic_ns().
+ * number after that of the event before. If --spin is given, it does not sleep while it expects
+ * events. Otherwise the client would fall asleep whenever a server pauses between its system calls.
+ * On a virtual machine, waking it takes as long as the system call itself, and that time would be
+ * charged to the server. All times are CLOCK_MONOTONIC, as time.monotonic_ns().
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -54,7 +54,7 @@ enum { CONNECTING, UPGRADING, GREETING, READY };
 typedef struct {
     int fd, state, open, stuck, close_code, deflated;
     int64_t started_ns, ready_ns;
-    /* The beginning of a frame, or of the handshake's response, whose rest has not arrived. */
+    /* The beginning of an incomplete frame or of an incomplete response to the handshake. */
     unsigned char *rest;
     size_t rest_len, rest_size;
     /* Events since the last `expect`; all other messages since the connection was opened. */
@@ -122,7 +122,7 @@ static void send_frame(Client *c, int opcode, const void *payload, size_t length
     memcpy(frame, head, n);
     memcpy(frame + n, payload, length);
     ssize_t sent = send(c->fd, frame, n + length, MSG_NOSIGNAL);
-    /* A lost connection is noticed by the next read. Part of a frame would damage the stream. */
+    /* If the connection is lost, the next read reports it. Half a frame would damage the stream. */
     if (sent < 0 ? errno == EAGAIN : sent != (ssize_t)(n + length)) die("cannot send a frame");
 }
 
@@ -431,7 +431,7 @@ static void report(void) {
     long fewest = -1, most = 0, closed = 0, measured = 0;
     int close_code = 0;
     int64_t *latency = malloc(sizeof *latency * count), p50, p99, max;
-    /* With --spin, the time it did not wait; otherwise the processor's time. */
+    /* If --spin is given, the time without waiting; otherwise the processor's time. */
     int64_t busy = 0;
     if (total && spun_ns)
         busy = now_ns() - first_ns - spun_ns;

@@ -38,7 +38,7 @@ def number_after(name: bytes, text: bytes) -> int | None:
 
 
 class State(enum.Enum):
-    """How far a connection is."""
+    """The state of a connection."""
 
     CONNECTING = enum.auto()
     # The handshake was sent.
@@ -59,7 +59,7 @@ class Run:
         self.smallest = sys.maxsize
 
     def busy_ns(self) -> int:
-        """With --spin, the time it did not wait; otherwise the processor's time."""
+        """If --spin is given, the time without waiting; otherwise the processor's time."""
         if not self.total:
             return 0
         if self.spun_ns:
@@ -80,7 +80,7 @@ class Client:
         self.answers = self.frames = self.latency_ns = self.ready_ns = 0
         self.last_seq: int | None = None
         self.inflater = None
-        # The beginning of a frame, or of the handshake's response, whose rest is not here yet.
+        # The beginning of an incomplete frame or of an incomplete response to the handshake.
         self.rest = b""
         self.started_ns = time.monotonic_ns()
         self.sock = socket.socket()
@@ -179,7 +179,7 @@ class Client:
                 length = int.from_bytes(data[at + 2 : start], "big")
             end = start + length
             if first & 0xB0 != 0x80:
-                # In fragments, or not a frame: the rest has no meaning.
+                # If this is a fragment or no frame, the rest cannot be read.
                 run.bad_frames += 1
                 self.is_open = False
                 return
