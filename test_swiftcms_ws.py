@@ -16614,7 +16614,7 @@ def test_readme_models(browser: Browser, tmp_path: Path) -> None:
 def test_readme_htmx(browser: Browser, tmp_path: Path) -> None:
     """README's htmx example loads the list at the start and after each event."""
     npm_files(tmp_path, "htmx.org@2", "htmx-ext-sse@2")
-    (element,) = re.findall(r"`(<main hx-ext=.*?)`", README, re.S)
+    (element,) = re.findall(r"`(<ul hx-ext=.*?)`", README, re.S)
     scripts = ("htmx.min.js", "sse.min.js")
     head = "".join(f'<script src="/static/{name}"></script>' for name in scripts)
 
@@ -16625,11 +16625,11 @@ def test_readme_htmx(browser: Browser, tmp_path: Path) -> None:
 
     with Server(configure) as server:
         page = browser.page(f"http://localhost:{server.port}/")
-        page.wait("document.querySelector('main ul').textContent === '0 posts'")
+        page.wait("document.querySelector('ul').textContent === '0 posts'")
         until(lambda: server.hub.stats()["subscriptions"] == 1, "the stream")
         for count in (1, 2):
             server.publish(count)
-            page.wait(f"document.querySelector('main ul').textContent === '{count} posts'")
+            page.wait(f"document.querySelector('ul').textContent === '{count} posts'")
         assert page.complaints() == []
         page.close()
 
