@@ -588,8 +588,10 @@ def remains(server: Server) -> list[object]:
 def locks_of(hub: Hub) -> list[Any]:
     """Return the locks of a hub and of the parts of its engine."""
     parts = vars(hub._engine()).values()
-    locks = [hub._starting, *(getattr(part, "_lock", None) for part in parts)]
-    return [lock for lock in locks if lock is not None]
+    locks = [hub._starting, *(part._lock for part in parts if hasattr(part, "_lock"))]
+    # Those of the hub, the loop, the registry, the workers, the editors and the counters.
+    assert len(locks) == 6
+    return locks
 
 
 def file_of(hub: Hub) -> swiftcms_ws.LogFile:
