@@ -2040,15 +2040,17 @@ def demo_api(demo: Process, method: str, path: str, data: Any = None) -> tuple[i
 
 def press(page: Page, selector: str) -> None:
     """Click a button that is enabled and shown."""
-    page.wait(f"(b => !!b && !b.disabled && !!b.offsetParent)(document.querySelector('{selector}'))")
-    page.js(f"document.querySelector('{selector}').click()")
+    button = f"document.querySelector('{selector}')"
+    page.wait(f"(b => !!b && !b.disabled && !!b.offsetParent)({button})")
+    page.js(f"{button}.click()")
 
 
 def submit(page: Page, form: str, **fields: str) -> None:
     """Fill a form and submit it by its first button that submits."""
     for name, value in fields.items():
         page.js(f"document.querySelector('{form}').elements.{name}.value = {json.dumps(value)}")
-    page.js(f"(f => f.requestSubmit(f.querySelector('button:not([type])')))(document.querySelector('{form}'))")
+    button = f"document.querySelector('{form}').querySelector('button:not([type])')"
+    page.js(f"document.querySelector('{form}').requestSubmit({button})")
 
 
 def log_has(page: Page, words: str) -> None:
@@ -2165,7 +2167,8 @@ def answering(answer: bytes | None) -> Iterator[str]:
 # -- Blocks of README ------------------------------------------------------------------------------
 
 
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where a shell finds this environment's commands
+# With this, a shell finds the commands of this environment.
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def readme_block(language: str, words: str) -> str:
