@@ -32,7 +32,7 @@ Glossary
     slot          one of the MAX_CONNECTIONS places for a connection or a handshake
     stream        a connection over plain HTTP: a response that does not end (GET /ws/events)
     poll          the same request, if its response ends at once and the client asks again
-    framing       how messages are written: as WebSocket frames, or as an event stream
+    framing       how messages are encoded: as WebSocket frames, or as an event stream
     live page     a page with `data-live`: it fetches itself again after an event (a refresh)
     hook          a function of the site: identify, authorize, or a receiver of a signal
     shared log    an SQLite file or Redis: all processes of a site append their events to it and
@@ -45,35 +45,36 @@ From publish() to the socket                      From the handshake to an answe
       | caller's thread                                 | web server's thread
     Loop.publish        gives ids, queues             Session.open     sends 101, system.connected
       | loop thread from here on                        | loop thread from here on
-    Loop.deliver        one buffer for each group     Connection.serve bytes from the socket
+    Loop.deliver        takes a batch of events       Connection.serve reads from the socket
       |                                                 |
-    Registry.matching   finds the subscribers         Session.receive  frames, messages, the rate
+    Registry.matching   finds the subscribers         Session.receive  parses, limits the rate
       |                                                 |
     Connection.send_to_all  writes to sockets         actions()        one function for each action
-      |                                                 |  (a hook runs in a worker meanwhile)
-    History.add         keeps the event               Session.answer   the answer's frame
+      |                                                 |  (a worker runs the hook, if there is one)
+    History.add         keeps the events              Session.answer   sends the answer
 
 With a shared log, SharedLog.append gives the ids in place of Loop.publish, and the follower of each
 process queues the events with Loop.submit.
 
-Threads of each engine, started by its first connection or, without a shared log, its first event
+Threads of each engine. They start with its first connection or, without a shared log, its first
+event; a call such as flush() or disconnect() also starts them.
     loop          owns the order of events, all sockets, the history and the editors; never blocks
     heartbeat     asks the loop to send heartbeats; closes the engine if gunicorn stops its worker
     workers 1-4   run authorize, receivers of client_connected and client_disconnected, and log
-                  handlers; read from and write to the shared log. Started by the first such task
+                  handlers; read from and write to the shared log. They start with the first task
     follower      reads the shared log, if there is one
 identify runs in the web server's thread, and receivers of event_published in the publisher's.
 For plain HTTP, authorize runs in the web server's thread too.
 
-Locks (each is documented where it is created)
-    Hub._starting    creating and starting an engine; the others may be taken while it is held
+What each lock guards (comments where the locks are created say more)
+    Hub._starting    creating and starting an engine
     EventQueue._lock ids and the queue              Registry._lock   connections, subscriptions
     Workers._lock    tasks and threads              Editing._lock    editors of entries
     Counters._lock   the numbers of stats()         SerialQueue._lock one queue of ordered tasks
     LogFile._queue   one connection to its file     _fork_lock       two forks at the same time
 A thread holds one lock at a time, except that it may take others while it holds Hub._starting.
-No code of the site, no logging and no network I/O runs while a lock is held. Only while it is first
-in LogFile._queue, a thread reads and writes a file.
+No code of the site, no logging and no network I/O runs while a lock is held. LogFile._queue is used
+as a lock: the thread that is first in it reads and writes the file.
 
 Sections
          1 Map
