@@ -207,8 +207,8 @@ logger = logging.getLogger("swiftcms_ws")
 # == 1. Map: settings, signals, errors ===========================================================
 
 CONFIG_PREFIX = "SWIFTCMS_WS_"
-# The most characters of a type, a content type, an entry's id or a user's id. Clients send them,
-# and the server keeps them in memory.
+# The most characters of a type, a content type, an entry's id or a user's id. They are limited
+# because clients send them, and the server keeps them in memory.
 MAX_NAME_LENGTH = 128
 # The connection of a client that stays silent for this many heartbeats is closed.
 MISSED_HEARTBEATS = 2
@@ -236,7 +236,8 @@ client_connected = _signals.signal("client-connected")
 #: Sent with `hub`, `client_id` and `user`, in a worker, after the connection is closed.
 client_disconnected = _signals.signal("client-disconnected")
 #: Sent with `hub`, `id`, `type`, `content_type`, `payload` and `to`, in the thread that published,
-#: after the event is queued or, with a shared log, stored. The sender of all three is the app.
+#: after the event is queued or, with a shared log, stored. The sender of all three signals is the
+#: app. A hub without an app is itself the sender.
 event_published = _signals.signal("event-published")
 
 
@@ -254,8 +255,8 @@ class CloseCode(IntEnum):
 class PublishError(Exception):
     """The shared log did not confirm that it has stored an event or a message. Try again later.
 
-    If Redis stopped answering after it had received the event, clients may receive it anyway, and
-    twice if it is published again.
+    If Redis received the event and then stopped answering, clients may receive the event in spite
+    of the error. If it is then published again, they receive it twice.
     """
 
 
@@ -264,10 +265,12 @@ class LogUnavailable(Exception):
 
 
 class ClientError(Exception):
-    """A client's message that cannot be carried out, or a connection that cannot go on.
+    """A client's message cannot be carried out, or its connection has to be closed.
 
-    code:        one of PROTOCOL.md's table of errors
-    message:     a sentence for the client, with the mistake and the remedy
+    The client receives it as system.error.
+
+    code:        the `code` of system.error: a word for programs, such as "invalid_json"
+    message:     its `message`: a sentence with the mistake and the remedy
     closes_with: the close code, if the error closes the connection
     """
 
@@ -291,15 +294,21 @@ def log(level: int, message: str, *values: object, exc_info: Any = None) -> None
 
 def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
     """Return " (did you mean `…`?)" with the nearest of `choices`, or an empty string."""
-    # Both may come from a client. difflib would take 100 ms for long words or thousands of them.
-    few = [choice for choice in itertools.islice(choices, 50) if len(choice) <= MAX_NAME_LENGTH]
-    near = difflib.get_close_matches(word[:MAX_NAME_LENGTH], few, 1)
-    if not near:
+    # Both arguments may come from a client. For long words, or thousands of them, difflib would
+    # take 100 ms.
+    short = [choice for choice in itertools.islice(choices, 50) if len(choice) <= MAX_NAME_LENGTH]
+    nearest = difflib.get_close_matches(word[:MAX_NAME_LENGTH], short, 1)
+    if not nearest:
         return ""
-    return f" (did you mean `{prefix}{near[0]}`?)"
+    return f" (did you mean `{prefix}{nearest[0]}`?)"
 
 
 def _setting(default: Any, expected: str, accepts: Callable[[Any], bool]) -> Any:
+    """Return a field of Settings.
+
+    expected: describes the accepted values in the error message for another one
+    accepts:  returns whether a value is accepted
+    """
     return dataclasses.field(default=default, metadata={"expected": expected, "accepts": accepts})
 
 
@@ -332,7 +341,7 @@ def _is_path(value: Any) -> bool:
     if not isinstance(value, (str, os.PathLike)):
         return False
     path = os.fspath(value)
-    # A URL of SQLAlchemy would become the name of a file. In memory, processes share nothing.
+    # A URL of SQLAlchemy would become the name of a file. Processes could not share ":memory:".
     is_file = isinstance(path, str) and not path.startswith((":", "sqlite:", "file:"))
     return is_file and path.strip() != "" and "\0" not in path
 
@@ -342,7 +351,8 @@ def _are_strings(value: object) -> bool:
 
 
 def _are_algorithms(value: Any) -> bool:
-    # All of one family: with HS256 and RS256 in one list, anybody could sign with the public key.
+    # All must be of one family. With HS256 and RS256 in one list, anybody could sign a token with
+    # the public key.
     known = get_default_algorithms().keys() - {"none"}
     return _are_strings(value) and set(value) <= known and len({name[:2] for name in value}) == 1
 
@@ -388,7 +398,8 @@ class Settings:
         None, "a URL such as redis://localhost:6379/0", r"(rediss?|unix)://.+"
     )
     redis_prefix: str = _text("swiftcms_ws")
-    # Not keys of their own: SECRET_KEY_FALLBACKS, if the key is Flask's SECRET_KEY.
+    # Flask's SECRET_KEY_FALLBACKS, if `jwt_key` is Flask's SECRET_KEY. There is no config key for
+    # it, so the field has no metadata.
     fallback_keys: Sequence[str | bytes] = dataclasses.field(default=(), metadata={})
 
     @classmethod
@@ -430,7 +441,10 @@ class Settings:
             raise ValueError(f"config key {key} must be {expected}, not {shown}")
 
     def check_key(self) -> None:
-        """Raise ValueError if the key does not fit the algorithms: every token would be refused."""
+        """Raise ValueError if the key does not fit the algorithms.
+
+        Otherwise every token would be refused.
+        """
         if self.jwt_key is None:
             return
         for name in self.jwt_algorithms:
@@ -442,9 +456,10 @@ class Settings:
                 raise ValueError(f"config key {key} must be a key for {name}: {error}") from error
 
     def check_log(self) -> None:
-        """Raise ValueError if it is not clear which shared log is meant."""
+        """Raise ValueError if the path of the shared log is wrong, or if two logs are set."""
         if self.database is not None and not _is_path(self.database):
-            # The argument of a hub, or an environment variable.
+            # The path is an argument of Hub() or an environment variable. If it were a config key,
+            # from_config() would have named the key.
             raise ValueError(f"the database must be the path of a file, not {self.database!r}")
         if self.database is not None and self.redis_url is not None:
             raise ValueError(
@@ -456,18 +471,20 @@ class Settings:
     def of_app(cls, app: Flask | None, logs: Mapping[str, Any]) -> Settings:
         """Return the settings of an app, or of a script without one.
 
-        logs: the arguments `database` and `redis_url` of Hub(). If neither config key is set, they
-            stand in for both, or else the environment variables SWIFTCMS_WS_DATABASE and
-            SWIFTCMS_WS_REDIS_URL do.
+        The shared log is the one of the config keys; if neither key is set, that of `logs`; and if
+        that is empty too, that of the environment variables SWIFTCMS_WS_DATABASE and
+        SWIFTCMS_WS_REDIS_URL.
+
+        logs: the arguments `database` and `redis_url` of Hub()
         """
         settings = cls() if app is None else cls.from_config(app.config)
         changes: dict[str, Any] = {}
         if settings.database is None and settings.redis_url is None:
-            environ = {key: os.environ.get(CONFIG_PREFIX + key.upper()) or None for key in logs}
             if any(value is not None for value in logs.values()):
                 changes |= logs
             else:
-                changes |= environ
+                for key in logs:
+                    changes[key] = os.environ.get(CONFIG_PREFIX + key.upper()) or None
         if app is not None and settings.jwt_key is None and app.secret_key:
             changes["jwt_key"] = app.secret_key
             changes["fallback_keys"] = tuple(app.config.get("SECRET_KEY_FALLBACKS") or ())
