@@ -267,10 +267,8 @@ class LogUnavailable(Exception):
 class ClientError(Exception):
     """A client's message cannot be carried out, or its connection has to be closed.
 
-    The client receives it as system.error.
-
-    code:        the `code` of system.error: a word for programs, such as "invalid_json"
-    message:     its `message`: a sentence with the mistake and the remedy
+    code:        the `code` of the system.error, such as "invalid_json"
+    message:     a sentence for the client, with the mistake and the remedy
     closes_with: the close code, if the error closes the connection
     """
 
@@ -499,14 +497,17 @@ class Settings:
 
 Hook = TypeVar("Hook", bound="Callable[..., Any]")
 
+# The hubs of this process. A forked child resets them.
+_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
+
 
 class Hub:
     """The public API of a site: publish(), the hooks, and a blueprint with the /ws route.
 
     Any thread may call any method. A hub may be registered with several apps; each app has an
     engine of its own, in app.extensions["swiftcms_ws"]. Inside an application context a hub uses
-    the engine of that app. Outside one it uses the only app that has served a connection, or
-    else the only app.
+    the engine of that app. Outside one it uses the only app that it is registered with or, if there
+    are several, the only one that has served a connection.
 
     A script or a task queue has no app and names the site's shared log instead, as an argument or
     in the environment variable SWIFTCMS_WS_DATABASE or SWIFTCMS_WS_REDIS_URL. It then publishes
@@ -528,14 +529,14 @@ class Hub:
         self.identify_hook: Callable[[], Any] | None = None
         self.authorize_hook: Callable[[User | None, str, str], Any] | None = None
         self._logs = {"database": database, "redis_url": redis_url}
-        # By session class, so that the same track() counts once.
+        # A tracker for each session class: a second track() of a class adds to the first one.
         self._trackers: weakref.WeakKeyDictionary[type, Tracker] = weakref.WeakKeyDictionary()
-        # Weak, so that an app which a job or a test created can be freed.
+        # The references are weak, so that an app which a job or a test created can be freed.
         self._app_refs: list[weakref.ref[Flask]] = []
         # The engine of a hub without an app.
         self._script_engine: Engine | None = None
-        # Held while an engine is created or started, so that there is one for each app. An engine
-        # is published when it is complete, and read without the lock.
+        # Held while an engine is created or started, so that each app gets one engine. An engine is
+        # stored after it is complete, so other threads may look it up without the lock.
         self._starting = threading.Lock()
         self._starting_guard = ReentryGuard(self._starting)
         _hubs.add(self)
@@ -564,9 +565,10 @@ class Hub:
     ) -> str:
         """Send an event to all clients that subscribe to it, and return its id.
 
-        The event is queued, so the number of clients makes no difference. With a shared log it is
-        stored there, in one step. It waits only while 8 MiB of events are queued. It needs no
-        context. Call it after the commit, because a client may ask for the data at once.
+        Call this after the commit, because a client may ask for the data at once. No application
+        context is needed. The event is queued, or stored in the shared log, so the number of
+        clients makes no difference. Without a shared log, publish() waits while 8 MiB of events
+        are queued.
 
         event_type:   such as "content.created": words joined by dots, none under "system."
         content_type: such as "posts"
@@ -576,18 +578,19 @@ class Hub:
         Raises TypeError or ValueError, naming the argument, if one is wrong. No event is sent then.
         Raises PublishError within two seconds if the shared log does not store the event, and
         RuntimeError if it is not clear which app is meant, or if a signal handler calls this
-        while its thread is inside publish(). If a receiver of `event_published` raises, so does
-        publish(), but the event was published.
+        while its thread is inside publish(). An exception of a receiver of `event_published` is
+        raised too, but then the event was published.
         """
         return self.publish_many([(event_type, content_type, payload, to)])[0]
 
     def publish_many(self, events: Iterable[tuple[Any, ...]]) -> list[str]:
         """Send events, each a tuple of publish()'s arguments in their order; return their ids.
 
-        Raises as publish() does, and then sends none of them. A shared log takes them in one step.
+        All events are sent, or none if this raises. The exceptions are those of publish().
         """
         engine = self._engine()
-        events = [(*event[:3], *map(_keep_iterator, event[3:])) for event in events]
+        # `to` is read twice: by draft(), and by the receivers of event_published.
+        events = [(*event[:3], *map(_list_if_iterator, event[3:])) for event in events]
         return self.publish_drafts(engine, events, [engine.draft(*event) for event in events])
 
     def publish_drafts(
@@ -626,10 +629,11 @@ class Hub:
         payload: a function of the object; without it, the payload is {"id": primary key}
         to:      a function of the object that returns publish()'s `to`
 
-        The events are content.created, content.updated and content.deleted. The functions see the
-        object's last state before COMMIT, or before its DELETE. If they raise, or return what
-        publish() refuses, so does commit(), and nothing is saved. If publishing fails after COMMIT,
-        that is logged. Statements such as update() and delete() are not seen.
+        The events are content.created, content.updated and content.deleted. Statements such as
+        update() and delete() are not seen. The functions are called with an object in its last
+        state before COMMIT or, if it is deleted, before DELETE. If a function raises, or returns a
+        value that publish() refuses, commit() raises the exception, and nothing is saved. If
+        publishing fails after COMMIT, the failure is logged.
 
         Raises TypeError or ValueError if an argument is wrong, RuntimeError if this hub tracks a
         class already in another way, and ImportError if SQLAlchemy is missing.
@@ -662,10 +666,10 @@ class Hub:
         """Register `hook(user, event_type, content_type)`, which allows or refuses a subscription.
 
         It returns True to allow and False to refuse. Anything else refuses too, and is logged.
-        `user` is a User or None; the other two are the pattern that the client sent, such as
-        "content.*" and "posts.*": decide for everything that it matches. Editing asks for
-        "user.editing". The hook runs in a worker, in a request context of its own; for plain HTTP
-        it runs in the request.
+        `user` is a User or None. The other two are the pattern that the client sent, such as
+        "content.*" and "posts.*": return True only if the user may receive everything that it
+        matches. To edit an entry, a client needs the event type "user.editing". The hook runs in a
+        worker, in a request context of its own; for plain HTTP it runs in the request.
 
         Raises TypeError for a coroutine function, RuntimeError if there is another hook already.
         """
@@ -714,7 +718,7 @@ class Hub:
         """Return the editors of an entry: dicts of `clientId`, `userId` and `since`."""
         engine = self._engine()
         if engine.log is not None and engine.app is not None:
-            # The editors of other processes are known after the follower has asked for them.
+            # The follower asks the other processes for their editors.
             self.start(engine)
         editors = engine.editing.editors((content_type, str(entry_id)))
         return [editor.as_json() for editor in editors]
@@ -722,12 +726,12 @@ class Hub:
     def disconnect(self, user_id: Any, session: Any = None) -> int:
         """Close a user's connections after a logout or a ban; return their number in this process.
 
-        session: only the connections of this session, as the identify hook returned it
-
         Log the user out first. Otherwise the client reconnects, and the identify hook accepts it.
 
-        Raises PublishError if the shared log is away. Then no connection is closed, because those
-        in other processes would stay open.
+        session: the id of a session, as the identify hook returned it: close only its connections
+
+        Raises PublishError if the shared log cannot be written. No connection is closed then,
+        because those in other processes would stay open.
         """
         user = check_user_id(user_id, "user_id")
         if session is not None:
@@ -739,7 +743,8 @@ class Hub:
 
         Call it before reading the data of a page: with this id as `since`, the page then gets
         every event that its data may not contain. If a shared log has no event yet, or does not
-        answer within 0.1 s, the id is 0-0, and a client that resumes from it is told to reload.
+        answer within 0.1 s, the id is 0-0, and a client that resumes from it gets
+        `"recovered": false`.
         """
         return format_event_id(self._engine().newest_id() or (0, 0))
 
@@ -807,7 +812,7 @@ class Hub:
                     raise RuntimeError(
                         "this hub is not registered with an app, so no client could receive the"
                         " event: publish after app.register_blueprint(blueprint), or use the hub"
-                        " that is registered; a script gives Hub(database=…)"
+                        " that is registered; a script uses Hub(database=…)"
                     )
                 self._script_engine = engine
             return self._script_engine
@@ -821,8 +826,9 @@ class Hub:
     def _start_lock(self) -> Iterator[None]:
         """Hold `_starting`.
 
-        gevent may have replaced sleep() after the lock was created. A greenlet that waited in the
-        lock itself would then stop the process: gunicorn with --preload, at the first two requests.
+        With gunicorn --preload, this lock is created before gevent replaces the locks of Python. A
+        greenlet that waited for it would block all greenlets of the process, also the one that
+        holds it. sleep() is replaced, and lets them run.
         """
         with self._starting_guard:
             while self._starting.locked():
@@ -836,32 +842,40 @@ class Hub:
             with self._start_lock():
                 engine.start()
 
-    def registered(self, app: Flask) -> None:
-        """Prepare an app: called when the blueprint is registered.
-
-        The configuration is checked here too, so that mistakes show early.
-        """
-        settings = Settings.from_config(app.config)
-        if settings.database is not None:
-            check_sqlite()
-        if settings.redis_url is not None:
-            import_redis()
+    def prepare_app(self, app: Flask) -> None:
+        """Add this hub to an app. Called when the blueprint is registered."""
+        self._check_config(app)
         if "swiftcms_ws" not in app.extensions:
             LivePages(self, app)
-        engines = app.extensions.setdefault("swiftcms_ws", {})
-        if self not in engines:
-            engines[self] = None
-            # A new list, because another thread may be reading the old one.
-            self._app_refs = [ref for ref in self._app_refs if ref() is not None]
-            self._app_refs.append(weakref.ref(app))
+        self._remember_app(app)
         options = app.config.setdefault("SOCK_SERVER_OPTIONS", {})
         options.setdefault("thread_class", handshake_thread)
         install_signal_handlers()
         for name in ("werkzeug", "gunicorn.access", "gunicorn.error"):
             logging.getLogger(name).addFilter(hide_token)
 
+    @staticmethod
+    def _check_config(app: Flask) -> None:
+        """Raise if the configuration is wrong. The engine, which is created later, reads it again.
+
+        So a mistake stops the site at its start, and not at the first event.
+        """
+        settings = Settings.from_config(app.config)
+        if settings.database is not None:
+            check_sqlite()
+        if settings.redis_url is not None:
+            import_redis()
+
+    def _remember_app(self, app: Flask) -> None:
+        engines = app.extensions.setdefault("swiftcms_ws", {})
+        if self not in engines:
+            engines[self] = None
+            # This creates a new list, because another thread may be reading the old one.
+            self._app_refs = [ref for ref in self._app_refs if ref() is not None]
+            self._app_refs.append(weakref.ref(app))
+
     def warn_if_no_client(self, engine: Engine) -> None:
-        """Log once if publish() succeeded in a process or an app that has no clients."""
+        """Log once if an event was published in a process or an app that has no clients."""
         parent_process = getattr(sys.modules.get("multiprocessing"), "parent_process", None)
         if parent_process is not None and parent_process() is not None:
             engine.warn(
@@ -889,7 +903,10 @@ class Hub:
             )
 
     def forget_engines(self) -> None:
-        """Start again in a forked child: the threads do not exist there, and locks may be held."""
+        """Drop all engines in a forked child, which creates new ones at the next use.
+
+        Their threads do not exist in the child, and their locks may be held for ever.
+        """
         self._starting = threading.Lock()
         self._starting_guard = ReentryGuard(self._starting)
         for engine in self._engines():
@@ -899,8 +916,8 @@ class Hub:
         self._script_engine = None
 
 
-def _keep_iterator(value: Any) -> Any:
-    """Return a list for an iterator given as `to`: it is read twice."""
+def _list_if_iterator(value: Any) -> Any:
+    """Return a list of an iterator's items, and any other value as it is."""
     if isinstance(value, Iterator):
         return list(value)
     return value
@@ -926,8 +943,6 @@ def close_engines(engines: Iterable[Engine], timeout: float) -> bool:
     results = [engine.finish_closing(deadline) for engine in engines]
     return all(results)
 
-
-_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
 
 # == 3. Engine: creates, starts and stops the parts ==============================================
 
@@ -2915,7 +2930,7 @@ class Endpoint:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self.blueprint = HubBlueprint("swiftcms_ws", __name__)
-        self.blueprint.record(lambda state: hub.registered(cast(Flask, state.app)))
+        self.blueprint.record(lambda state: hub.prepare_app(cast(Flask, state.app)))
         self.blueprint.before_request(self._check_handshake)
         self.blueprint.after_request(self._answer_handshake)
         self.blueprint.teardown_request(self._end_handshake)
@@ -6700,7 +6715,7 @@ class Tracker:
             payload = {"id": list(key[1])}
             if len(key[1]) == 1:
                 payload = {"id": key[1][0]}
-        event = (f"content.{action}", content_type, payload, _keep_iterator(to))
+        event = (f"content.{action}", content_type, payload, _list_if_iterator(to))
         return event, self._hub._engine().draft(*event)
 
     def _delete(self, obj: Any, key: Any) -> Change:
