@@ -950,18 +950,19 @@ def close_engines(engines: Iterable[Engine], timeout: float) -> bool:
 class Engine:
     """Everything that runs for one app of one hub in one process.
 
-    It owns the parts below, and has no thread of its own. It is created at the first use of the
-    hub, from the configuration of that moment. Threads and descriptors are created when start() is
-    called: for the first connection, or the first call that needs the loop. Any thread may call
-    its methods, except those marked "Loop only". A forked child creates a new one.
+    It is created at the first use of the hub, from the configuration of that time. Its threads and
+    descriptors are created later, by start(): for the first connection, or the first call that
+    needs the loop. Any thread may call its methods, except those marked "Loop only". A forked child
+    creates a new engine.
     """
 
     def __init__(self, hub: Hub, app: Flask | None, logs: Mapping[str, Any]) -> None:
         self.hub = hub
-        # Weak, so that an app which a job has created can be freed. Its threads stop then.
+        # The reference is weak, so that an app which a job has created can be freed. The threads
+        # of the engine stop then.
         self._app_ref = None if app is None else weakref.ref(app)
         self.settings = Settings.of_app(app, logs)
-        # The name of this process among the others; client ids begin with it.
+        # A random name of this process. The ids of its clients begin with it.
         self.process = secrets.token_hex(PROCESS_ID_LENGTH // 2)
         self.counters = Counters()
         self.registry = Registry()
@@ -971,20 +972,21 @@ class Engine:
         self.exchange = EditorExchange(self)
         self.pollers = Pollers()
         self.log = create_log(self.settings, app, self.report)
-        self._create_parts()
-        # NaN is not JSON: every browser that received it would throw.
+        self._create_threads()
+        # NaN is not JSON. Every browser that received it would throw an exception.
         json_provider = (app or Flask(__name__)).json
         self._to_json = functools.partial(json_provider.dumps, allow_nan=False)
-        # The flags are only ever set, and reading or setting one is atomic.
+        # The flags never become False again. Reading or setting one is atomic.
         self.has_served = False
         self.is_started = False
         self.is_closing = False
         # The average time of a live page's refresh, in seconds. Reading and setting it is atomic.
         self.refresh_seconds = 0.0
-        # Reading or setting an item is atomic. At worst a message is logged twice.
+        # When warn() last logged a message. Reading or setting an item is atomic. If two threads
+        # call warn() at the same time, a message may be logged twice.
         self._warned_at: dict[str, float] = {}
-        # Recent sign-outs, with their times. A handshake that began earlier is signed out when its
-        # connection opens. Loop only.
+        # The time, user id and session id of recent sign-outs. If a handshake began before one, its
+        # connection is closed as soon as it opens. Loop only.
         self._signed_out: deque[tuple[float, str, str | None]] = deque(maxlen=1000)
         _all_engines.add(self)
         if app is not None:
@@ -998,13 +1000,18 @@ class Engine:
         return self._app_ref()
 
     def _abandon(self) -> None:
-        """Stop the threads, because the app was freed. Takes no lock: it may interrupt any code."""
-        # The heartbeat thread and the follower look at it.
+        """Stop the threads, because the app was freed.
+
+        The garbage collector calls this, and may interrupt code that holds any lock. So this takes
+        no lock.
+        """
+        # The heartbeat thread and the follower exit.
         self.is_closing = True
         self.workers.request_stop()
         self.loop.request_stop()
 
-    def _create_parts(self) -> None:
+    def _create_threads(self) -> None:
+        """Create the parts that have a thread, without starting it."""
         self.loop = Loop(self.registry, self.history, self.counters, self.report)
         self.heartbeat = Heartbeat(self)
         self.follower: Follower | None = None
@@ -1012,7 +1019,7 @@ class Engine:
             self.follower = Follower(self, self.log)
 
     def start(self) -> None:
-        """Start the threads. The hub's lock is held. If one cannot start, none is left running."""
+        """Start the threads; if one cannot start, stop the others. Hub._starting is held."""
         if self.is_started:
             return
         try:
@@ -1023,8 +1030,8 @@ class Engine:
         except BaseException:
             self.heartbeat.stop()
             self.loop.stop()
-            # The next attempt needs new ones.
-            self._create_parts()
+            # A thread cannot be started twice, so the next attempt needs new ones.
+            self._create_threads()
             raise
         self.is_started = True
 
@@ -1041,7 +1048,8 @@ class Engine:
         receivers = None if to is EVERYONE else check_receivers(to)
         text = self._serialise(payload)
         size = utf8_length(text)
-        # Otherwise every client that does not read it at once would be closed for being slow.
+        # The connection of a client with more unsent data than max_queue is closed. So a larger
+        # event would disconnect every client that does not read it at once.
         if size > self.settings.max_queue:
             raise ValueError(
                 f"payload has {size} bytes as JSON; SWIFTCMS_WS_MAX_QUEUE allows"
@@ -1052,7 +1060,7 @@ class Engine:
     def _serialise(self, payload: Any) -> str:
         try:
             text = self._to_json(payload)
-            # A provider of the site may return bytes, or ignore allow_nan.
+            # The JSON provider of a site may return bytes, or ignore allow_nan.
             if isinstance(text, (bytes, bytearray)):
                 text = bytes(text).decode()
             if "NaN" in text or "Infinity" in text:
@@ -1075,7 +1083,7 @@ class Engine:
         return event_ids
 
     def _publish_here(self, drafts: list[Draft]) -> list[EventId]:
-        # When exit handlers run, the main thread has ended and no thread can start.
+        # While exit handlers run, the main thread is not alive, and no thread can start.
         if self.is_closing or not threading.main_thread().is_alive():
             self.warn(
                 "publish() was called on a hub that is closed, or while the interpreter exits:"
@@ -1090,10 +1098,11 @@ class Engine:
         return event_ids
 
     def warn_if_served_no_client(self) -> None:
-        """Log if this process has published, and was not the one that serves the clients."""
+        """Log at exit if this process has published events, but has not served any client."""
         if self.log is not None or self.has_served or self.app is None or self.app.testing:
             return
-        # The parent of Werkzeug's reloader has run the site's script too. Its child serves.
+        # The parent process of Werkzeug's reloader has run the site's script too, but only its
+        # child serves clients.
         is_reloader = "werkzeug._reloader" in sys.modules
         if is_reloader and os.environ.get("WERKZEUG_RUN_MAIN") != "true":
             return
@@ -1107,9 +1116,9 @@ class Engine:
             )
 
     def newest_id(self) -> EventId | None:
-        """Return the id of the newest event; None if the shared log does not answer at once.
+        """Return the id of the newest event.
 
-        Starts no thread.
+        Return None if the shared log is empty, or does not answer soon. Starts no thread.
         """
         if self.log is None:
             return self.loop.last_id
@@ -1129,7 +1138,7 @@ class Engine:
             payload = json.dumps({**message, "process": self.process})
             self.log.append([Draft(SIGN_OUT, "system", payload, frozenset())])
         if self.app is not None:
-            # The loop must remember the sign-out, because a handshake may have begun already.
+            # The loop has to remember the sign-out, because a handshake of the user may be running.
             self.hub.start(self)
         count = len(self._connections_of(user_id, session))
         self.loop.call(self.sign_out, user_id, session)
@@ -1160,15 +1169,19 @@ class Engine:
     def report(
         self, level: int, message: str, *values: object, exc_info: BaseException | None = None
     ) -> None:
-        """Log from the loop or the heartbeat thread: a worker calls the site's log handlers.
+        """Log a message of the loop or the heartbeat thread. A worker calls the log handlers.
 
-        Otherwise a handler that sends mail would stop all clients for as long as that takes.
+        Otherwise a handler of the site, for example one that sends mail, would delay all clients.
         """
         record = functools.partial(log, level, message, *values, exc_info=exc_info)
         self.workers.records.put(record)
 
     def warn(self, message: str, *values: object, once: bool = False) -> None:
-        """Log a warning, once a minute at most: clients decide how often there is a reason."""
+        """Log a warning at most once a minute or, with `once`, at most once.
+
+        Clients can cause most warnings as often as they want. Warnings are the same if `message`
+        is; `values` may differ.
+        """
         now = time.monotonic()
         warned_at = self._warned_at.get(message)
         if warned_at is not None and (once or now < warned_at + 60):
@@ -1208,7 +1221,8 @@ class Engine:
         """
         is_empty = self.registry.wait_until_empty(deadline)
         self.loop.call(self.loop.abort_all)
-        # Twice: client_disconnected is submitted when a hook of the same client has returned.
+        # Two rounds, because the loop submits a client's client_disconnected only after a hook of
+        # the same client has returned.
         for _ in range(2):
             self.workers.wait_until_idle(deadline)
             self.loop.wait_for_queued(deadline)
@@ -1234,7 +1248,7 @@ class Engine:
             connection.close_copy()
 
 
-# What to publish instead, by a part of the encoder's message.
+# What to publish instead. The keys are patterns of the JSON encoder's error messages.
 PAYLOAD_HINTS = {
     r"type Row\b": "publish dict(row)",
     r"type (set|frozenset|dict_\w+|generator|map|filter)\b": "publish a list: list(…)",
@@ -1246,7 +1260,7 @@ def _payload_hint(message: str) -> str:
     for pattern, hint in PAYLOAD_HINTS.items():
         if re.search(pattern, message):
             return hint
-    return 'publish a dict such as {"id": post.id}, or teach app.json the type'
+    return 'publish a dict such as {"id": post.id}, or let app.json convert the type'
 
 
 class Counters:
@@ -1268,7 +1282,8 @@ class Counters:
             return dict(self._numbers)
 
 
-# The engines of this process, started or not: closed at exit, and forgotten by a forked child.
+# The engines of this process, started or not. They are closed at exit, and a forked child drops
+# them.
 _all_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
@@ -1282,7 +1297,7 @@ def _close_at_exit() -> None:
 
 
 def _reset_after_fork() -> None:
-    """Forget the parent's engines and signal handlers. A forked child runs this first."""
+    """Drop the parent's engines and signal handlers in a forked child."""
     for hub_ in list(_hubs):
         hub_.forget_engines()
     _all_engines.clear()
@@ -1292,14 +1307,15 @@ def _reset_after_fork() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset_after_fork)
 
-# The handlers that our own ones replace, by signal number.
+# The handlers that _on_signal() has replaced, by signal number.
 _former_handlers: dict[int, Any] = {}
 
 
 def install_signal_handlers() -> None:
-    """Send 1001 to all clients if SIGTERM or SIGINT stops a process that does not handle it.
+    """Handle SIGTERM and SIGINT, so that clients receive 1001 before the process stops.
 
-    Only default handlers are replaced. gunicorn has its own; see Heartbeat.
+    Only default handlers are replaced. gunicorn has its own: Heartbeat notices that it stops a
+    worker.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -1325,7 +1341,7 @@ def _on_signal(number: int, frame: Any) -> None:
     for engine in engines:
         engine.loop.request_close_all()
     if number == signal.SIGINT:
-        # Raises KeyboardInterrupt. A program that catches it goes on, and clients reconnect.
+        # This raises KeyboardInterrupt. If the program catches it and continues, clients reconnect.
         _former_handlers[number](number, frame)
         return
     deadline = time.monotonic() + 2.0
@@ -1339,7 +1355,7 @@ def _on_signal(number: int, frame: Any) -> None:
         sys.exit(128 + number)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
-    # The first process of a container ignores it.
+    # The first process of a container ignores a signal that has the default handler.
     sys.exit(128 + number)
 
 
