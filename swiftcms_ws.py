@@ -1378,17 +1378,17 @@ class Draft(NamedTuple):
 
     type: str
     content_type: str
-    # As JSON.
+    # The payload as JSON.
     payload: str
-    # User ids. If it is None, all subscribers receive the event.
+    # The users who receive the event. If it is None, all subscribers do.
     to: frozenset[str] | None
 
 
 class Event:
     """One published event. Any thread may create one and read it.
 
-    The loop alone may use `frame` and `block`. To save memory it keeps either the payload or, once
-    that was asked for, the frame.
+    The loop alone may use `frame` and `block`, which are encoded when they are first read. To save
+    memory, the payload is dropped as soon as the frame exists, because the frame contains it.
     """
 
     __slots__ = ("_block", "_frame", "_payload", "content_type", "id", "size", "to", "type")
@@ -1398,18 +1398,19 @@ class Event:
         self.type = draft.type
         self.content_type = draft.content_type
         self.to = draft.to
+        # The bytes of the payload.
         self.size = utf8_length(draft.payload)
         self._payload: str | None = draft.payload
         self._frame = self._block = b""
 
     @property
     def payload(self) -> str:
-        """The payload as JSON, until the frame exists."""
+        """The payload as JSON. After the frame was read, it is "null"."""
         return self._payload or "null"
 
     @property
     def frame(self) -> bytes:
-        """The bytes that every WebSocket receives. Loop only."""
+        """The bytes that a WebSocket receives. Loop only."""
         if self._payload is not None:
             # Names need no escaping, and the payload is JSON already.
             text = (
@@ -1423,7 +1424,7 @@ class Event:
 
     @property
     def block(self) -> bytes:
-        """The bytes that every client over plain HTTP receives. Loop only."""
+        """The bytes that a client over plain HTTP receives. Loop only."""
         if not self._block:
             message = self.frame[frame_head_length(self.frame) :]
             self._block = stream_block(message, event_id=format_event_id(self.id))
@@ -1456,7 +1457,7 @@ def parse_event_id(value: object) -> EventId:
 
 def is_name(text: str) -> bool:
     """Return whether a string can name a type or a content type."""
-    # The length first: the cache must not keep long strings of clients.
+    # The length is checked first, because the cache must not keep long strings of clients.
     return 0 < len(text) <= MAX_NAME_LENGTH and _has_words(text)
 
 
@@ -1466,7 +1467,7 @@ def _has_words(text: str) -> bool:
 
 
 def _is_word(word: str) -> bool:
-    # \w of a regular expression would leave out the vowel signs of Hindi, Tamil, Thai and others.
+    # The \w of a regular expression does not match the vowel signs of Hindi, Tamil and Thai.
     return word != "" and all(
         character in "_-" or unicodedata.category(character)[0] in "LMN" for character in word
     )
@@ -1493,7 +1494,7 @@ def plain_str(value: str) -> str:
 
 
 def check_user_id(value: object, source: str) -> str:
-    """Return a user id as a str. The site may also give an int or a UUID."""
+    """Return a user id, which may be an int or a UUID, as a str; or raise, naming the source."""
     if isinstance(value, bool) or not isinstance(value, (str, int, UUID)):
         kind = type(value).__name__
         raise TypeError(f"{source} must be a user id (str, int or UUID), not {kind}")
@@ -1547,6 +1548,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def _patterns_of_name(name: str) -> list[str]:
+    """Return the patterns that match a name: for content.created, itself, content.* and *."""
     words = name.split(".")
     prefixes = [".".join(words[:count]) + ".*" for count in range(len(words) - 1, 0, -1)]
     return [name, *prefixes, "*"]
@@ -1554,17 +1556,20 @@ def _patterns_of_name(name: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1024)
 def patterns_of(event_type: str, content_type: str) -> tuple[Pattern, ...]:
-    """Return every pattern that matches such an event: matching is then a few look-ups."""
+    """Return every pattern that matches such an event.
+
+    A subscriber is then found by looking up each of them, without comparing subscriptions.
+    """
     return tuple(itertools.product(_patterns_of_name(event_type), _patterns_of_name(content_type)))
 
 
 # Cached, because a site publishes the same names again and again.
 @functools.lru_cache(maxsize=2048)
 def is_similar(pattern: str, name: str) -> bool:
-    """Return whether a pattern of one name matches it, or was perhaps meant to.
+    """Return whether a pattern matches a name, or may fail to do so because of a mistake.
 
-    Similar are item.add and item.added, Posts and post, order_paid and order.paid, and long words
-    of which one letter is different.
+    Heartbeat uses this for a hint in the log. These are similar: item.add and item.added, Posts and
+    post, order_paid and order.paid, and long words that differ in one letter.
     """
     if matches(pattern, name):
         return True
@@ -1575,10 +1580,11 @@ def is_similar(pattern: str, name: str) -> bool:
     if one == other:
         return True
     longest = max(len(one), len(other))
-    # A short word may be a code, as of a language: articles.de and articles.dk.
+    # A short word may be a code, for example of a language: articles.de and articles.dk.
     shortest = min(map(len, {*words} ^ {*others}), default=0)
     if longest < 8 or shortest < 4 or re.search(r"\d", one + other):
         return False
+    # The common start and the common end leave one letter.
     return _common_start(one, other) + _common_start(one[::-1], other[::-1]) >= longest - 1
 
 
@@ -1595,7 +1601,7 @@ def _stems(name: str) -> list[str]:
 
 
 def describe(value: object) -> str:
-    """Name a JSON value's kind for an error message, and show a short value."""
+    """Describe a JSON value for an error message: its kind, and up to 60 characters of it."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list):
@@ -1642,7 +1648,7 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
 
 
 def frame_head_length(frame: bytes) -> int:
-    """Return where the payload of an unmasked frame begins."""
+    """Return the length of an unmasked frame's head, after which its payload begins."""
     return {126: 4, 127: 10}.get(frame[1], 2)
 
 
@@ -1652,7 +1658,7 @@ def text_frame(text: str) -> bytes:
 
 def close_frame(code: int, reason: str) -> bytes:
     """Return a close frame. Its payload has at most 125 bytes (RFC 6455 section 5.5)."""
-    # If the last character was cut in half, it is dropped.
+    # If the cut is inside a character, that character is dropped.
     short = reason.encode()[:123].decode(errors="ignore")
     return encode_frame(Opcode.CLOSE, struct.pack("!H", code) + short.encode())
 
@@ -1663,7 +1669,7 @@ def message_frame(
     content_type: str | None = None,
     ref: str | float | None = None,
 ) -> bytes:
-    """Return the frame of a message of the server."""
+    """Return a message of the server as a WebSocket frame."""
     return text_frame(message_text(message_type, payload, content_type, ref))
 
 
@@ -1673,7 +1679,7 @@ def message_text(
     content_type: str | None = None,
     ref: str | float | None = None,
 ) -> str:
-    """Return a message of the server as JSON. The payload needs no JSON provider."""
+    """Return a message of the server as JSON. The app's JSON provider is not used."""
     message: dict[str, Any] = {"type": message_type}
     if content_type is not None:
         message["contentType"] = content_type
@@ -1685,13 +1691,14 @@ def message_text(
 
 
 class Framing:
-    """How messages are written to a client: here as WebSocket frames. Pure functions.
+    """Encodes messages for clients as WebSocket frames. Pure functions.
 
-    EventStream, in section 15, is the other one. Each event is encoded once for each framing.
+    EventStream, in section 15, encodes them for plain HTTP. An event is encoded once for each
+    framing, and not for each client.
     """
 
-    # Clients answer heartbeats, so one that is silent has left.
-    has_pongs = True
+    # The client can answer a heartbeat or a close frame. A client over plain HTTP cannot.
+    is_bidirectional = True
 
     def event(self, event: Event) -> bytes:
         return event.frame
@@ -1705,9 +1712,13 @@ class Framing:
     ) -> bytes:
         return message_frame(message_type, payload, content_type, ref)
 
-    def heartbeat(self, place: Mapping[str, Any]) -> bytes:
-        """Return system.heartbeat, which scripts can see, and a ping, which libraries answer."""
-        return message_frame("system.heartbeat", place) + encode_frame(Opcode.PING, b"")
+    def heartbeat(self, payload: Mapping[str, Any]) -> bytes:
+        """Return system.heartbeat and a ping.
+
+        Scripts in a browser see only the first; WebSocket libraries answer the second by
+        themselves.
+        """
+        return message_frame("system.heartbeat", payload) + encode_frame(Opcode.PING, b"")
 
     def closing(self, code: int, reason: str) -> bytes:
         """Return the last bytes of a connection that the server closes."""
@@ -1739,12 +1750,12 @@ def parse_message(data: str | bytes) -> dict[str, Any]:
 
 
 def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is JavaScript, but not JSON")
+    raise ValueError(f"{name} is a number in JavaScript, but not in JSON")
 
 
 def _parse_float(text: str) -> float:
     number = float(text)
-    # Python would write it as Infinity, which is not JSON.
+    # json.dumps() would write an infinite number as Infinity, which is not JSON.
     if abs(number) == float("inf"):
         raise ValueError(f"the number {text[:60]} is too large")
     return number
@@ -2707,7 +2718,7 @@ class Connection:
         if not data:
             self.abort()
             return
-        if self.framing.has_pongs:
+        if self.framing.is_bidirectional:
             self.silent_since = time.monotonic()
         self.session.receive(data)
 
@@ -2742,7 +2753,7 @@ class Connection:
 
     def _note_reading(self, is_reading: bool) -> None:
         """Count the client's silence only while the server reads from it."""
-        if not is_reading or not self.framing.has_pongs:
+        if not is_reading or not self.framing.is_bidirectional:
             self.silent_since = float("inf")
         elif not self._selected & selectors.EVENT_READ:
             self.silent_since = time.monotonic()
@@ -2763,7 +2774,7 @@ class Connection:
             self._unsent = deque([first])
             self.unsent_bytes = len(first)
         self.close_code = code
-        self._close_when_written = not self.framing.has_pongs
+        self._close_when_written = not self.framing.is_bidirectional
         self._begin_closing(self.framing.closing(code, reason))
 
     def answer_close(self, code: int | None) -> None:
@@ -6875,7 +6886,7 @@ def retry_block(seconds: float) -> bytes:
 class EventStream(Framing):
     """How messages are written to a client over plain HTTP: as server-sent events."""
 
-    has_pongs = False
+    is_bidirectional = False
     # The `code` of the last system.error for each close code. For UNAUTHORIZED it was sent already.
     ERRORS: Mapping[int, str] = {
         CloseCode.GOING_AWAY: "going_away",
@@ -6896,8 +6907,8 @@ class EventStream(Framing):
         text = message_text(message_type, payload, content_type)
         return stream_block(text.encode(), message_type, event_id)
 
-    def heartbeat(self, place: Mapping[str, Any]) -> bytes:
-        return self.message("system.heartbeat", place, event_id=place["lastId"])
+    def heartbeat(self, payload: Mapping[str, Any]) -> bytes:
+        return self.message("system.heartbeat", payload, event_id=payload["lastId"])
 
     def closing(self, code: int, reason: str) -> bytes:
         if code not in self.ERRORS:
