@@ -1776,20 +1776,27 @@ def _check_depth(message: object) -> None:
 
 # == 5. Loop and history: one order for all events ===============================================
 
+# A function for the loop's thread, and its arguments.
 Call = tuple[Callable[..., object], tuple[Any, ...]]
+
+SIGNAL_HINT = (
+    "a signal handler called a method of the hub, such as publish(), while it had interrupted"
+    " another one: let the handler set a flag, and call the method afterwards"
+)
 
 
 class ReentryGuard:
     """Raises RuntimeError if a thread is about to take a lock that it holds already.
 
-    Only a signal handler can do that, because it interrupts its own thread anywhere. The lock would
-    then wait for ever, and a re-entrant lock would give ids out of order.
+    Only a signal handler can do that, because it may interrupt its own thread anywhere. The thread
+    would wait for itself for ever. With a re-entrant lock, ids would be given out of order.
     """
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
-        # Threads that have the lock or wait for it. Each step is atomic. If a signal handler
-        # raises an exception, its thread may stay here: that is harmless while the lock is free.
+        # Threads that have the lock or wait for it. Each step on the set is atomic. If a signal
+        # handler raises an exception inside __enter__(), its thread stays in the set. So
+        # __enter__() also looks whether the lock is held.
         self._threads: set[int] = set()
 
     def __enter__(self) -> None:
@@ -1802,49 +1809,45 @@ class ReentryGuard:
         self._threads.discard(threading.get_ident())
 
 
-SIGNAL_HINT = (
-    "a signal handler called a method of the hub, such as publish(), while it had interrupted"
-    " another one: let the handler set a flag, and call it afterwards"
-)
-
-
 class Flush:
-    """A thread waits in flush() until `newest` is delivered and unsent data is written.
+    """One call of flush(), which waits until `newest_id` is delivered and unsent data is written.
 
-    That thread creates it and waits for `is_done`. The loop owns the rest.
+    The thread that calls flush() creates it and waits for `is_done`. The loop owns the rest.
     """
 
-    def __init__(self, newest: EventId) -> None:
-        self.newest = newest
+    def __init__(self, newest_id: EventId) -> None:
+        self.newest_id = newest_id
         self.is_done = threading.Event()
-        # Slow clients, and the `written_bytes` to wait for. None until `newest` is delivered.
+        # Slow clients, and the `written_bytes` to wait for. None until `newest_id` is delivered.
         self.targets: list[tuple[Connection, int]] | None = None
 
 
 class EventQueue:
     """The queue of a loop: events and calls, in one order. Any thread may call its methods."""
 
-    # publish() waits while this much is queued. Otherwise a fast publisher could fill the memory.
+    # publish() waits while so many bytes of events are queued. Otherwise a fast publisher could
+    # fill the memory.
     MAX_QUEUED_BYTES = 8 * 1024 * 1024
-    # How much an event counts in the queue, in addition to its payload.
+    # The bytes that an event counts in the queue, in addition to its payload.
     EVENT_OVERHEAD = 1024
-    # A system call costs about the same for one small frame as for many. So queued events are sent
+    # A system call takes about as long for one small frame as for many. So queued events are sent
     # together, up to these limits. The loop never waits for more events to fill a batch.
     BATCH_BYTES = 64 * 1024
     BATCH_EVENTS = 512
 
     def __init__(self, newest_id: EventId) -> None:
-        # Guards the queue, its size, the newest id and the flags below, so that events are queued
-        # in the order of their ids. It is held for that long only.
+        # Guards the queue, its size, the newest id and the flags below. An id is given and its
+        # event is queued while it is held, so that events are queued in the order of their ids.
         self._lock = threading.Lock()
         self._guard = ReentryGuard(self._lock)
         # Notified when there is room in the queue again, and when the loop stops.
         self._room = threading.Condition(self._lock)
         self._queue: deque[Event | Call] = deque()
         self._queued_bytes = 0
-        # The newest id that this process gave, or that the follower brought.
+        # The newest id that this process has given or, with a shared log, that the follower has
+        # submitted.
         self.last_id: EventId = newest_id
-        # The loop waits for sockets, or is about to: a new entry of the queue must wake it.
+        # The loop waits for sockets, or is about to. A thread that adds to the queue wakes it.
         self._is_asleep = False
         self._is_stopped = False
         # The thread of the loop, and the socket that wakes it; None before the start.
@@ -1862,7 +1865,7 @@ class EventQueue:
             for draft in drafts:
                 milliseconds = now_milliseconds()
                 newest, counter = self.last_id
-                # Ids never go back, also if the clock does.
+                # Ids always increase, even if the clock is set back.
                 if milliseconds > newest:
                     self.last_id = (milliseconds, 0)
                 else:
@@ -1911,7 +1914,9 @@ class EventQueue:
         return must_wake
 
     def _wake(self) -> None:
-        # If the buffer is full, a wake-up is in it. If it is closed, the loop has stopped.
+        """Interrupt the loop's wait for sockets."""
+        # send() fails if the socket's buffer is full, which wakes the loop too, or if the socket
+        # is closed because the loop has stopped.
         if self._wake_sender is not None:
             with suppress(OSError):
                 self._wake_sender.send(b"\0")
@@ -1920,7 +1925,7 @@ class EventQueue:
         return len(self._queue)
 
     def _take(self) -> list[Event] | Call:
-        """Return the next call, or the events before it that make one batch."""
+        """Remove and return the first call of the queue, or a batch of its first events."""
         with self._lock:
             first = self._queue.popleft()
             if not isinstance(first, Event):
@@ -1948,9 +1953,9 @@ class EventQueue:
 class Loop(EventQueue):
     """The thread that owns the order of events, all sockets, the history and the editors.
 
-    Any thread may call start() and the methods under "any thread"; a forked child, close_copies().
-    The others are for the loop's own thread. It never runs code of the site, and never waits for a
-    client, because sockets are non-blocking.
+    Any thread may call the methods of EventQueue, start() and the methods under "any thread". A
+    forked child calls close_copies(). The others are for the loop's own thread, which never runs
+    code of the site, and never waits for a client, because the sockets are non-blocking.
     """
 
     def __init__(
@@ -1965,7 +1970,7 @@ class Loop(EventQueue):
         self.history = history
         self._counters = counters
         self._report = report
-        # Set by any thread, without the lock: a signal handler must not wait for it.
+        # Any thread may set it, without the lock, because a signal handler must not wait for one.
         self._must_close_all = False
         # Loop only from here on.
         self._timers: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
@@ -2052,8 +2057,9 @@ class Loop(EventQueue):
     def _do_queued(self) -> None:
         """Deliver the events and run the calls that are queued now, in their order.
 
-        Later ones wait for the next round. So an answer comes after every event that was published
-        before the client's message, and a fast publisher cannot keep the loop from reading.
+        The queue is emptied before sockets are read. So an answer comes after every event that was
+        published before the client's message. Events and calls that are added meanwhile wait for
+        the next round. Otherwise a fast publisher could keep the loop from reading.
         """
         with self._lock:
             self._is_asleep = False
@@ -2068,18 +2074,20 @@ class Loop(EventQueue):
                 function, args = work
                 function(*args)
             if count > 0:
-                # Clients that read now must not be taken for slow ones.
+                # Between two batches, write to clients that have read meanwhile. Otherwise they
+                # would be closed for being slow.
                 self._serve(self.selector.select(0), selectors.EVENT_WRITE)
 
-    def _serve(
-        self, ready: list[tuple[selectors.SelectorKey, int]], allowed: int = ~0
-    ) -> None:
-        """Read from and write to the sockets that the selector reported, as far as allowed."""
+    def _serve(self, ready: list[tuple[selectors.SelectorKey, int]], mask: int = ~0) -> None:
+        """Read from and write to the sockets that the selector reported.
+
+        mask: EVENT_WRITE only writes
+        """
         for key, events in ready:
             if key.data is not None:
-                key.data.serve(events & allowed)
+                key.data.serve(events & mask)
             else:
-                # The wake-up has done its work.
+                # This is the wake-up socket. Remove what _wake() has sent.
                 with suppress(BlockingIOError):
                     self._wake_receiver.recv(4096)
 
@@ -2099,8 +2107,11 @@ class Loop(EventQueue):
         heapq.heappush(self._timers, (when, next(self._timer_number), function, args))
 
     def deliver(self, events: list[Event]) -> None:
-        """Send each subscriber those of `events` that it wants, in one system call."""
-        # A set of events is an integer: bit i stands for events[i].
+        """Send each client the events that it subscribes to, in one system call for each client.
+
+        Events with the same names and recipients have the same subscribers, which are looked up
+        once. A set of events is an integer, of which bit i stands for events[i].
+        """
         kinds: dict[tuple[str, str, frozenset[str] | None], int] = defaultdict(int)
         for index, event in enumerate(events):
             kinds[event.type, event.content_type, event.to] |= 1 << index
@@ -2122,7 +2133,7 @@ class Loop(EventQueue):
         routes: Iterable[tuple[int, Collection[Connection]]],
         framing: Framing,
     ) -> None:
-        """Send each group of connections of one framing its events."""
+        """Send each group of connections its set of events, joined into one buffer."""
         for bits, connections in routes:
             if not connections:
                 continue
@@ -2146,7 +2157,7 @@ class Loop(EventQueue):
     def _check_flushes(self) -> None:
         """Wake a thread in flush() if its events are written, or their slow clients are gone."""
         for flush in list(self._flushes):
-            if self.history.newest_id < flush.newest:
+            if self.history.newest_id < flush.newest_id:
                 continue
             if flush.targets is None:
                 flush.targets = [
@@ -2182,7 +2193,10 @@ class Loop(EventQueue):
 def _merge_routes(
     routes: Iterable[tuple[int, Collection[Connection]]],
 ) -> Iterable[tuple[int, Collection[Connection]]]:
-    """Group the connections that want the same events, so that each is in one group."""
+    """Group the connections by the set of events that each receives.
+
+    A connection may be in several routes, and is in one group of the result.
+    """
     wanted: dict[Connection, int] = defaultdict(int)
     for bits, connections in routes:
         for connection in connections:
@@ -2196,8 +2210,8 @@ def _merge_routes(
 class History:
     """The latest events, bounded in number and in bytes. Loop only.
 
-    Subscribing with `since` runs on the loop too, between two events. So there is no gap between a
-    replay and the live events, and no overlap.
+    Subscribing with `since` runs on the loop too, between two deliveries. So there is no gap
+    between a replay and the live events, and no overlap.
     """
 
     MAX_BYTES = 32 * 1024 * 1024
@@ -2206,17 +2220,17 @@ class History:
         self._size = size
         self._events: deque[Event] = deque()
         self._bytes = 0
-        # The newest event that was delivered, and the newest that is not in the history any more.
-        # Before the first event both are the time of the start, so that a client that has received
-        # no event can resume too.
+        # The ids of the newest event that was delivered, and of the newest that was dropped from
+        # the history. Before the first event, both are the time of the start, so that a client that
+        # has received no event can resume too.
         self.newest_id: EventId = (now_milliseconds(), 0)
-        self.forgotten_id = self.newest_id
+        self.dropped_id = self.newest_id
 
     def restart(self, newest_id: EventId) -> None:
-        """Begin an empty history after an event of the shared log."""
+        """Drop all events. The next one is the one after `newest_id` in the shared log."""
         self._events.clear()
         self._bytes = 0
-        self.newest_id = self.forgotten_id = newest_id
+        self.newest_id = self.dropped_id = newest_id
 
     def add(self, events: list[Event]) -> None:
         self._events.extend(events)
@@ -2225,10 +2239,13 @@ class History:
         while len(self._events) > self._size or self._bytes > self.MAX_BYTES:
             oldest = self._events.popleft()
             self._bytes -= oldest.size
-            self.forgotten_id = oldest.id
+            self.dropped_id = oldest.id
 
     def names_after(self, event_id: EventId) -> set[tuple[str, str]]:
-        """Return type and content type of public events after an id, of the last 50 events."""
+        """Return the type and content type of each public event after an id.
+
+        Only the last 50 events are looked at. Heartbeat compares the names with subscriptions.
+        """
         latest = itertools.islice(reversed(self._events), 50)
         newer = itertools.takewhile(lambda event: event.id > event_id, latest)
         return {(event.type, event.content_type) for event in newer if event.to is None}
@@ -2236,11 +2253,11 @@ class History:
     def after(self, since: EventId) -> list[Event] | None:
         """Return the events after `since`; None if some of them may be missing here.
 
-        `since` must be the id of an event of this history, or of the last one that it dropped.
-        Any other id may be of an earlier process, whose events are not known.
+        They are complete only if `since` is the id of an event of this history, or of the last one
+        that it dropped. Any other id may be of an earlier process, whose events are not known.
         """
         index = bisect.bisect_right(self._events, since, key=lambda event: event.id)
-        previous = self.forgotten_id
+        previous = self.dropped_id
         if index:
             previous = self._events[index - 1].id
         if since != previous:
@@ -2248,11 +2265,12 @@ class History:
         return list(itertools.islice(self._events, index, None))
 
     def append_newer(self, older: list[Event]) -> list[Event] | None:
-        """Return `older`, which was read from the shared log, with the newer events of the history.
+        """Return `older`, which was read from the shared log, and the newer events of the history.
 
-        None if there may be events between the two.
+        Return None if there may be events between the two. Events of `older` that this process has
+        not delivered yet are left out, because the client will receive them as live events.
         """
-        if older[-1].id < self.forgotten_id:
+        if older[-1].id < self.dropped_id:
             return None
         newer = [event for event in self._events if event.id > older[-1].id]
         return [event for event in older if event.id <= self.newest_id] + newer
