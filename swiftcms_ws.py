@@ -2282,12 +2282,12 @@ class History:
 class Registry:
     """Connections and their subscriptions, indexed by pattern, by user and by client id.
 
-    Any thread may call any method: the loop for events and messages, the web server's threads to
-    reserve slots. Finding the subscribers of an event takes a few look-ups, however many other
-    subscriptions there are.
+    Any thread may call any method: the loop calls them for events and messages, and the web
+    server's threads reserve slots. Finding the subscribers of an event takes a few look-ups,
+    however many other subscriptions there are.
     """
 
-    # Answers of matching() that are kept until a subscription changes.
+    # How many results of matching() are cached until a subscription changes.
     CACHE_SIZE = 64
 
     def __init__(self) -> None:
@@ -2298,12 +2298,14 @@ class Registry:
         self._released = threading.Condition(self._lock)
         # Slots taken by connections and by handshakes. Reading it is atomic.
         self.slots = 0
-        # The framings that connections have had so far. Reading it is atomic.
+        # The framings that have been in use since the start. Reading it is atomic.
         self.framings: tuple[Framing, ...] = (WEBSOCKET,)
-        # Dictionaries without values are sets that keep their order.
+        # By client id.
         self._connections: dict[str, Connection] = {}
-        # Those of each framing apart, because each framing is encoded once for all of them.
+        # Dictionaries without values are sets that keep their order. The framing is a part of the
+        # key, because an event is encoded and sent for one framing after the other.
         self._subscribers: dict[tuple[Framing, Pattern], dict[Connection, None]] = {}
+        # By user id.
         self._by_user: dict[str, dict[Connection, None]] = {}
         self._match_cache: dict[tuple[Framing, str, str], tuple[Connection, ...]] = {}
 
@@ -2363,13 +2365,13 @@ class Registry:
         return list(self._connections.values())
 
     def sign_in(self, connection: Connection, user: User, after: EventId) -> None:
-        """Set the user of a connection, which receives that user's events after `after`.
+        """Set the user of a connection. It receives the events for this user after `after`.
 
         If the connection has this user already, only the claims of the token change.
         """
         with self._lock:
             if connection.user is None:
-                # Events for this user were not sent to the connection until now.
+                # The connection has not received events for this user until now. See subscribe().
                 for pattern, (public, _) in connection.subscriptions.items():
                     connection.subscriptions[pattern] = (public, after)
             connection.user = user
@@ -2417,10 +2419,10 @@ class Registry:
         with self._lock:
             return sum(len(connections) for connections in self._subscribers.values())
 
-    def patterns(self, most: int) -> list[Pattern]:
-        """Return the patterns of subscriptions, at most so many."""
+    def patterns(self, limit: int) -> list[Pattern]:
+        """Return up to `limit` patterns of subscriptions."""
         with self._lock:
-            return [pattern for _, pattern in itertools.islice(self._subscribers, most)]
+            return [pattern for _, pattern in itertools.islice(self._subscribers, limit)]
 
     # -- matching ----------------------------------------------------------------------------------
 
@@ -2431,7 +2433,10 @@ class Registry:
         to: frozenset[str] | None,
         framing: Framing,
     ) -> Collection[Connection]:
-        """Return the connections of a framing that subscribe to such an event, each once."""
+        """Return the connections of a framing that receive an event with these names.
+
+        Each is returned once. Events for some users are not cached.
+        """
         with self._lock:
             if to is not None:
                 return self._matching_users(event_type, content_type, to, framing)
@@ -2472,7 +2477,7 @@ class Registry:
     def missed(
         self, connection: Connection, patterns: Collection[Pattern], events: Iterable[Event]
     ) -> list[Event]:
-        """Return those of `events` that match `patterns` and have not reached the connection."""
+        """Return the events that match `patterns` and were not sent to the connection before."""
         wanted = set(patterns)
         with self._lock:
             user = connection.user
@@ -2485,6 +2490,7 @@ class Registry:
             if event.to is not None and (user is None or user.id not in event.to):
                 return False
             index = 0 if event.to is None else 1
+            # It was sent already if a subscription that matches it began before it.
             return not any(
                 event.id > subscriptions[pattern][index]
                 for pattern in matching
@@ -2511,13 +2517,13 @@ class State(Enum):
 class Connection:
     """Owns one client's socket and the unsent data for it. Loop only, except has_left().
 
-    The client speaks WebSocket or, with the other framing, receives a response that does not end.
+    The client speaks WebSocket or, with the framing EventStream, receives a stream.
 
     The socket is non-blocking. If the socket buffer of a slow client is full, unsent data is
     queued here and later frames queue behind it. Other clients are not affected.
     """
 
-    # How many seconds a client has to answer our close frame.
+    # How many seconds a client has to answer a close frame of the server.
     CLOSE_TIMEOUT = 2.0
     # The size of one read from the socket.
     RECEIVE_BYTES = 16 * 1024
@@ -2530,7 +2536,7 @@ class Connection:
     # which stops the process if the site has restored that signal's default. Not on Windows.
     SEND_FLAGS = getattr(socket, "MSG_NOSIGNAL", 0)
 
-    # There may be thousands of connections, and __slots__ saves memory.
+    # There may be thousands of connections, so memory is saved.
     __slots__ = (
         "_close_when_written",
         "_is_direct",
@@ -2565,16 +2571,19 @@ class Connection:
         framing: Framing = WEBSOCKET,
     ) -> None:
         sock.setblocking(False)
-        # The web servers do not set it, and small frames would wait 40 ms. A Unix socket behind
-        # a proxy has no such option.
+        # Without this option, which the web servers do not set, small frames would wait 40 ms. The
+        # Unix socket of a proxy does not have it.
         with suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.id = client_id
         self.framing = framing
         self.state = State.OPEN
+        # The code with which the server closed the connection; None if it did not.
         self.close_code: int | None = None
+        # Session.open() sets it.
         self.session: Session
         self._sock = sock
+        # Looked up once, because send_to_all() calls it for each client.
         self._send = sock.send
         self._loop = loop
         self._max_queue = max_queue
@@ -2585,22 +2594,24 @@ class Connection:
         # of the rest replaces it.
         self._unsent: deque[bytes | memoryview] | None = None
         self.unsent_bytes = 0
-        # Bytes of `_unsent` that were written. flush() waits for them.
+        # The number of bytes that were queued in `_unsent` and have been written. flush() waits
+        # for them.
         self.written_bytes = 0
         # A replay may exceed max_queue until everything has been sent once. Otherwise a client
         # could never resume from a history longer than max_queue.
         self._replay_allowance = 0
-        # OPEN, and no data is unsent: send() writes to the socket at once.
+        # The state is OPEN and no data is unsent, so send() writes to the socket at once.
         self._is_direct = True
         # When the socket last accepted data, if some is unsent.
         self._progress_at = 0.0
-        # Since when the client has been silent; infinity while the server does not read it, or if
-        # it has nothing to send, because its silence does not count then.
+        # Since when the client has been silent. It is infinity while silence does not count: if the
+        # server does not read from the client, or if the framing is not bidirectional.
         self.silent_since = time.monotonic()
-        # Close the socket as soon as everything is written: the client's close frame has arrived.
+        # Close the socket as soon as everything is written, because the client's close frame has
+        # arrived, or because none will come.
         self._close_when_written = False
         self.close_deadline = float("inf")
-        # The events that the selector watches for; 0: the socket is not registered.
+        # The events that the selector watches for. If it is 0, the socket is not registered.
         self._selected = 0
 
     # -- sending -----------------------------------------------------------------------------------
@@ -2636,7 +2647,7 @@ class Connection:
             self.close(CloseCode.TRY_AGAIN_LATER, "read too slowly; reconnect with since")
 
     def send_replay(self, frames: Sequence[bytes]) -> None:
-        """Send the events that a client missed, of any length."""
+        """Send the events that a client missed. Their length does not count as slowness."""
         if self.state is not State.OPEN or not frames:
             return
         for frame in frames:
@@ -2645,6 +2656,7 @@ class Connection:
         self._write()
 
     def _queue(self, data: bytes | memoryview) -> None:
+        """Add data to the unsent data, and watch for the time when it can be written."""
         if not self._unsent:
             self._unsent = deque()
             self._is_direct = False
@@ -2675,7 +2687,7 @@ class Connection:
             self._all_written()
         self.update_selector()
         if self.can_read and not could_read:
-            # Handle the messages that were received while the client was not read.
+            # The session may have received messages that it could not handle until now.
             self._loop.call_at(time.monotonic(), self.session.handle_received)
 
     def _all_written(self) -> None:
@@ -2697,6 +2709,7 @@ class Connection:
         return batch
 
     def _remove_sent(self, batch: list[bytes | memoryview], sent: int) -> None:
+        """Remove the first `sent` bytes of `batch` from the unsent data."""
         assert self._unsent is not None
         self.written_bytes += sent
         self.unsent_bytes -= sent
@@ -2716,14 +2729,14 @@ class Connection:
     # -- reading -----------------------------------------------------------------------------------
 
     def serve(self, events: int) -> None:
-        """Read or write now. The selector has reported `events`."""
+        """Read or write, as the selector has reported in `events`."""
         try:
             if events & selectors.EVENT_WRITE and self.state is not State.CLOSED:
                 self._write()
             if events & selectors.EVENT_READ and self.state is not State.CLOSED:
                 self._read()
         except Exception as error:
-            # An exception closes one connection, and never stops the loop.
+            # An exception closes this connection, and must not reach the other clients.
             self.session.fail(error)
 
     def _read(self) -> None:
@@ -2747,10 +2760,10 @@ class Connection:
         return self.state is State.OPEN and not is_behind and not self.session.is_paused
 
     def update_selector(self) -> None:
-        """Let the selector watch for the events that this connection can use now.
+        """Let the selector watch for reading, writing, both or neither, as the state requires.
 
-        A socket that is neither read nor written is unregistered. With an empty mask epoll would
-        still report a reset, again and again.
+        A socket that is neither read nor written is unregistered, because epoll would report a
+        reset even with an empty mask, again and again.
         """
         wanted = 0
         if self.state is not State.CLOSED:
@@ -2760,7 +2773,7 @@ class Connection:
                 wanted |= selectors.EVENT_WRITE
         if wanted == self._selected:
             return
-        self._note_reading(bool(wanted & selectors.EVENT_READ))
+        self._update_silence(bool(wanted & selectors.EVENT_READ))
         if not self._selected:
             self._loop.selector.register(self._sock, wanted, self)
         elif not wanted:
@@ -2769,8 +2782,8 @@ class Connection:
             self._loop.selector.modify(self._sock, wanted, self)
         self._selected = wanted
 
-    def _note_reading(self, is_reading: bool) -> None:
-        """Count the client's silence only while the server reads from it."""
+    def _update_silence(self, is_reading: bool) -> None:
+        """Start or stop counting the client's silence, which counts only while it is read."""
         if not is_reading or not self.framing.is_bidirectional:
             self.silent_since = float("inf")
         elif not self._selected & selectors.EVENT_READ:
@@ -2781,13 +2794,13 @@ class Connection:
     def close(self, code: int, reason: str) -> None:
         """Send a close frame, and close the socket after the client's answer or CLOSE_TIMEOUT.
 
-        The client of a stream does not answer, so its socket is closed when everything is written.
+        The client of a stream cannot answer, so its socket is closed when everything is written.
         """
         if self.state is not State.OPEN:
             return
         if code == CloseCode.TRY_AGAIN_LATER and self._unsent:
-            # The first chunk may be partly sent, and the close frame must not come inside a frame.
-            # The client is too slow for the rest.
+            # Drop the unsent data, except the first chunk: it may be partly sent, and the close
+            # frame must not come inside another frame.
             first = self._unsent.popleft()
             self._unsent = deque([first])
             self.unsent_bytes = len(first)
@@ -2796,7 +2809,7 @@ class Connection:
         self._begin_closing(self.framing.closing(code, reason))
 
     def answer_close(self, code: int | None) -> None:
-        """The client's close frame has arrived: answer it unless it is an answer; then close."""
+        """Handle the client's close frame: answer it if it is the first one, and then close."""
         self._close_when_written = True
         if self.state is State.OPEN:
             payload = b""
@@ -2810,7 +2823,7 @@ class Connection:
         """Close a connection whose client sent a malformed frame. No later byte is read."""
         self.close(code, reason)
         if not self._unsent:
-            # The client reads our close frame, then the end of the stream, and closes the socket.
+            # The client reads the close frame and the end of the stream, and closes its socket.
             with suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
 
@@ -2835,7 +2848,8 @@ class Connection:
         self._unsent = None
         self.unsent_bytes = 0
         self.update_selector()
-        # Without shutdown() a forked child's copy would keep the connection open.
+        # A forked child may have a copy of the socket. Without shutdown(), it would keep the
+        # connection open.
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
@@ -2846,7 +2860,7 @@ class Connection:
             self._loop.registry.release()
 
     def has_left(self) -> bool:
-        """Return whether the client has left. For workers, while the loop does not read."""
+        """Return whether the client has left. A worker calls this while the loop does not read."""
         try:
             return self._sock.recv(1, socket.MSG_PEEK) == b""
         except BlockingIOError:
@@ -2858,12 +2872,12 @@ class Connection:
         """Close a forked child's copy of the socket; the parent's stays open."""
         self._sock.close()
 
-    def last_progress(self, now: float) -> float:
-        """Return since when the client is silent, or has not accepted any unsent data."""
-        moments = [now, self.silent_since]
+    def stalled_since(self, now: float) -> float:
+        """Return since when the client is silent or does not accept unsent data, or `now`."""
+        times = [now, self.silent_since]
         if self._unsent:
-            moments.append(self._progress_at)
-        return min(moments)
+            times.append(self._progress_at)
+        return min(times)
 
     def is_stuck(self, now: float, limit: float) -> bool:
         """Return whether unsent data has made no progress for `limit` seconds."""
@@ -4429,7 +4443,7 @@ class Expiry:
     def schedule(self) -> None:
         """Plan the next check for the first time at which something may have expired."""
         session, now = self._session, time.monotonic()
-        times = [session.connection.last_progress(now) + self._max_silence()]
+        times = [session.connection.stalled_since(now) + self._max_silence()]
         if session.must_sign_in():
             times.append(self._opened_at + self.AUTH_TIMEOUT)
         user = session.connection.user
