@@ -2549,7 +2549,6 @@ class Connection:
         "_sock",
         "_unsent",
         "close_code",
-        "close_deadline",
         "framing",
         "id",
         "session",
@@ -2610,7 +2609,6 @@ class Connection:
         # Close the socket as soon as everything is written, because the client's close frame has
         # arrived, or because none will come.
         self._close_when_written = False
-        self.close_deadline = float("inf")
         # The events that the selector watches for. If it is 0, the socket is not registered.
         self._selected = 0
 
@@ -2830,8 +2828,7 @@ class Connection:
     def _begin_closing(self, frame: bytes) -> None:
         self.state = State.CLOSING
         self._loop.closing.add(self)
-        self.close_deadline = time.monotonic() + self.CLOSE_TIMEOUT
-        self._loop.call_at(self.close_deadline, self.abort)
+        self._loop.call_at(time.monotonic() + self.CLOSE_TIMEOUT, self.abort)
         self._queue(frame)
         self._write()
         if self.session.is_paused:
