@@ -2884,18 +2884,20 @@ class Connection:
 # II  From the handshake to an answer
 # == 8. Endpoint: the /ws route, and taking over the socket ======================================
 
+# The key of the WSGI environ under which a request keeps its Handshake.
 ENVIRON_KEY = "swiftcms_ws.handshake"
+# The header of a response to a client that should try again when others have left.
 RETRY_SOON = {"Retry-After": "10"}
 SUPPORTED_SERVERS = "serve the site with gunicorn, waitress or flask run"
 
 
 class HandshakeRefused(Exception):
-    """A handshake that is answered with HTTP (README, Reference).
+    """The server refuses a handshake with an HTTP response instead of status 101.
 
-    status:  of the response
-    code:    in its JSON body, as `code`
-    message: in its JSON body: a sentence with the mistake and the remedy
-    headers: more headers of the response
+    status:  the status of the response
+    code:    `code` in its JSON body, such as "bad_handshake"
+    message: `message` in its JSON body: a sentence with the mistake and the remedy
+    headers: additional headers of the response
     """
 
     def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
@@ -2906,27 +2908,30 @@ class HandshakeRefused(Exception):
 
 
 class Handshake:
-    """One handshake. It replaces the socket while simple-websocket accepts the handshake.
+    """What is known about one handshake. It also acts as a socket and a thread of simple-websocket.
 
-    That library writes its 101 response here, and the loop sends it when the connection is ready.
-    An instance also replaces the library's thread, which would read from the socket. Used by the
-    thread of the web server, and then by Session.open() on the loop.
+    That library accepts the handshake. It gets this object in place of the socket, and writes its
+    101 response here. The loop sends the response later, when the connection is ready. The library
+    also gets this object in place of its thread, which would read from the socket. The thread of
+    the web server uses it, and then Session.open() on the loop.
     """
 
-    # simple-websocket changes the name of its thread.
+    # simple-websocket sets this attribute of its thread.
     name = "swiftcms-ws handshake"
 
     def __init__(self, sock: Any, user: User | None, began: float) -> None:
         self.sock = sock
         self.user = user
-        # Before the site was asked for the user.
+        # A time of time.monotonic() before the site was asked for the user.
         self.began_at = began
         self.response = b""
-        # After the take-over: our own socket and, if there is a relay, the peer of that socket.
+        # The socket that the loop gets. It is None until the server's socket was taken over.
         self.own_socket: socket.socket | None = None
+        # The peer of that socket, if a relay copies between it and the server's socket.
         self.relay: socket.socket | None = None
+        # What the client has sent together with the handshake.
         self.read_ahead = b""
-        # Its open() gives the socket to the loop.
+        # The class of the session that serves the client.
         self.session_type: type[Session] = Session
 
     def send(self, data: bytes) -> int:
@@ -2948,19 +2953,19 @@ class Handshake:
 
 
 def handshake_thread(target: Any) -> Any:
-    """Return a thread for simple-websocket, or a Handshake, which needs none.
+    """Return the Handshake as simple-websocket's thread, or a thread for another WebSocket route.
 
-    It is the option `thread_class`. To start a thread takes a third of the time of a handshake.
+    This is the library's option `thread_class`. A thread that does nothing would take a third of
+    the time of a handshake.
     """
     sock = target.__self__.sock
     if isinstance(sock, Handshake):
         return sock
-    # Another WebSocket route of the site.
     return threading.Thread(target=target)
 
 
 class HubBlueprint(Blueprint):
-    """The blueprint of a hub. Flask's message about a second registration would mislead."""
+    """The blueprint of a hub. If it is registered twice, Flask's error would suggest a new name."""
 
     def register(self, app: Any, options: dict[str, Any]) -> None:
         name = f"{options.get('name_prefix', '')}.{options.get('name', self.name)}".lstrip(".")
@@ -2980,7 +2985,7 @@ class Endpoint:
     returns: the request ends as any other, and the WebSocket holds no thread of the server.
     """
 
-    # Take the path of TLS and Windows also where it is not necessary, in tests.
+    # Use the relay even if the socket could be taken over. Tests set it.
     FORCE_RELAY = False
 
     def __init__(self, hub: Hub) -> None:
@@ -2989,7 +2994,7 @@ class Endpoint:
         self.blueprint.record(lambda state: hub.prepare_app(cast(Flask, state.app)))
         self.blueprint.before_request(self._check_handshake)
         self.blueprint.after_request(self._answer_handshake)
-        self.blueprint.teardown_request(self._end_handshake)
+        self.blueprint.teardown_request(self._finish_handshake)
         self.blueprint.register_error_handler(ProtocolError, self._refuse_malformed)
         Sock().route("/ws", bp=self.blueprint, endpoint="websocket")(self._websocket)
         self.blueprint.add_url_rule("/ws", "about", self._about)
@@ -3015,9 +3020,9 @@ class Endpoint:
         except HandshakeRefused as refused:
             engine.counters.add(f"refused_{refused.status}")
             return refused.response
-        # simple-websocket looks for the socket under the second key.
+        # simple-websocket looks for the socket under the key "werkzeug.socket".
         environ[ENVIRON_KEY] = environ["werkzeug.socket"] = handshake
-        # Without compression, the same frame can be sent to all clients.
+        # Refuse compression, so that the same frame can be sent to all clients.
         environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
         return None
 
@@ -3033,7 +3038,7 @@ class Endpoint:
 
     def _websocket(self, accepted: Any) -> None:
         """Take over the socket of a handshake that simple-websocket has accepted."""
-        # The accepted object has parsed the handshake, and would keep it.
+        # Free the parsed handshake, which simple-websocket does not need any more.
         accepted.ws = None
         environ = request.environ
         handshake: Handshake = environ[ENVIRON_KEY]
@@ -3052,32 +3057,33 @@ class Endpoint:
         handshake.read_ahead = read_server_buffers(environ)
 
     def _answer_handshake(self, response: Response) -> Response:
-        """Answer with a plain 101, so that the server logs this status.
+        """Replace flask-sock's response by the one that the web server gets.
 
-        After the take-over it is written into a dead socket. The client gets the 101 from the loop.
-        A stream's socket is taken over later, by its response.
+        After the socket was taken over, that is a plain 101, so that the server logs this status.
+        The server writes it into a dead socket; the client gets its 101 from the loop.
         """
         handshake = request.environ.get(ENVIRON_KEY)
         if not isinstance(handshake, Handshake):
             return response
         if isinstance(handshake, EventsHandshake):
+            # This response takes the socket over later.
             return StreamResponse(self._engine(), handshake, response)
-        if handshake.own_socket is None:
-            if handshake.response and response.status_code == 200:
-                # The handshake was accepted, but the socket could not be taken over.
-                message = "too many open files"
-                return self._refuse(503, "too_many_connections", message, **RETRY_SOON)
-            # Refused by simple-websocket, or by an exception.
-            return response
         if handshake.relay is not None:
             return RelayResponse(handshake.sock, handshake.relay)
-        return Response(status=101)
+        if handshake.own_socket is not None:
+            return Response(status=101)
+        if handshake.response and response.status_code == 200:
+            # simple-websocket accepted the handshake, but the socket could not be taken over.
+            message = "too many open files"
+            return self._refuse(503, "too_many_connections", message, **RETRY_SOON)
+        # simple-websocket refused the handshake, or a function of the site raised an exception.
+        return response
 
-    def _end_handshake(self, error: BaseException | None) -> None:
-        """Give the socket to the loop; without one, release the slot.
+    def _finish_handshake(self, error: BaseException | None) -> None:
+        """Give the socket to the loop. If it was not taken over, release the slot.
 
-        This runs at the end of the request, after the site has stored its session. A client that
-        has the 101 may send the next request, which needs that session.
+        This runs at the end of the request, after the site has stored its session. As soon as the
+        client gets the 101 from the loop, it may send another request, which needs that session.
         """
         environ = request.environ
         handshake = environ.get(ENVIRON_KEY)
@@ -3085,19 +3091,22 @@ class Endpoint:
             return
         engine = self._engine()
         if handshake.own_socket is not None:
-            kept = None
+            # Hooks that run later need the environ. Without hooks, its memory is saved.
+            kept_environ = None
             if self._hub.authorize_hook or has_connection_receivers():
-                kept = hook_environ(environ)
+                kept_environ = hook_environ(environ)
             address = environ.get("REMOTE_ADDR", "")
-            if engine.loop.call(handshake.session_type.open, engine, handshake, kept, address):
+            open_session = handshake.session_type.open
+            if engine.loop.call(open_session, engine, handshake, kept_environ, address):
                 return
+            # The loop has stopped.
             handshake.own_socket.close()
         engine.registry.release()
 
     # -- other requests ----------------------------------------------------------------------------
 
     def _about(self) -> ResponseReturnValue:
-        """Answer a plain GET: with the inspector, if it is switched on."""
+        """Answer a GET that is not a handshake with the inspector or, if it is off, with 426."""
         message = (
             "this is the address of a WebSocket; connect to it with ws:// or wss://, or use plain"
             f" HTTP: GET {url_for('.events')}"
@@ -3113,7 +3122,7 @@ class Endpoint:
         return self._refuse(426, "upgrade_required", message)
 
     def _events(self) -> Response:
-        """Answer GET /ws/events: with a stream, or with the events that there are."""
+        """Answer GET /ws/events with a stream or, for a poll, with the missed events."""
         return EventsRequest(self._hub, self._engine()).answer()
 
     def _is_inspector_on(self) -> bool:
@@ -3125,7 +3134,7 @@ class Endpoint:
     def _inspector_file(self, kind: str, **values: Any) -> Response:
         """Serve the inspector's script or style.
 
-        Flask-Talisman's default policy forbids them inside the page.
+        They are not inside the page, because Flask-Talisman's default policy forbids that.
         """
         if not self._is_inspector_on():
             abort(404)
@@ -3136,15 +3145,16 @@ class Endpoint:
         return page_file(*files[kind])
 
     def _add_version(self, endpoint: str, values: dict[str, Any]) -> None:
-        """Add `v`, a hash of client.js, to the address of it that url_for() returns."""
+        """Let url_for() add `v`, a hash of client.js, to the URL of client.js."""
         blueprint, _, name = endpoint.rpartition(".")
         if name == "client_js" and "v" not in values:
             values["v"] = client_js(url_for(f"{blueprint}.about", _external=False, **values))[1]
 
     def _client_js(self, **values: Any) -> Response:
-        """Serve the browser client. Browsers ask each time, and get it again if it has changed.
+        """Serve the browser client.
 
-        With the right `v` they may keep it: a changed file has another address.
+        If the URL has the right `v`, browsers may keep the file for a year, because a changed file
+        has another URL. Otherwise they ask each time whether it has changed.
         """
         body, version = client_js(url_for(".about", _external=False, **values))
         response = Response(body, mimetype="text/javascript")
@@ -3159,12 +3169,13 @@ class Endpoint:
 
 
 class HandshakeCheck:
-    """Decides about one handshake, in a thread of the web server.
+    """Accepts or refuses one handshake, in a thread of the web server.
 
-    It runs before the request reaches flask-sock's route. EventsRequest uses its parts.
+    It runs before the request reaches flask-sock's route. Its subclass EventsRequest uses some of
+    the checks for plain HTTP.
     """
 
-    # Names and values of a handshake's headers together: they are kept if the site has hooks.
+    # The most bytes of a handshake's headers, because they are kept in memory if there are hooks.
     MAX_HEADER_BYTES = 32 * 1024
 
     def __init__(self, hub: Hub, engine: Engine) -> None:
@@ -3177,12 +3188,13 @@ class HandshakeCheck:
         self._warn_of_processes()
         self._check_headers()
         self._check_origin()
-        began = self._start()
+        began = self._start_engine()
         user = self._find_user()
         self._reserve_slot()
         return Handshake(sock, user, began)
 
     def _find_socket(self) -> Any:
+        """Return the socket of the web server, or refuse if it cannot be used."""
         environ = request.environ
         server = environ.get("SERVER_SOFTWARE", "this web server")
         sock = find_socket(environ)
@@ -3199,8 +3211,8 @@ class HandshakeCheck:
             raise HandshakeRefused(501, "not_supported", f"{server} {problem}; {hint}")
         return sock
 
-    def _start(self) -> float:
-        """Start the engine, and return the time. A sign-out from then on is noticed."""
+    def _start_engine(self) -> float:
+        """Start the engine, and return the time since which it notices sign-outs."""
         self._hub.start(self._engine)
         if self._engine.follower is not None:
             self._engine.follower.wait_for_begin()
@@ -3245,7 +3257,7 @@ class HandshakeCheck:
             )
 
     def _check_size(self) -> dict[str, str]:
-        """Return the headers, as the environ has them, or refuse them because they are too long."""
+        """Return the headers, with the keys of the environ, or refuse if they are too long."""
         environ = request.environ
         headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
         size = sum(len(key) + len(value) for key, value in headers.items())
@@ -3258,8 +3270,8 @@ class HandshakeCheck:
     def _check_origin(self) -> None:
         """Refuse handshakes of pages of other sites (RFC 6455 section 10.2).
 
-        A browser adds the visitor's cookies to them, so such a page could act as the visitor.
-        Clients that are not browsers send no Origin.
+        A browser adds the visitor's cookies to such a handshake, so the page could act as the
+        visitor. Clients that are not browsers send no Origin.
         """
         origin, host = request.headers.get("Origin"), request.environ.get("HTTP_HOST", "")
         if origin is None or is_origin_allowed(origin, host, self._engine.settings.origins):
@@ -3291,17 +3303,20 @@ class HandshakeCheck:
             try:
                 return check_token(self._engine.settings, token)
             except ClientError as error:
-                # Some proxies add a Bearer header of their own. Then the identify hook decides.
+                # Some proxies add a Bearer header of their own. So if there is an identify hook,
+                # it decides in place of a wrong token in the header.
                 if "token" in request.args or self._hub.identify_hook is None:
                     challenge = {"WWW-Authenticate": "Bearer"}
                     raise HandshakeRefused(401, error.code, str(error), **challenge) from error
         if self._hub.identify_hook is None:
             return None
-        # In the request itself: a context of its own would need a second connection of the site's
-        # database pool, and concurrent handshakes could wait for each other.
+        # The hook runs in the context of this request. A context of its own would need a second
+        # connection of the site's database pool, and concurrent handshakes could wait for each
+        # other.
         return _user_of_hook(self._hub.identify_hook())
 
     def _reserve_slot(self) -> None:
+        """Take a slot, or refuse because all are taken or the engine closes."""
         limit = self._engine.settings.max_connections or descriptors().max_connections
         if not self._engine.registry.reserve(limit):
             self._engine.warn(
@@ -3312,7 +3327,7 @@ class HandshakeCheck:
             raise HandshakeRefused(
                 503, "too_many_connections", "too many connections", **RETRY_SOON
             )
-        # Checked with the slot taken: closing waits until all slots are released.
+        # This is checked after the slot is taken. From then on, finish_closing() waits for it.
         if self._engine.is_closing:
             self._engine.registry.release()
             raise HandshakeRefused(
@@ -3321,7 +3336,10 @@ class HandshakeCheck:
 
 
 def log_lost_socket(engine: Engine, error: Exception) -> None:
-    """Log it if the process has too many open files. That a client has left is not logged."""
+    """Log that a socket could not be taken over, if the reason is too many open files.
+
+    The other reason, that the client has left, is not logged.
+    """
     if getattr(error, "errno", None) in (errno.EMFILE, errno.EINVAL, errno.ENFILE):
         engine.warn(
             "refused a connection: this process has %s connections and may not open more files"
@@ -3332,13 +3350,13 @@ def log_lost_socket(engine: Engine, error: Exception) -> None:
 
 
 def needs_relay(sock: Any) -> bool:
-    """Return whether a socket cannot be taken over: TLS, or Windows."""
+    """Return whether a socket cannot be taken over, because of TLS or Windows."""
     return Endpoint.FORCE_RELAY or fcntl is None or isinstance(sock, ssl.SSLSocket)
 
 
 @functools.lru_cache(maxsize=64)
 def client_js(path: str) -> tuple[str, str]:
-    """Return client.js with the path of its WebSocket, and a hash of it."""
+    """Return client.js, which contains the path of the WebSocket, and a hash of it."""
     body = CLIENT_JS.replace('WEBSOCKET_PATH = "/ws"', f"WEBSOCKET_PATH = {json.dumps(path)}")
     return body, hashlib.sha256(body.encode()).hexdigest()[:16]
 
@@ -3387,7 +3405,8 @@ DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 def normalise_origin(text: str) -> str | None:
     """Return an origin as browsers write it, or None if it is not one.
 
-    That is: lower case, without the scheme's default port, international names in ASCII.
+    They write it in lower case, without the scheme's default port, and with international names in
+    ASCII.
     """
     scheme, separator, rest = text.lower().partition("://")
     rest = rest.removesuffix("/")
@@ -3431,14 +3450,14 @@ def is_origin_allowed(origin: str, host: str, allowed: Sequence[str] | str | Non
     if page is None or origin.endswith("/"):
         return False
     scheme = page.partition("://")[0]
-    # A proxy may have removed the TLS, so the default port is that of the page's own scheme.
+    # The page's scheme is used, and not the request's, because a proxy may have removed the TLS.
     if page == normalise_origin(f"{scheme}://{host}"):
         return True
     return any(_entry_allows(entry, page) for entry in allowed or ())
 
 
 def _entry_allows(entry: str, page: str) -> bool:
-    """Return whether an entry of SWIFTCMS_WS_ORIGINS is the page's origin, or a pattern of it."""
+    """Return whether an entry of SWIFTCMS_WS_ORIGINS is the page's origin, or matches it."""
     named = normalise_origin(entry)
     if named is None:
         return False
@@ -3450,7 +3469,8 @@ def _entry_allows(entry: str, page: str) -> bool:
 
 # -- hook contexts ---------------------------------------------------------------------------------
 
-# They belong to the server and to the handshake's request, which are gone when a hook runs.
+# Keys of the environ whose values belong to the web server or to the handshake's request. Hooks run
+# after that request.
 SERVER_KEYS = {
     "wsgi.input",
     "wsgi.errors",
@@ -3465,18 +3485,18 @@ SERVER_KEYS = {
 
 def hook_environ(environ: Mapping[str, Any]) -> dict[str, Any]:
     """Return the handshake's environ without SERVER_KEYS. Additions of middleware are kept."""
-    # Hooks are no refresh of a page, whatever the client says.
+    # Without LIVE_KEY, is_live_refresh() is False in a hook.
     dropped = {*SERVER_KEYS, LIVE_KEY}
     return {key: value for key, value in environ.items() if key not in dropped}
 
 
 @contextmanager
 def hook_context(app: Flask | None, environ: Mapping[str, Any] | None) -> Iterator[None]:
-    """A request context for one call of hooks, with a `g` of its own.
+    """Run a hook in a request context of its own, with a `g` of its own.
 
-    Afterwards everything that hooks have opened, such as a database session, is closed. If there
-    is no environ, because there was no hook when the client connected, it is an application
-    context only.
+    At its end the context closes what the hook has opened, such as a database session. If there is
+    no environ, because there was no hook when the client connected, it is an application context
+    only.
     """
     assert app is not None
     with app.app_context():
@@ -3516,8 +3536,8 @@ def read_server_buffers(environ: Mapping[str, Any]) -> bytes:
     """Return the bytes after the handshake that the web server has read into its buffers.
 
     A client may have sent its first message together with the handshake. Reading does not block,
-    because the server's socket is dead now, or non-blocking for the relay. Some of these attributes
-    are private. If one is missing, b"" is returned.
+    because the server's socket has been replaced by a dead one or, for the relay, is non-blocking.
+    Some of these attributes are private. If one is missing, b"" is returned.
     """
     # Each server raises its own exceptions, for example if the handshake claims to have a body.
     with suppress(Exception):
@@ -3532,9 +3552,9 @@ def read_server_buffers(environ: Mapping[str, Any]) -> bytes:
 class Descriptors:
     """Decides which file descriptors our sockets get. For the web server's threads.
 
-    Many sites and servers use select(), which fails for descriptors of 1024 and more. Some servers
-    stop if accept() gets no descriptor. So sockets that were taken over get descriptors of `floor`
-    and more, and the last RESERVED descriptors stay free.
+    Many sites and servers use select(), which fails for descriptors of 1024 and more. So sockets
+    that were taken over get descriptors from `floor` on, and leave the lower ones to the site. Some
+    servers stop if accept() gets no descriptor. So the last RESERVED descriptors stay free.
     """
 
     RESERVED = 50
@@ -3544,7 +3564,7 @@ class Descriptors:
         self.limit = self._raise_limit()
         self.floor = 1024
         if self.limit < 4096:
-            # Too few descriptors to leave 1024 to the site.
+            # There are too few descriptors to leave 1024 to the site.
             self.floor = min(200, self.limit // 2)
         self.max_connections = max(
             1, min(self.MAX_CONNECTIONS, self.limit - self.floor - self.RESERVED)
@@ -3557,7 +3577,7 @@ class Descriptors:
 
         Reading returns the end of the stream, and writing fails. SOCK_SEQPACKET raises no SIGPIPE,
         which would stop the process if the site has restored that signal's default. macOS and
-        Windows do not have it.
+        Windows have no SOCK_SEQPACKET.
         """
         try:
             dead, peer = socket.socketpair(type=socket.SOCK_SEQPACKET)
@@ -3605,7 +3625,7 @@ class Descriptors:
             relay.close()
             own.close()
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        # Otherwise a burst of events might fill it before the relay's thread runs.
+        # A burst of events could fill a smaller buffer before the relay's thread runs.
         own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1024 * 1024)
         return relay, own
 
@@ -3636,19 +3656,20 @@ class RelayResponse(Response):
     # thread is busy.
     CHUNK = 256 * 1024
 
-    def __init__(self, server: Any, ours: socket.socket) -> None:
+    def __init__(self, server: Any, relay: socket.socket) -> None:
         super().__init__(status=101)
         self._server = server
-        self._relay_side = ours
+        self._relay = relay
 
     def get_app_iter(self, environ: Any) -> Iterable[bytes]:
-        # Werkzeug's own would drop the body of a 101.
+        # Werkzeug's method would not iterate over the body of a 101.
         return self._copy()
 
     def _copy(self) -> Iterator[bytes]:
         """Copy in both directions until one side closes. It yields no body."""
-        ends = (self._server, self._relay_side)
-        waiting = {self._server: b"", self._relay_side: b""}
+        ends = (self._server, self._relay)
+        # The data that was received and waits to be sent, by the socket that it is sent to.
+        waiting = {self._server: b"", self._relay: b""}
         try:
             for end in ends:
                 end.setblocking(False)
@@ -3657,15 +3678,16 @@ class RelayResponse(Response):
             self._send_last(waiting[self._server])
             waiting[self._server] = b""
         except OSError:
-            # One side is gone.
+            # One side has closed its connection.
             pass
         finally:
-            self._relay_side.close()
-            # The server now writes its headers, which must not reach the client.
+            self._relay.close()
+            # The server now writes the headers of its response, which must not reach the client.
             with suppress(OSError):
                 socket.socket.shutdown(self._server, socket.SHUT_RDWR)
         if waiting[self._server]:
-            # TLS could not finish a write, and would refuse a different one with an error.
+            # TLS has sent only a part of this data. If the server wrote its headers now, that would
+            # fail with an error in its log. After this exception it writes nothing.
             raise BrokenPipeError(errno.EPIPE, "the client closed the connection")
         yield from ()
 
@@ -3686,13 +3708,13 @@ class RelayResponse(Response):
         return True
 
     def _send_last(self, data: bytes) -> None:
-        """Send the last bytes, a close frame, within two seconds."""
+        """Send the remaining bytes, such as a close frame, within two seconds."""
         self._server.settimeout(2.0)
         if data:
             self._server.sendall(data)
 
     def _receive(self, source: Any) -> bytes | None:
-        """Return the next bytes. They are empty at the end of the stream, and None if it waits."""
+        """Return the next bytes, b"" at the end of the stream, or None if there are none now."""
         try:
             return cast(bytes, source.recv(self.CHUNK))
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -3710,7 +3732,7 @@ class RelayResponse(Response):
     def _wait(self, waiting: Mapping[Any, bytes]) -> None:
         """Wait until one of the sockets can be read, or written if data waits for it."""
         with RelaySelector() as selector:
-            for end, other in ((self._server, self._relay_side), (self._relay_side, self._server)):
+            for end, other in ((self._server, self._relay), (self._relay, self._server)):
                 events = 0
                 if waiting[end]:
                     events |= selectors.EVENT_WRITE
@@ -6990,7 +7012,7 @@ class EventsRequest(HandshakeCheck):
         engine = self._engine
         self._warn_of_processes()
         message = self._parse()
-        began = self._start()
+        began = self._start_engine()
         user = self._find_user()
         if user is None and engine.settings.auth == "required":
             challenge = {"WWW-Authenticate": "Bearer"}
