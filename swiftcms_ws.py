@@ -3828,15 +3828,15 @@ def check_token(settings: Settings, token: str) -> User:
         if len(token) > MAX_TOKEN_LENGTH:
             raise ValueError
         claims = _decode(settings, token)
-        # A string, which PyJWT accepts for a number, raises TypeError here.
+        # If `exp` is a string, which PyJWT accepts, the comparison raises TypeError.
         if not 0 < claims["exp"] < MAX_EXPIRY:
             raise OverflowError
-        # The leeway is for clocks that are ahead; the expiry is exact.
+        # TOKEN_LEEWAY is for `nbf` and `iat`. PyJWT adds it to `exp` too, which must be exact.
         if claims["exp"] <= time.time():
             raise jwt.ExpiredSignatureError
         return User(check_user_id(claims["sub"], "sub"), claims)
     except Warning:
-        # If the site turns warnings into errors, it wants to see PyJWT's about a short key.
+        # PyJWT warns about a short key. If the site turns warnings into errors, it sees this one.
         raise
     except Exception as error:
         # PyJWT raises many kinds of exceptions for malformed tokens.
@@ -3848,7 +3848,7 @@ def check_token(settings: Settings, token: str) -> User:
 
 
 def _decode(settings: Settings, token: str) -> dict[str, Any]:
-    """Verify a token with the key or, while a site changes its key, with an older one."""
+    """Verify a token and return its claims. While a site changes its key, older keys count too."""
     keys = (settings.jwt_key, *settings.fallback_keys)
     for key in keys:
         try:
@@ -3869,11 +3869,14 @@ def _decode(settings: Settings, token: str) -> dict[str, Any]:
 
 
 def hide_token(record: logging.LogRecord) -> bool:
-    """Filter of the servers' access logs, because a token in a log could be used to sign in."""
+    """Log filter that removes tokens from the servers' access logs, and keeps all records.
+
+    Otherwise a reader of the log could sign in with a token.
+    """
     try:
         text = record.getMessage()
     except Exception:
-        # The site's mistake is for its own log handler to report.
+        # The record has wrong arguments. The log handler reports that.
         return True
     if "token=" in text:
         record.msg, record.args = re.sub(r"token=[^&\s\"']*", "token=…", text), ()
@@ -3884,10 +3887,10 @@ def hide_token(record: logging.LogRecord) -> bool:
 
 
 class TokenBucket:
-    """The rate limit of one client: a token bucket, which has nothing to do with JWTs. Loop only.
+    """Limits the rate of one client's messages. Its tokens have nothing to do with JWTs. Loop only.
 
-    It holds up to twice RATE tokens and gains RATE a second. A message takes one or more, even if
-    the bucket is empty; then the client has to wait.
+    The bucket holds up to twice RATE tokens, and gains RATE tokens a second. A message takes one or
+    more, even if fewer are left. The client then has to wait until there is one again.
     """
 
     BURST = 2
@@ -3900,7 +3903,7 @@ class TokenBucket:
         self._updated_at = time.monotonic()
 
     def take(self, count: float) -> bool:
-        """Take tokens. Return whether the client is in debt now."""
+        """Take tokens. Return whether more were taken than there were."""
         self._fill()
         self._tokens -= count
         return self._tokens < 0
@@ -3908,7 +3911,7 @@ class TokenBucket:
     def seconds_to_wait(self) -> float:
         """Return after how many seconds there is one token again."""
         self._fill()
-        # The sum of many small numbers may be a rounding error below 1.
+        # 0.999 and not 1, because of rounding errors: the tokens are the sum of many small numbers.
         return max(0.0, (0.999 - self._tokens) / self._rate)
 
     def _fill(self) -> None:
@@ -3919,38 +3922,41 @@ class TokenBucket:
 
 
 class Received(NamedTuple):
-    """A complete message, a control frame, or (CONTINUATION) a part of a message."""
+    """A complete message, a control frame or, as CONTINUATION, a part of an incomplete message."""
 
     opcode: Opcode
+    # A str or bytes; the code and reason of a CLOSE; None for CONTINUATION.
     payload: Any
-    # In tokens of the bucket.
+    # The number of tokens that it takes from the bucket.
     cost: int
 
 
 class MessageReader:
     """Turns the bytes of one client into messages and control frames. Loop only.
 
-    wsproto parses the frames. Those that are not asked for yet stay in its buffer.
+    wsproto parses the frames. Bytes after the frame that read() yielded last stay in its buffer.
     """
 
-    # A message counts as one more for each 8 KiB.
+    # A message takes one token, and one more for each 8 KiB.
     BYTES_PER_TOKEN = 8 * 1024
-    # A smaller fragment counts as a message. Otherwise one message could cost 65,536 frames.
+    # A smaller fragment takes a token too. Otherwise 65,536 fragments of one byte, which are one
+    # message, would take only nine.
     SMALL_FRAGMENT = 256
 
     __slots__ = ("_parser", "_parts", "_size", "is_too_big", "limit")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        # The message has more bytes than `limit`. Its parts are dropped.
+        # A message has more bytes than `limit`. Its parts are dropped.
         self.is_too_big = False
-        # None after a close frame, or after bytes that are not a frame: the rest is not read.
+        # None after a close frame, or after bytes that are not a frame: what follows is dropped.
         self._parser: FrameProtocol | None = FrameProtocol(client=False, extensions=[])
-        # Of a message that is not complete yet.
+        # The parts of a message that is not complete yet, and their bytes.
         self._parts: list[Any] = []
         self._size = 0
 
     def feed(self, data: bytes) -> None:
+        """Add bytes of the client, which read() will parse."""
         if self._parser is not None:
             self._parser.receive_bytes(data)
 
@@ -3992,11 +3998,11 @@ class MessageReader:
 class Session:
     """Handles the messages of one client, one at a time and in order, and answers them. Loop only.
 
-    If a client sends faster than RATE, the session reads more slowly. A message that needs a hook
-    of the site, or the shared log, becomes a task for a worker, and reading stops until it is done.
+    If a client sends faster than RATE, the session reads more slowly. If a message needs a hook of
+    the site, or the shared log, a worker runs a task, and the client is not read until it is done.
     """
 
-    # Log messages: why the server closed a connection, and the setting that decides it.
+    # The reasons in log messages for closing a connection, with the settings that decide it.
     CLOSE_REASONS: Mapping[int, str] = {
         CloseCode.MESSAGE_TOO_BIG: "its message was over SWIFTCMS_WS_MAX_MESSAGE",
         CloseCode.TRY_AGAIN_LATER: "it read too slowly (SWIFTCMS_WS_MAX_QUEUE)",
@@ -4010,15 +4016,16 @@ class Session:
     SIGNED_OUT = "the site signed you out; sign in again"
     # Messages of one client are handled for so many seconds before the others get their turn.
     TURN = 0.005
-    # Frames of a client that it sent before it received our close frame. With more, it floods.
+    # A client may have sent frames before it received the close frame. After more frames than this,
+    # the connection is aborted.
     MAX_FRAMES_WHILE_CLOSING = 2000
 
     __slots__ = (
         "_address",
         "_bucket",
         "_frames_while_closing",
-        "_has_begun",
-        "_has_ended",
+        "_is_forgotten",
+        "_is_known_to_site",
         "_is_throttled",
         "_is_waiting_for_turn",
         "_reader",
@@ -4035,7 +4042,7 @@ class Session:
     ) -> None:
         self.engine = engine
         self.connection = connection
-        # Of the message that is being handled: its answer needs them.
+        # The `action` and `ref` of the message that is being handled. Its answer needs them.
         self.action: str | None = None
         self.ref: str | float | None = None
         self.tasks = ClientTasks(self, environ)
@@ -4045,35 +4052,38 @@ class Session:
         self._bucket = TokenBucket(engine.settings.rate)
         # The client sends too fast, and is not read until the bucket has a token again.
         self._is_throttled = False
-        # The client's turn is over, and the rest of its messages wait for the next one.
+        # The client's turn is over, and its other messages wait for the next turn.
         self._is_waiting_for_turn = False
         self._frames_while_closing = 0
-        # The site hears of this client: client_connected was sent, if there are receivers.
-        self._has_begun = False
-        self._has_ended = False
+        # client_connected was sent, if it has receivers, so client_disconnected has to be sent.
+        self._is_known_to_site = False
+        # on_closed() was called.
+        self._is_forgotten = False
 
     @classmethod
     def open(
         cls, engine: Engine, handshake: Handshake, environ: dict[str, Any] | None, address: str
     ) -> Connection:
-        """Adopt the socket of a handshake: send the response and the greeting; begin to read."""
+        """Take over the socket of a handshake, send the response and the greeting, and read."""
         client_id = engine.process + secrets.token_hex(6)
         max_queue = engine.settings.max_queue
         assert handshake.own_socket is not None
         own, user = handshake.own_socket, handshake.user
         connection = Connection(client_id, own, engine.loop, max_queue, user, cls.FRAMING)
         connection.session = session = cls(engine, connection, environ, address)
-        session.guarded(session._start, handshake)
+        session.guarded(session._accept, handshake)
         return connection
 
-    def _start(self, handshake: Handshake) -> None:
+    def _accept(self, handshake: Handshake) -> None:
         engine, connection = self.engine, self.connection
         connection.update_selector()
         connection.send(handshake.response)
         if connection.state is State.CLOSED:
             return
         engine.registry.add(connection)
-        # Read before the greeting: the site hears of every client that was greeted before closing.
+        # The flag is read before the greeting, because another thread may set it during the
+        # greeting. Such a client is served until the loop closes all connections, so that the site
+        # gets both signals of every client that was greeted before the engine began to close.
         is_closing = engine.is_closing
         self._greet()
         if is_closing:
@@ -4083,26 +4093,26 @@ class Session:
         if connection.state is not State.OPEN:
             return
         self.expiry.schedule()
-        self._has_begun = True
-        self._begin(handshake)
+        self._is_known_to_site = True
+        self._begin_serving(handshake)
 
-    def _begin(self, handshake: Handshake) -> None:
+    def _begin_serving(self, handshake: Handshake) -> None:
         """Serve the client, after the receivers of client_connected have returned."""
 
         def connected(_: object = None) -> None:
-            self._serve_first(handshake)
+            self._handle_read_ahead(handshake)
 
         if client_connected.receivers:
             self.tasks.start(self.tasks.signal_task(client_connected), connected)
         else:
             connected()
 
-    def _serve_first(self, handshake: Handshake) -> None:
+    def _handle_read_ahead(self, handshake: Handshake) -> None:
         """Handle the bytes that the client has sent together with the handshake."""
         self.receive(handshake.read_ahead)
 
     def _greet(self) -> None:
-        """Send the first message. The client gets heartbeats from now on."""
+        """Send system.connected. The client gets heartbeats from now on."""
         self.engine.heartbeat.add(self.connection)
         user = self.connection.user
         payload = {
@@ -4119,7 +4129,8 @@ class Session:
     def is_paused(self) -> bool:
         """Whether the client is not read now.
 
-        A worker is busy for it, it sends too fast, or the other clients have their turn.
+        That is if a worker runs a task for it, if it sends too fast, or if the other clients have
+        their turn.
         """
         return self.tasks.is_busy or self._is_throttled or self._is_waiting_for_turn
 
@@ -4136,16 +4147,7 @@ class Session:
         turn_ends_at = time.monotonic() + self.TURN
         try:
             for received in self._reader.read():
-                if received.opcode is Opcode.CLOSE:
-                    code, _ = received.payload
-                    # 1005 stands for a close frame without a code (RFC 6455 section 7.1.5).
-                    if code == 1005:
-                        code = None
-                    connection.answer_close(code)
-                elif connection.state is State.OPEN:
-                    self._handle(received)
-                else:
-                    self._drop_while_closing()
+                self._handle(received)
                 if connection.state is State.OPEN and not connection.can_read:
                     break
                 if time.monotonic() > turn_ends_at:
@@ -4162,12 +4164,25 @@ class Session:
         self._is_waiting_for_turn = False
         self.handle_received()
 
+    def _handle(self, received: Received) -> None:
+        """Handle one message or frame, as far as the state of the connection allows."""
+        if received.opcode is Opcode.CLOSE:
+            code, _ = received.payload
+            # 1005 stands for a close frame without a code (RFC 6455 section 7.1.5).
+            if code == 1005:
+                code = None
+            self.connection.answer_close(code)
+        elif self.connection.state is State.OPEN:
+            self._handle_while_open(received)
+        else:
+            self._drop_while_closing()
+
     def _drop_while_closing(self) -> None:
         self._frames_while_closing += 1
         if self._frames_while_closing > self.MAX_FRAMES_WHILE_CLOSING:
             self.connection.abort()
 
-    def _handle(self, received: Received) -> None:
+    def _handle_while_open(self, received: Received) -> None:
         self.consume(received.cost)
         if self._reader.is_too_big:
             self.action = self.ref = None
@@ -4180,7 +4195,7 @@ class Session:
             self._handle_message(received.payload)
 
     def consume(self, count: float) -> None:
-        """Take tokens out of the bucket. A client in debt is not read until it has one again."""
+        """Take tokens out of the bucket. If too few are left, stop reading from the client."""
         if not self._bucket.take(count) or self._is_throttled:
             return
         self._is_throttled = True
@@ -4191,7 +4206,8 @@ class Session:
             self.connection.id,
             self._address,
         )
-        # Not at once: the next message must not be handled before the one that is being handled.
+        # A timer continues, even if it is due at once. A direct call would handle the next message
+        # inside the current one.
         seconds = self._bucket.seconds_to_wait()
         self.engine.loop.call_at(time.monotonic() + seconds, self._wait_for_token)
 
@@ -4207,6 +4223,7 @@ class Session:
     # -- from messages to answers ------------------------------------------------------------------
 
     def _handle_message(self, data: str | bytes) -> None:
+        """Carry out the action of a message, or answer with system.error."""
         self.action = self.ref = None
         self.guarded(self._do_action, data)
 
@@ -4229,7 +4246,11 @@ class Session:
         action(self, message)
 
     def guarded(self, function: Callable[..., None], *args: Any) -> None:
-        """Call a function; answer a ClientError, and close the connection for any other error."""
+        """Call a function, and handle its exception so that the other clients are not affected.
+
+        A ClientError is answered. After any other exception, the connection is closed: with 1001 if
+        the shared log cannot be read, so that the client tries again, and otherwise with 1011.
+        """
         try:
             function(*args)
         except ClientError as error:
@@ -4264,7 +4285,8 @@ class Session:
         self.engine.counters.add(f"error_{error.code}")
         if error.code == "too_many_subscriptions":
             self.engine.warn(
-                "refused a client more than the %s of SWIFTCMS_WS_MAX_SUBSCRIPTIONS",
+                "refused a subscription: the client has %s, as many as"
+                " SWIFTCMS_WS_MAX_SUBSCRIPTIONS allows",
                 self.engine.settings.max_subscriptions,
             )
 
@@ -4279,28 +4301,28 @@ class Session:
         )
         self.connection.close(CloseCode.INTERNAL_ERROR, "the server failed; its log has the reason")
 
-    # -- the end -----------------------------------------------------------------------------------
+    # -- closing -----------------------------------------------------------------------------------
 
     def sign_out(self) -> None:
         """Close the connection, because the site has signed its user out."""
         self.connection.close(CloseCode.UNAUTHORIZED, self.SIGNED_OUT)
 
     def on_closed(self) -> None:
-        """The connection is not OPEN any more: forget the client, and notify the site."""
-        if self._has_ended:
+        """Forget the client and notify the site, because the connection is not OPEN any more."""
+        if self._is_forgotten:
             return
-        self._has_ended = True
+        self._is_forgotten = True
         engine, connection = self.engine, self.connection
         engine.registry.remove(connection)
         engine.heartbeat.discard(connection)
         engine.editing.stop_soon(connection.id)
         self._count_close()
-        if self._has_begun and client_disconnected.receivers:
-            # If a hook of this client is running, the signal is sent after it.
+        if self._is_known_to_site and client_disconnected.receivers:
+            # If a task of this client is running, the signal is sent after it.
             self.tasks.start_last(self.tasks.signal_task(client_disconnected))
 
     def _count_close(self) -> None:
-        """Count and log it if the server has closed the connection."""
+        """If the server closed the connection, count it; for some close codes also log it."""
         engine, code = self.engine, self.connection.close_code
         if code is None:
             return
@@ -7176,7 +7198,8 @@ class StreamSession(Session):
     def _greet(self) -> None:
         """Send nothing: system.subscribed is the first message."""
 
-    def _serve_first(self, handshake: Handshake) -> None:
+    def _handle_read_ahead(self, handshake: Handshake) -> None:
+        """Handle the query of the request, as the `subscribe` message that it stands for."""
         assert isinstance(handshake, EventsHandshake)
         StreamSubscribing(self, handshake.message).allowed(handshake.answers)
 
