@@ -4338,17 +4338,18 @@ class ClientTasks:
     """Lets workers run the tasks of one client, one at a time. Loop only; tasks run in a worker.
 
     While a task runs, the server does not read from the client. So the client's messages are
-    handled in order, and a slow hook delays no other client.
+    handled in order. A slow hook delays only its client, unless it occupies all workers.
     """
 
     __slots__ = ("_environ", "_last_task", "_session", "is_busy")
 
     def __init__(self, session: Session, environ: dict[str, Any] | None) -> None:
         self._session = session
-        # Of the handshake; None if there were no hooks.
+        # The environ of the handshake. It is None if there were no hooks.
         self._environ = environ
+        # A task is running or queued, or pause() waits.
         self.is_busy = False
-        # To be run after the one that is running.
+        # The task that runs after the current one.
         self._last_task: Callable[[], object] | None = None
 
     def ask_hook(self, patterns: Sequence[Pattern], then: Callable[..., None], *args: Any) -> None:
@@ -4362,7 +4363,7 @@ class ClientTasks:
         connection = self._session.connection
 
         def task() -> list[bool] | None:
-            # Many clients may be gone before the hook is asked for them, if it is slow.
+            # If the hook is slow, clients may leave while their tasks are queued.
             if connection.has_left():
                 return None
             with hook_context(engine.app, self._environ):
@@ -4396,7 +4397,7 @@ class ClientTasks:
     def start(self, task: Callable[[], object], then: Callable[..., None], *args: Any) -> None:
         """Let a worker run a task, then call `then(*args, result)` on the loop.
 
-        If the task raises, the connection is closed.
+        If the task raises an exception, guarded() handles it, as if `then` had raised it.
         """
         self._set_busy()
         loop = self._session.engine.loop
@@ -4413,12 +4414,12 @@ class ClientTasks:
         self._session.engine.workers.submit(run)
 
     def pause(self, seconds: float, then: Callable[..., None]) -> None:
-        """Call `then()` after some time; until then the client is not read."""
+        """Call `then()` after some seconds. The client is not read meanwhile."""
         self._set_busy()
         self._session.engine.loop.call_at(time.monotonic() + seconds, self._done, then)
 
     def start_last(self, task: Callable[[], object]) -> None:
-        """Run a last task, after the one that is running."""
+        """Run a task after the current one. The client is not served any more."""
         if self.is_busy:
             self._last_task = task
         else:
@@ -4429,6 +4430,7 @@ class ClientTasks:
         self._session.connection.update_selector()
 
     def _done(self, then: Callable[..., None], *args: Any) -> None:
+        """Continue after a task or a pause, unless the connection was closed meanwhile."""
         self.is_busy = False
         session = self._session
         if self._last_task is not None:
@@ -4456,9 +4458,10 @@ def is_allowed(engine: Engine, answer: object, pattern: Pattern) -> bool:
 
 
 def _raise(error: BaseException) -> None:
-    """Raise a task's error on the loop. It is not an Exception if a hook called sys.exit()."""
+    """Raise a task's error on the loop."""
     if isinstance(error, Exception):
         raise error
+    # The hook called sys.exit(), which must not stop the loop.
     raise RuntimeError(f"a hook raised {type(error).__name__}") from error
 
 
@@ -4468,9 +4471,10 @@ class Expiry:
     Loop only.
     """
 
-    # If AUTH is "required", a client has this many seconds to sign in.
+    # If AUTH is "required", a client has so many seconds to sign in.
     AUTH_TIMEOUT = 10.0
-    # Times of checks are rounded up to multiples of this, in seconds.
+    # Checks are due at multiples of so many seconds, so that one wake-up of the loop serves many
+    # clients.
     CHECK_INTERVAL = 0.5
 
     __slots__ = ("_check_at", "_opened_at", "_session")
@@ -4482,7 +4486,11 @@ class Expiry:
         self._check_at = float("inf")
 
     def schedule(self) -> None:
-        """Plan the next check for the first time at which something may have expired."""
+        """Plan the next check for the earliest time at which the connection may have to be closed.
+
+        Until then the client may send something, which moves that time. The check then plans the
+        next one.
+        """
         session, now = self._session, time.monotonic()
         times = [session.connection.stalled_since(now) + self._max_silence()]
         if session.must_sign_in():
@@ -4490,12 +4498,12 @@ class Expiry:
         user = session.connection.user
         if user is not None and user.expires_at is not None:
             times.append(now + user.expires_at - time.time())
-        # Rounded up, so that one wake-up of the loop serves many clients.
-        rounds = max(min(times), now) // self.CHECK_INTERVAL + 1
-        when = rounds * self.CHECK_INTERVAL
+        intervals = max(min(times), now) // self.CHECK_INTERVAL + 1
+        when = intervals * self.CHECK_INTERVAL
         if when < self._check_at:
             self._check_at = when
-            # The client's id, because a timer must not keep a closed connection in memory.
+            # The timer gets the client's id, because it must not keep a closed connection in
+            # memory.
             client_id = session.connection.id
             session.engine.loop.call_at(when, Expiry.check, session.engine, client_id)
 
@@ -4504,13 +4512,14 @@ class Expiry:
 
     @staticmethod
     def check(engine: Engine, client_id: str) -> None:
+        """Close the connection if it has expired; otherwise plan the next check."""
         connection = engine.registry.find(client_id)
         now = time.monotonic()
         if connection is None or now < connection.session.expiry._check_at:
             return
         expiry = connection.session.expiry
         if now - expiry._check_at > engine.settings.heartbeat:
-            # The process was suspended, and the client had no heartbeat to answer.
+            # The process was suspended, so the client got no heartbeat that it could answer.
             connection.silent_since = max(connection.silent_since, now)
         expiry._check_at = float("inf")
         expiry._close_expired(now)
@@ -4539,7 +4548,7 @@ class Expiry:
         return user is not None and user.expires_at is not None and user.expires_at <= time.time()
 
     def _report(self, error: ClientError) -> None:
-        # It is not the answer to a message.
+        # The error is not the answer to a message, so it has no `action` and no `ref`.
         self._session.action = self._session.ref = None
         self._session.report_error(error)
 
@@ -4547,8 +4556,8 @@ class Expiry:
 def resume_fields(engine: Engine) -> dict[str, Any]:
     """Return the fields from which a client can resume, in system.connected and heartbeats.
 
-    Live pages refresh within `spread` seconds after an event: if all of them do, that takes about
-    half of the time of this process.
+    After an event, each live page refreshes at a random time within `spread` seconds. If all pages
+    do, this process is busy for about half of that time.
     """
     clients = engine.registry.slots + engine.pollers.count()
     spread = 2 * engine.refresh_seconds * clients
@@ -4556,7 +4565,7 @@ def resume_fields(engine: Engine) -> dict[str, Any]:
 
 
 def ref_of(message: Mapping[str, Any]) -> str | float | None:
-    """Return the `ref` of a client's message, or None; raise ClientError for a wrong kind."""
+    """Return the `ref` of a client's message, or None if it has none; or raise ClientError."""
     ref = message.get("ref", "")
     if isinstance(ref, bool) or not isinstance(ref, (str, int, float)):
         raise ClientError(
@@ -4583,15 +4592,15 @@ def string_field(message: Mapping[str, Any], name: str) -> str:
 Action = Callable[[Session, Mapping[str, Any]], None]
 # The most items of a `subscriptions` list.
 MAX_LIST_ITEMS = 1000
-# An authenticate message costs ten tokens, because checking a JWT takes longer.
+# How many tokens of the bucket an authenticate message takes, because checking a JWT takes long.
 AUTHENTICATE_COST = 10
-# This many items of a `subscriptions` list cost one more token.
+# Each time that a `subscriptions` list has so many items, it takes one more token.
 ITEMS_PER_TOKEN = 10
 
 
 @functools.cache
 def actions() -> dict[str, Action]:
-    """Return the function of each action of PROTOCOL.md."""
+    """Return the function of each `action` that a client's message may have."""
     return {
         "subscribe": subscribe,
         "unsubscribe": unsubscribe,
@@ -4606,11 +4615,17 @@ def actions() -> dict[str, Action]:
 
 
 class Subscribing:
-    """One `subscribe` message: parses it, asks the authorize hook, and answers. Loop only."""
+    """Handles one `subscribe` message. Loop only.
 
-    # How long to wait if `since` is newer than the newest event of this process, in seconds.
+    The methods run in this order: __init__() parses the message, and the authorize hook is asked;
+    allowed() gets the answers; find_missed() finds the events after `since`, if necessary in the
+    shared log; finish() subscribes, answers and sends them.
+    """
+
+    # How many seconds to wait if `since` is newer than the newest event of this process.
     SINCE_TIMEOUT = 1.0
-    # The tokens that a replay of the whole history costs. All clients wait while it is prepared.
+    # How many tokens of the bucket a replay of the whole history takes. All clients wait while it
+    # is prepared.
     REPLAY_COST = 20
 
     def __init__(self, session: Session, message: Mapping[str, Any]) -> None:
@@ -4619,8 +4634,9 @@ class Subscribing:
         self.since: EventId | None = None
         if "since" in message:
             self.since = parse_event_id(message["since"])
-        # Each once, in the order of the message.
+        # The patterns that are not refused, each once, in the order of the message.
         self.patterns: list[Pattern] = []
+        # The refused items of a list, as the answer names them.
         self.refused: list[dict[str, Any]] = []
         self._deadline = time.monotonic() + self.SINCE_TIMEOUT
         items: Sequence[Any] = [message]
@@ -4640,7 +4656,7 @@ class Subscribing:
             self.patterns.append(pattern)
 
     def _refuse(self, event_type: object, content_type: object, error: ClientError) -> None:
-        """Name a refused item in the answer, or raise the error of a single subscription."""
+        """Add a refused item of a list to the answer, or raise the error if there is no list."""
         if not self.is_list:
             raise error
         self.session.count_error(error)
@@ -4654,7 +4670,7 @@ class Subscribing:
         )
 
     def allowed(self, answers: list[bool]) -> None:
-        """The hook has answered: keep the allowed patterns, up to the limit, and go on."""
+        """Keep the patterns that the hook allowed, up to the limit, and find the missed events."""
         connection = self.session.connection
         limit = self.session.engine.settings.max_subscriptions
         count = len(connection.subscriptions)
@@ -4676,7 +4692,7 @@ class Subscribing:
         self.find_missed()
 
     def find_missed(self) -> None:
-        """Find the events after `since`: here, in a moment, or in the shared log."""
+        """Find the events after `since` in the history or, if they are older, in the shared log."""
         history, engine = self.session.engine.history, self.session.engine
         if self.since is None or not self.patterns:
             self.finish([])
@@ -4687,13 +4703,16 @@ class Subscribing:
         elif self.since <= history.newest_id:
             self.session.tasks.read_log(self.since, self.read)
         elif time.monotonic() < self._deadline:
-            # Another process may have published it, and the follower will read it soon.
+            # The event may be of another process, and the follower will read it soon.
             self.session.tasks.pause(0.02, self.find_missed)
         else:
             self.finish(None)
 
     def read(self, older: list[Event] | None) -> None:
-        """Events were read from the shared log; newer ones have been delivered meanwhile."""
+        """Continue with the events that were read from the shared log.
+
+        The loop may have delivered newer ones meanwhile.
+        """
         history = self.session.engine.history
         if older is None:
             self.finish(None)
@@ -4703,7 +4722,10 @@ class Subscribing:
             self.finish(history.append_newer(older))
 
     def finish(self, events: list[Event] | None) -> None:
-        """Subscribe, answer and replay, all between two events."""
+        """Subscribe, answer and replay.
+
+        This runs on the loop, so no event is delivered in between.
+        """
         session = self.session
         engine, connection = session.engine, session.connection
         missed = engine.registry.missed(connection, self.patterns, events or [])
@@ -4713,17 +4735,18 @@ class Subscribing:
         for pattern in self.patterns:
             engine.registry.subscribe(connection, pattern, start)
         recovery = {"recovered": events is not None, "replayed": len(missed)}
-        self.answer({**self.describe(), **recovery})
+        self.answer({**self.pattern_fields(), **recovery})
         connection.send_replay([connection.framing.event(event) for event in missed])
         engine.counters.add("replayed", len(missed))
-        # Looking at events costs as much as sending them.
+        # All events after `since` count, because finding the missed ones among them takes as long
+        # as sending them.
         session.consume(self.REPLAY_COST * len(events or []) / max(1, engine.settings.history))
 
     def answer(self, payload: Mapping[str, Any]) -> None:
         self.session.answer("system.subscribed", payload)
 
-    def describe(self) -> dict[str, Any]:
-        """Return the patterns, as the answer names them."""
+    def pattern_fields(self) -> dict[str, Any]:
+        """Return the fields of the answer that name the patterns."""
         if not self.is_list:
             event_type, content_type = self.patterns[0]
             return {"type": event_type, "contentType": content_type}
@@ -4739,7 +4762,7 @@ def unsubscribe(session: Session, message: Mapping[str, Any]) -> None:
     registry, connection = session.engine.registry, session.connection
     if "subscriptions" in message:
         items = subscription_list(message)
-        # One malformed item raises, before any subscription is removed.
+        # A malformed item raises ClientError before any subscription is removed.
         patterns = list(dict.fromkeys(map(parse_pattern, items)))
         removed = registry.unsubscribe(connection, patterns)
         payload: dict[str, Any] = {"subscriptions": describe_patterns(patterns), "removed": removed}
@@ -4774,7 +4797,7 @@ def subscription_list(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "type" in message or "contentType" in message:
         raise ClientError(
             "invalid_message",
-            "`type` and `contentType` belong into the items of `subscriptions`, not beside it",
+            "`type` and `contentType` belong in the items of `subscriptions`, not beside it",
         )
     return cast("list[dict[str, Any]]", items)
 
@@ -4798,9 +4821,10 @@ def authenticate(session: Session, message: Mapping[str, Any]) -> None:
             "invalid_token", "the token is of another user; open a new connection for that user"
         )
     if connection.user is not None:
-        # The session that the identify hook returned stays.
+        # Keep the session id that the identify hook returned.
         user = dataclasses.replace(user, session=connection.user.session)
-    # Between two events, so that it is known which events for this user have reached it.
+    # This runs on the loop, so no event is delivered in between: the connection receives exactly
+    # the events for this user after the newest one.
     engine.registry.sign_in(connection, user, engine.history.newest_id)
     session.expiry.schedule()
     expires_at = timestamp(int(user.claims["exp"] * 1000))
@@ -4808,7 +4832,7 @@ def authenticate(session: Session, message: Mapping[str, Any]) -> None:
 
 
 def pong(session: Session, message: Mapping[str, Any]) -> None:
-    """The client's answer to a heartbeat. Anything that a client sends is a sign of life."""
+    """Do nothing. Any bytes from the client have already ended its silence."""
 
 
 def heartbeat(session: Session, message: Mapping[str, Any]) -> None:
@@ -4830,23 +4854,25 @@ class Workers:
     MAX_RECORDS = 1000
 
     def __init__(self) -> None:
-        # Guards the threads and the number of unfinished tasks.
+        # Guards the list of threads and the number of unfinished tasks.
         self._lock = threading.Lock()
         # Notified when no task is left.
         self._idle = threading.Condition(self._lock)
         # Tasks that are queued or running. Reading it is atomic.
         self.unfinished = 0
         self._threads: list[threading.Thread] = []
-        # With its module: gevent may replace the class later (gunicorn --preload).
+        # The class is looked up in its module at this time, because gevent may have replaced it
+        # after this module was imported (gunicorn --preload).
         self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         # The log records of the loop, in order.
         self.records = SerialQueue(self, self.MAX_RECORDS)
 
     def submit(self, task: Callable[[], object]) -> None:
+        """Queue a task, and start the threads that are not running yet."""
         with self._lock:
             self.unfinished += 1
-            # If no thread can start now, the next task tries again. While the interpreter exits
-            # none can start, and wait_until_idle() runs the tasks.
+            # If a thread cannot start, the next task tries again. While the interpreter exits, none
+            # can start, and wait_until_idle() runs the tasks.
             with suppress(RuntimeError):
                 for number in range(len(self._threads) + 1, self.COUNT + 1):
                     name = f"swiftcms-ws worker {number}"
@@ -4856,7 +4882,7 @@ class Workers:
         self._tasks.put(task)
 
     def _run(self) -> None:
-        """Thread body: run tasks until None comes."""
+        """Thread body: run tasks until the queue returns None."""
         while (task := self._tasks.get()) is not None:
             self._run_task(task)
 
@@ -4864,7 +4890,7 @@ class Workers:
         try:
             task()
         except BaseException as error:
-            # Of a receiver, also its SystemExit. No caller can receive it.
+            # This may be SystemExit, if a receiver of a signal calls sys.exit().
             log(logging.ERROR, "a function of the site failed", exc_info=error)
         with self._idle:
             self.unfinished -= 1
@@ -4874,13 +4900,13 @@ class Workers:
     def wait_until_idle(self, deadline: float) -> None:
         """Wait until no task is left, or until the deadline."""
         if not any(thread.is_alive() for thread in self._threads):
-            self._run_left(deadline)
+            self._run_queued(deadline)
         with self._idle:
             self._idle.wait_for(
                 lambda: not self.unfinished, max(0.0, deadline - time.monotonic())
             )
 
-    def _run_left(self, deadline: float) -> None:
+    def _run_queued(self, deadline: float) -> None:
         """Run tasks in this thread, because no worker could start."""
         with suppress(queue.Empty):
             while time.monotonic() < deadline:
@@ -4889,14 +4915,14 @@ class Workers:
                     self._run_task(task)
 
     def request_stop(self) -> list[threading.Thread]:
-        """Let the threads exit after the tasks that are queued. Takes no lock."""
+        """Let the threads exit after the queued tasks. Takes no lock."""
         threads, self._threads = self._threads, []
         for _ in threads:
             self._tasks.put(None)
         return threads
 
     def stop(self, deadline: float) -> None:
-        """Let the threads exit after the tasks that are queued, and wait for them."""
+        """Let the threads exit after the queued tasks, and wait for them until the deadline."""
         threads = self.request_stop()
         for thread in threads:
             if thread.is_alive() and thread is not threading.current_thread():
@@ -4904,14 +4930,15 @@ class Workers:
 
 
 class SerialQueue:
-    """Tasks that the workers run one at a time and in order. Any thread may put one.
+    """A queue of tasks that workers run one at a time and in order. Any thread may add one.
 
-    So a slow task holds one worker at most. If too many wait, the oldest are dropped.
+    However slow the tasks are, they occupy only one worker. If more than `limit` wait, the oldest
+    are dropped.
     """
 
     def __init__(self, workers: Workers, limit: int) -> None:
         self._workers = workers
-        # Guards the tasks, and whether a worker runs them.
+        # Guards the tasks and `_is_running`, which is True while a worker runs them.
         self._lock = threading.Lock()
         self._tasks: deque[Callable[[], object]] = deque(maxlen=limit)
         self._is_running = False
@@ -4925,7 +4952,7 @@ class SerialQueue:
         self._workers.submit(self._run)
 
     def _run(self) -> None:
-        """Run by one worker: run the tasks until none is left."""
+        """Task of a worker: run the queued tasks until none is left."""
         while True:
             with self._lock:
                 if not self._tasks:
@@ -7366,7 +7393,7 @@ class PollSubscribing(StreamSubscribing):
         missed = engine.registry.missed(poll, self.patterns, events or [])
         sent = list(_first_events(missed, engine.settings.max_queue))
         recovery = {"recovered": events is not None, "replayed": len(sent)}
-        poll.send(self.first_block({**self.describe(), **recovery}))
+        poll.send(self.first_block({**self.pattern_fields(), **recovery}))
         poll.send(b"".join(event.block for event in sent))
         place = resume_fields(engine)
         if len(sent) < len(missed):
