@@ -643,7 +643,7 @@ class Hub:
             if issubclass(other, session_class) or issubclass(session_class, other):
                 raise RuntimeError(f"this hub tracks sessions of {other!r} already: use that class")
         new = Tracker(self)
-        # Atomic, because two threads may create the app at once.
+        # setdefault() is atomic. Two threads may run an application factory at the same time.
         tracker = self._trackers.setdefault(session_class, new)
         if tracker is new:
             tracker.listen(session_class)
@@ -1065,7 +1065,7 @@ class Engine:
                 text = bytes(text).decode()
             if "NaN" in text or "Infinity" in text:
                 json.loads(text, parse_constant=refuse_constant)
-            # Raises for a lone surrogate, which UTF-8 cannot express.
+            # This raises for a lone surrogate, which UTF-8 cannot express.
             utf8_length(text)
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(
@@ -1267,8 +1267,8 @@ class Counters:
     """The numbers of stats() that are counted from the start of the engine. For any thread."""
 
     def __init__(self) -> None:
-        # Guards the numbers. Re-entrant, because a signal handler that publishes may interrupt its
-        # own thread while that thread holds the lock.
+        # Guards the numbers. It is re-entrant, because a signal handler that publishes may
+        # interrupt its own thread while that thread holds the lock.
         self._lock = threading.RLock()
         names = "published delivered replayed polls errors slow_clients throttled"
         self._numbers = Counter(dict.fromkeys(names.split(), 0))
@@ -1795,8 +1795,8 @@ class ReentryGuard:
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
         # Threads that have the lock or wait for it. Each step on the set is atomic. If a signal
-        # handler raises an exception inside __enter__(), its thread stays in the set. So
-        # __enter__() also looks whether the lock is held.
+        # handler raises an exception inside __enter__(), the interrupted thread stays in the set.
+        # So __enter__() also looks whether the lock is held.
         self._threads: set[int] = set()
 
     def __enter__(self) -> None:
@@ -2886,7 +2886,7 @@ class Connection:
 
 # The key of the WSGI environ under which a request keeps its Handshake.
 ENVIRON_KEY = "swiftcms_ws.handshake"
-# The header of a response to a client that should try again when others have left.
+# The headers of a refusal for lack of a slot or of a file descriptor.
 RETRY_SOON = {"Retry-After": "10"}
 SUPPORTED_SERVERS = "serve the site with gunicorn, waitress or flask run"
 
@@ -3652,8 +3652,8 @@ class RelayResponse(Response):
     thread of the server until the WebSocket closes.
     """
 
-    # The size of one read. Large, because each system call waits up to 5 ms for the GIL if another
-    # thread is busy.
+    # The size of one read. It is large, because after each system call the thread may wait 5 ms for
+    # the GIL if another thread is busy.
     CHUNK = 256 * 1024
 
     def __init__(self, server: Any, relay: socket.socket) -> None:
@@ -3766,7 +3766,7 @@ class User:
 MAX_TOKEN_LENGTH = 8 * 1024
 # The issuer's clock may be this many seconds ahead of ours.
 TOKEN_LEEWAY = 60
-# The year 10000 in seconds. A larger `exp` is probably in milliseconds.
+# The year 10000 in seconds since 1970. A larger `exp` is probably in milliseconds.
 MAX_EXPIRY = 253_402_300_800
 
 # Exception, error code and message. The first exception type that matches is used.
@@ -4406,7 +4406,7 @@ class ClientTasks:
             try:
                 result = task()
             except BaseException as error:
-                # Also SystemExit of a hook, which must not stop the worker.
+                # This may be SystemExit, if a hook calls sys.exit(). The worker must not stop.
                 loop.call(self._done, _raise, error)
             else:
                 loop.call(self._done, then, *args, result)
@@ -4864,7 +4864,7 @@ class Workers:
         # The class is looked up in its module at this time, because gevent may have replaced it
         # after this module was imported (gunicorn --preload).
         self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        # The log records of the loop, in order.
+        # The log records of the loop and the heartbeat thread, in order.
         self.records = SerialQueue(self, self.MAX_RECORDS)
 
     def submit(self, task: Callable[[], object]) -> None:
