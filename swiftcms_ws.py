@@ -4759,22 +4759,31 @@ def subscribe(session: Session, message: Mapping[str, Any]) -> None:
 
 
 def unsubscribe(session: Session, message: Mapping[str, Any]) -> None:
-    registry, connection = session.engine.registry, session.connection
     if "subscriptions" in message:
-        items = subscription_list(message)
-        # A malformed item raises ClientError before any subscription is removed.
-        patterns = list(dict.fromkeys(map(parse_pattern, items)))
-        removed = registry.unsubscribe(connection, patterns)
-        payload: dict[str, Any] = {"subscriptions": describe_patterns(patterns), "removed": removed}
-        session.consume(len(items) // ITEMS_PER_TOKEN)
+        payload = _unsubscribe_list(session, message)
     else:
-        pattern = parse_pattern(message)
-        patterns = None
-        if "type" in message or "contentType" in message:
-            patterns = [pattern]
-        removed = registry.unsubscribe(connection, patterns)
-        payload = {"type": pattern[0], "contentType": pattern[1], "removed": removed}
+        payload = _unsubscribe_one_or_all(session, message)
     session.answer("system.unsubscribed", payload)
+
+
+def _unsubscribe_list(session: Session, message: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove the subscriptions of a list, and return the payload of the answer."""
+    items = subscription_list(message)
+    # A malformed item raises ClientError before any subscription is removed.
+    patterns = list(dict.fromkeys(map(parse_pattern, items)))
+    removed = session.engine.registry.unsubscribe(session.connection, patterns)
+    session.consume(len(items) // ITEMS_PER_TOKEN)
+    return {"subscriptions": describe_patterns(patterns), "removed": removed}
+
+
+def _unsubscribe_one_or_all(session: Session, message: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove one subscription or, if the message names none, all of them."""
+    event_type, content_type = parse_pattern(message)
+    patterns = None
+    if "type" in message or "contentType" in message:
+        patterns = [(event_type, content_type)]
+    removed = session.engine.registry.unsubscribe(session.connection, patterns)
+    return {"type": event_type, "contentType": content_type, "removed": removed}
 
 
 def describe_patterns(patterns: Iterable[Pattern]) -> list[dict[str, str]]:
