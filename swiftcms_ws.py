@@ -586,7 +586,7 @@ class Hub:
     def publish_many(self, events: Iterable[tuple[Any, ...]]) -> list[str]:
         """Send events, each a tuple of publish()'s arguments in their order; return their ids.
 
-        All events are sent, or none if this raises. The exceptions are those of publish().
+        All events are sent, or none. The exceptions are those of publish().
         """
         engine = self._engine()
         # `to` is read twice: by draft(), and by the receivers of event_published.
@@ -1169,7 +1169,7 @@ class Engine:
     def report(
         self, level: int, message: str, *values: object, exc_info: BaseException | None = None
     ) -> None:
-        """Log a message of the loop or the heartbeat thread. A worker calls the log handlers.
+        """Log a message of the engine's own threads. A worker calls the log handlers.
 
         Otherwise a handler of the site, for example one that sends mail, would delay all clients.
         """
@@ -1548,7 +1548,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def _patterns_of_name(name: str) -> list[str]:
-    """Return the patterns that match a name: for content.created, itself, content.* and *."""
+    """Return the patterns that match a name, such as content.created, content.* and *."""
     words = name.split(".")
     prefixes = [".".join(words[:count]) + ".*" for count in range(len(words) - 1, 0, -1)]
     return [name, *prefixes, "*"]
@@ -1566,7 +1566,7 @@ def patterns_of(event_type: str, content_type: str) -> tuple[Pattern, ...]:
 # Cached, because a site publishes the same names again and again.
 @functools.lru_cache(maxsize=2048)
 def is_similar(pattern: str, name: str) -> bool:
-    """Return whether a pattern matches a name, or may fail to do so because of a mistake.
+    """Return whether a pattern matches a name, or is so similar that one may be a mistake.
 
     Heartbeat uses this for a hint in the log. These are similar: item.add and item.added, Posts and
     post, order_paid and order.paid, and long words that differ in one letter.
@@ -2433,9 +2433,9 @@ class Registry:
         to: frozenset[str] | None,
         framing: Framing,
     ) -> Collection[Connection]:
-        """Return the connections of a framing that receive an event with these names.
+        """Return the connections of a framing that receive such an event, each once.
 
-        Each is returned once. Events for some users are not cached.
+        The result is cached if `to` is None.
         """
         with self._lock:
             if to is not None:
@@ -4832,8 +4832,8 @@ def authenticate(session: Session, message: Mapping[str, Any]) -> None:
     if connection.user is not None:
         # Keep the session id that the identify hook returned.
         user = dataclasses.replace(user, session=connection.user.session)
-    # This runs on the loop, so no event is delivered in between: the connection receives exactly
-    # the events for this user after the newest one.
+    # This runs on the loop, so no event is delivered between reading the newest id and setting the
+    # user.
     engine.registry.sign_in(connection, user, engine.history.newest_id)
     session.expiry.schedule()
     expires_at = timestamp(int(user.claims["exp"] * 1000))
@@ -4873,7 +4873,7 @@ class Workers:
         # The class is looked up in its module at this time, because gevent may have replaced it
         # after this module was imported (gunicorn --preload).
         self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        # The log records of the loop and the heartbeat thread, in order.
+        # The log records of Engine.report(), in order.
         self.records = SerialQueue(self, self.MAX_RECORDS)
 
     def submit(self, task: Callable[[], object]) -> None:
