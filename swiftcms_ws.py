@@ -32,7 +32,7 @@ Glossary
     slot          one of the MAX_CONNECTIONS places for a connection or a handshake
     stream        a connection over plain HTTP: a response that does not end (GET /ws/events)
     poll          the same request, if its response ends at once and the client asks again
-    framing       how messages are written: as WebSocket frames, or as an event stream
+    framing       how messages are encoded: as WebSocket frames, or as an event stream
     live page     a page with `data-live`: it fetches itself again after an event (a refresh)
     hook          a function of the site: identify, authorize, or a receiver of a signal
     shared log    an SQLite file or Redis: all processes of a site append their events to it and
@@ -45,35 +45,36 @@ From publish() to the socket                      From the handshake to an answe
       | caller's thread                                 | web server's thread
     Loop.publish        gives ids, queues             Session.open     sends 101, system.connected
       | loop thread from here on                        | loop thread from here on
-    Loop.deliver        one buffer for each group     Connection.serve bytes from the socket
+    Loop.deliver        takes a batch of events       Connection.serve reads from the socket
       |                                                 |
-    Registry.matching   finds the subscribers         Session.receive  frames, messages, the rate
+    Registry.matching   finds the subscribers         Session.receive  parses, limits the rate
       |                                                 |
     Connection.send_to_all  writes to sockets         actions()        one function for each action
-      |                                                 |  (a hook runs in a worker meanwhile)
-    History.add         keeps the event               Session.answer   the answer's frame
+      |                                                 |  (a worker runs the hook, if there is one)
+    History.add         keeps the events              Session.answer   sends the answer
 
 With a shared log, SharedLog.append gives the ids in place of Loop.publish, and the follower of each
 process queues the events with Loop.submit.
 
-Threads of each engine, started by its first connection or, without a shared log, its first event
+Threads of each engine. They start with its first connection or, without a shared log, its first
+event; a call such as flush() or disconnect() also starts them.
     loop          owns the order of events, all sockets, the history and the editors; never blocks
     heartbeat     asks the loop to send heartbeats; closes the engine if gunicorn stops its worker
     workers 1-4   run authorize, receivers of client_connected and client_disconnected, and log
-                  handlers; read from and write to the shared log. Started by the first such task
+                  handlers; read from and write to the shared log. They start with the first task
     follower      reads the shared log, if there is one
 identify runs in the web server's thread, and receivers of event_published in the publisher's.
 For plain HTTP, authorize runs in the web server's thread too.
 
-Locks (each is documented where it is created)
-    Hub._starting    creating and starting an engine; the others may be taken while it is held
+What each lock guards (comments where the locks are created say more)
+    Hub._starting    creating and starting an engine
     EventQueue._lock ids and the queue              Registry._lock   connections, subscriptions
     Workers._lock    tasks and threads              Editing._lock    editors of entries
     Counters._lock   the numbers of stats()         SerialQueue._lock one queue of ordered tasks
     LogFile._queue   one connection to its file     _fork_lock       two forks at the same time
 A thread holds one lock at a time, except that it may take others while it holds Hub._starting.
-No code of the site, no logging and no network I/O runs while a lock is held. Only while it is first
-in LogFile._queue, a thread reads and writes a file.
+No code of the site, no logging and no network I/O runs while a lock is held. LogFile._queue is used
+as a lock: the thread that is first in it reads and writes the file.
 
 Sections
          1 Map
@@ -206,8 +207,8 @@ logger = logging.getLogger("swiftcms_ws")
 # == 1. Map: settings, signals, errors ===========================================================
 
 CONFIG_PREFIX = "SWIFTCMS_WS_"
-# The most characters of a type, a content type, an entry's id or a user's id. Clients send them,
-# and the server keeps them in memory.
+# The most characters of a type, a content type, an entry's id or a user's id. They are limited
+# because clients send them, and the server keeps them in memory.
 MAX_NAME_LENGTH = 128
 # The connection of a client that stays silent for this many heartbeats is closed.
 MISSED_HEARTBEATS = 2
@@ -235,7 +236,8 @@ client_connected = _signals.signal("client-connected")
 #: Sent with `hub`, `client_id` and `user`, in a worker, after the connection is closed.
 client_disconnected = _signals.signal("client-disconnected")
 #: Sent with `hub`, `id`, `type`, `content_type`, `payload` and `to`, in the thread that published,
-#: after the event is queued or, with a shared log, stored. The sender of all three is the app.
+#: after the event is queued or, with a shared log, stored. The sender of all three signals is the
+#: app. A hub without an app is itself the sender.
 event_published = _signals.signal("event-published")
 
 
@@ -253,8 +255,8 @@ class CloseCode(IntEnum):
 class PublishError(Exception):
     """The shared log did not confirm that it has stored an event or a message. Try again later.
 
-    If Redis stopped answering after it had received the event, clients may receive it anyway, and
-    twice if it is published again.
+    If Redis received the event and then stopped answering, clients may receive the event in spite
+    of the error. If it is then published again, they receive it twice.
     """
 
 
@@ -263,9 +265,9 @@ class LogUnavailable(Exception):
 
 
 class ClientError(Exception):
-    """A client's message that cannot be carried out, or a connection that cannot go on.
+    """A client's message cannot be carried out, or its connection has to be closed.
 
-    code:        one of PROTOCOL.md's table of errors
+    code:        the `code` of the system.error, such as "invalid_json"
     message:     a sentence for the client, with the mistake and the remedy
     closes_with: the close code, if the error closes the connection
     """
@@ -290,15 +292,21 @@ def log(level: int, message: str, *values: object, exc_info: Any = None) -> None
 
 def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
     """Return " (did you mean `…`?)" with the nearest of `choices`, or an empty string."""
-    # Both may come from a client. difflib would take 100 ms for long words or thousands of them.
-    few = [choice for choice in itertools.islice(choices, 50) if len(choice) <= MAX_NAME_LENGTH]
-    near = difflib.get_close_matches(word[:MAX_NAME_LENGTH], few, 1)
-    if not near:
+    # Both arguments may come from a client. For long words, or thousands of them, difflib would
+    # take 100 ms.
+    short = [choice for choice in itertools.islice(choices, 50) if len(choice) <= MAX_NAME_LENGTH]
+    nearest = difflib.get_close_matches(word[:MAX_NAME_LENGTH], short, 1)
+    if not nearest:
         return ""
-    return f" (did you mean `{prefix}{near[0]}`?)"
+    return f" (did you mean `{prefix}{nearest[0]}`?)"
 
 
 def _setting(default: Any, expected: str, accepts: Callable[[Any], bool]) -> Any:
+    """Return a field of Settings.
+
+    expected: describes the accepted values in the error message for another one
+    accepts:  returns whether a value is accepted
+    """
     return dataclasses.field(default=default, metadata={"expected": expected, "accepts": accepts})
 
 
@@ -331,7 +339,7 @@ def _is_path(value: Any) -> bool:
     if not isinstance(value, (str, os.PathLike)):
         return False
     path = os.fspath(value)
-    # A URL of SQLAlchemy would become the name of a file. In memory, processes share nothing.
+    # A URL of SQLAlchemy would become the name of a file. Processes could not share ":memory:".
     is_file = isinstance(path, str) and not path.startswith((":", "sqlite:", "file:"))
     return is_file and path.strip() != "" and "\0" not in path
 
@@ -341,7 +349,8 @@ def _are_strings(value: object) -> bool:
 
 
 def _are_algorithms(value: Any) -> bool:
-    # All of one family: with HS256 and RS256 in one list, anybody could sign with the public key.
+    # All must be of one family. With HS256 and RS256 in one list, anybody could sign a token with
+    # the public key.
     known = get_default_algorithms().keys() - {"none"}
     return _are_strings(value) and set(value) <= known and len({name[:2] for name in value}) == 1
 
@@ -387,7 +396,8 @@ class Settings:
         None, "a URL such as redis://localhost:6379/0", r"(rediss?|unix)://.+"
     )
     redis_prefix: str = _text("swiftcms_ws")
-    # Not keys of their own: SECRET_KEY_FALLBACKS, if the key is Flask's SECRET_KEY.
+    # Flask's SECRET_KEY_FALLBACKS, if `jwt_key` is Flask's SECRET_KEY. There is no config key for
+    # it, so the field has no metadata.
     fallback_keys: Sequence[str | bytes] = dataclasses.field(default=(), metadata={})
 
     @classmethod
@@ -429,7 +439,10 @@ class Settings:
             raise ValueError(f"config key {key} must be {expected}, not {shown}")
 
     def check_key(self) -> None:
-        """Raise ValueError if the key does not fit the algorithms: every token would be refused."""
+        """Raise ValueError if the key does not fit the algorithms.
+
+        Otherwise every token would be refused.
+        """
         if self.jwt_key is None:
             return
         for name in self.jwt_algorithms:
@@ -441,9 +454,10 @@ class Settings:
                 raise ValueError(f"config key {key} must be a key for {name}: {error}") from error
 
     def check_log(self) -> None:
-        """Raise ValueError if it is not clear which shared log is meant."""
+        """Raise ValueError if the path of the shared log is wrong, or if two logs are set."""
         if self.database is not None and not _is_path(self.database):
-            # The argument of a hub, or an environment variable.
+            # The path is an argument of Hub() or an environment variable. If it were a config key,
+            # from_config() would have named the key.
             raise ValueError(f"the database must be the path of a file, not {self.database!r}")
         if self.database is not None and self.redis_url is not None:
             raise ValueError(
@@ -455,18 +469,20 @@ class Settings:
     def of_app(cls, app: Flask | None, logs: Mapping[str, Any]) -> Settings:
         """Return the settings of an app, or of a script without one.
 
-        logs: the arguments `database` and `redis_url` of Hub(). If neither config key is set, they
-            stand in for both, or else the environment variables SWIFTCMS_WS_DATABASE and
-            SWIFTCMS_WS_REDIS_URL do.
+        The shared log is the one of the config keys; if neither key is set, that of `logs`; and if
+        that is empty too, that of the environment variables SWIFTCMS_WS_DATABASE and
+        SWIFTCMS_WS_REDIS_URL.
+
+        logs: the arguments `database` and `redis_url` of Hub()
         """
         settings = cls() if app is None else cls.from_config(app.config)
         changes: dict[str, Any] = {}
         if settings.database is None and settings.redis_url is None:
-            environ = {key: os.environ.get(CONFIG_PREFIX + key.upper()) or None for key in logs}
             if any(value is not None for value in logs.values()):
                 changes |= logs
             else:
-                changes |= environ
+                for key in logs:
+                    changes[key] = os.environ.get(CONFIG_PREFIX + key.upper()) or None
         if app is not None and settings.jwt_key is None and app.secret_key:
             changes["jwt_key"] = app.secret_key
             changes["fallback_keys"] = tuple(app.config.get("SECRET_KEY_FALLBACKS") or ())
@@ -481,14 +497,17 @@ class Settings:
 
 Hook = TypeVar("Hook", bound="Callable[..., Any]")
 
+# The hubs of this process. A forked child resets them.
+_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
+
 
 class Hub:
     """The public API of a site: publish(), the hooks, and a blueprint with the /ws route.
 
     Any thread may call any method. A hub may be registered with several apps; each app has an
     engine of its own, in app.extensions["swiftcms_ws"]. Inside an application context a hub uses
-    the engine of that app. Outside one it uses the only app that has served a connection, or
-    else the only app.
+    the engine of that app. Outside one it uses the only app that it is registered with or, if there
+    are several, the only one that has served a connection.
 
     A script or a task queue has no app and names the site's shared log instead, as an argument or
     in the environment variable SWIFTCMS_WS_DATABASE or SWIFTCMS_WS_REDIS_URL. It then publishes
@@ -510,14 +529,14 @@ class Hub:
         self.identify_hook: Callable[[], Any] | None = None
         self.authorize_hook: Callable[[User | None, str, str], Any] | None = None
         self._logs = {"database": database, "redis_url": redis_url}
-        # By session class, so that the same track() counts once.
+        # A tracker for each session class: a second track() of a class adds to the first one.
         self._trackers: weakref.WeakKeyDictionary[type, Tracker] = weakref.WeakKeyDictionary()
-        # Weak, so that an app which a job or a test created can be freed.
+        # The references are weak, so that an app which a job or a test created can be freed.
         self._app_refs: list[weakref.ref[Flask]] = []
         # The engine of a hub without an app.
         self._script_engine: Engine | None = None
-        # Held while an engine is created or started, so that there is one for each app. An engine
-        # is published when it is complete, and read without the lock.
+        # Held while an engine is created or started, so that each app gets one engine. An engine is
+        # stored after it is complete, so other threads may look it up without the lock.
         self._starting = threading.Lock()
         self._starting_guard = ReentryGuard(self._starting)
         _hubs.add(self)
@@ -546,9 +565,10 @@ class Hub:
     ) -> str:
         """Send an event to all clients that subscribe to it, and return its id.
 
-        The event is queued, so the number of clients makes no difference. With a shared log it is
-        stored there, in one step. It waits only while 8 MiB of events are queued. It needs no
-        context. Call it after the commit, because a client may ask for the data at once.
+        Call this after the commit, because a client may ask for the data at once. No application
+        context is needed. The event is queued, or stored in the shared log, so the number of
+        clients makes no difference. Without a shared log, publish() waits while 8 MiB of events
+        are queued.
 
         event_type:   such as "content.created": words joined by dots, none under "system."
         content_type: such as "posts"
@@ -558,18 +578,19 @@ class Hub:
         Raises TypeError or ValueError, naming the argument, if one is wrong. No event is sent then.
         Raises PublishError within two seconds if the shared log does not store the event, and
         RuntimeError if it is not clear which app is meant, or if a signal handler calls this
-        while its thread is inside publish(). If a receiver of `event_published` raises, so does
-        publish(), but the event was published.
+        while its thread is inside publish(). An exception of a receiver of `event_published` is
+        raised too, but then the event was published.
         """
         return self.publish_many([(event_type, content_type, payload, to)])[0]
 
     def publish_many(self, events: Iterable[tuple[Any, ...]]) -> list[str]:
         """Send events, each a tuple of publish()'s arguments in their order; return their ids.
 
-        Raises as publish() does, and then sends none of them. A shared log takes them in one step.
+        All events are sent, or none. The exceptions are those of publish().
         """
         engine = self._engine()
-        events = [(*event[:3], *map(_keep_iterator, event[3:])) for event in events]
+        # `to` is read twice: by draft(), and by the receivers of event_published.
+        events = [(*event[:3], *map(_list_if_iterator, event[3:])) for event in events]
         return self.publish_drafts(engine, events, [engine.draft(*event) for event in events])
 
     def publish_drafts(
@@ -608,10 +629,11 @@ class Hub:
         payload: a function of the object; without it, the payload is {"id": primary key}
         to:      a function of the object that returns publish()'s `to`
 
-        The events are content.created, content.updated and content.deleted. The functions see the
-        object's last state before COMMIT, or before its DELETE. If they raise, or return what
-        publish() refuses, so does commit(), and nothing is saved. If publishing fails after COMMIT,
-        that is logged. Statements such as update() and delete() are not seen.
+        The events are content.created, content.updated and content.deleted. Statements such as
+        update() and delete() are not seen. The functions are called with an object in its last
+        state before COMMIT or, if it is deleted, before DELETE. If a function raises, or returns a
+        value that publish() refuses, commit() raises the exception, and nothing is saved. If
+        publishing fails after COMMIT, the failure is logged.
 
         Raises TypeError or ValueError if an argument is wrong, RuntimeError if this hub tracks a
         class already in another way, and ImportError if SQLAlchemy is missing.
@@ -621,7 +643,7 @@ class Hub:
             if issubclass(other, session_class) or issubclass(session_class, other):
                 raise RuntimeError(f"this hub tracks sessions of {other!r} already: use that class")
         new = Tracker(self)
-        # Atomic, because two threads may create the app at once.
+        # setdefault() is atomic. Two threads may run an application factory at the same time.
         tracker = self._trackers.setdefault(session_class, new)
         if tracker is new:
             tracker.listen(session_class)
@@ -644,10 +666,10 @@ class Hub:
         """Register `hook(user, event_type, content_type)`, which allows or refuses a subscription.
 
         It returns True to allow and False to refuse. Anything else refuses too, and is logged.
-        `user` is a User or None; the other two are the pattern that the client sent, such as
-        "content.*" and "posts.*": decide for everything that it matches. Editing asks for
-        "user.editing". The hook runs in a worker, in a request context of its own; for plain HTTP
-        it runs in the request.
+        `user` is a User or None. The other two are the pattern that the client sent, such as
+        "content.*" and "posts.*": return True only if the user may receive everything that it
+        matches. To edit an entry, a client needs the event type "user.editing". The hook runs in a
+        worker, in a request context of its own; for plain HTTP it runs in the request.
 
         Raises TypeError for a coroutine function, RuntimeError if there is another hook already.
         """
@@ -696,7 +718,7 @@ class Hub:
         """Return the editors of an entry: dicts of `clientId`, `userId` and `since`."""
         engine = self._engine()
         if engine.log is not None and engine.app is not None:
-            # The editors of other processes are known after the follower has asked for them.
+            # The follower asks the other processes for their editors.
             self.start(engine)
         editors = engine.editing.editors((content_type, str(entry_id)))
         return [editor.as_json() for editor in editors]
@@ -704,12 +726,12 @@ class Hub:
     def disconnect(self, user_id: Any, session: Any = None) -> int:
         """Close a user's connections after a logout or a ban; return their number in this process.
 
-        session: only the connections of this session, as the identify hook returned it
-
         Log the user out first. Otherwise the client reconnects, and the identify hook accepts it.
 
-        Raises PublishError if the shared log is away. Then no connection is closed, because those
-        in other processes would stay open.
+        session: the id of a session, as the identify hook returned it: close only its connections
+
+        Raises PublishError if the shared log cannot be written. No connection is closed then,
+        because those in other processes would stay open.
         """
         user = check_user_id(user_id, "user_id")
         if session is not None:
@@ -721,7 +743,8 @@ class Hub:
 
         Call it before reading the data of a page: with this id as `since`, the page then gets
         every event that its data may not contain. If a shared log has no event yet, or does not
-        answer within 0.1 s, the id is 0-0, and a client that resumes from it is told to reload.
+        answer within 0.1 s, the id is 0-0, and a client that resumes from it gets
+        `"recovered": false`.
         """
         return format_event_id(self._engine().newest_id() or (0, 0))
 
@@ -789,7 +812,7 @@ class Hub:
                     raise RuntimeError(
                         "this hub is not registered with an app, so no client could receive the"
                         " event: publish after app.register_blueprint(blueprint), or use the hub"
-                        " that is registered; a script gives Hub(database=…)"
+                        " that is registered; a script uses Hub(database=…)"
                     )
                 self._script_engine = engine
             return self._script_engine
@@ -803,8 +826,9 @@ class Hub:
     def _start_lock(self) -> Iterator[None]:
         """Hold `_starting`.
 
-        gevent may have replaced sleep() after the lock was created. A greenlet that waited in the
-        lock itself would then stop the process: gunicorn with --preload, at the first two requests.
+        With gunicorn --preload, this lock is created before gevent replaces the locks of Python. A
+        greenlet that waited for it would block all greenlets of the process, also the one that
+        holds it. sleep() is replaced, and lets them run.
         """
         with self._starting_guard:
             while self._starting.locked():
@@ -818,32 +842,40 @@ class Hub:
             with self._start_lock():
                 engine.start()
 
-    def registered(self, app: Flask) -> None:
-        """Prepare an app: called when the blueprint is registered.
-
-        The configuration is checked here too, so that mistakes show early.
-        """
-        settings = Settings.from_config(app.config)
-        if settings.database is not None:
-            check_sqlite()
-        if settings.redis_url is not None:
-            import_redis()
+    def prepare_app(self, app: Flask) -> None:
+        """Add this hub to an app. Called when the blueprint is registered."""
+        self._check_config(app)
         if "swiftcms_ws" not in app.extensions:
             LivePages(self, app)
-        engines = app.extensions.setdefault("swiftcms_ws", {})
-        if self not in engines:
-            engines[self] = None
-            # A new list, because another thread may be reading the old one.
-            self._app_refs = [ref for ref in self._app_refs if ref() is not None]
-            self._app_refs.append(weakref.ref(app))
+        self._remember_app(app)
         options = app.config.setdefault("SOCK_SERVER_OPTIONS", {})
         options.setdefault("thread_class", handshake_thread)
         install_signal_handlers()
         for name in ("werkzeug", "gunicorn.access", "gunicorn.error"):
             logging.getLogger(name).addFilter(hide_token)
 
+    @staticmethod
+    def _check_config(app: Flask) -> None:
+        """Raise if the configuration is wrong. The engine, which is created later, reads it again.
+
+        So a mistake stops the site at its start, and not at the first event.
+        """
+        settings = Settings.from_config(app.config)
+        if settings.database is not None:
+            check_sqlite()
+        if settings.redis_url is not None:
+            import_redis()
+
+    def _remember_app(self, app: Flask) -> None:
+        engines = app.extensions.setdefault("swiftcms_ws", {})
+        if self not in engines:
+            engines[self] = None
+            # This creates a new list, because another thread may be reading the old one.
+            self._app_refs = [ref for ref in self._app_refs if ref() is not None]
+            self._app_refs.append(weakref.ref(app))
+
     def warn_if_no_client(self, engine: Engine) -> None:
-        """Log once if publish() succeeded in a process or an app that has no clients."""
+        """Log once if an event was published in a process or an app that has no clients."""
         parent_process = getattr(sys.modules.get("multiprocessing"), "parent_process", None)
         if parent_process is not None and parent_process() is not None:
             engine.warn(
@@ -871,7 +903,10 @@ class Hub:
             )
 
     def forget_engines(self) -> None:
-        """Start again in a forked child: the threads do not exist there, and locks may be held."""
+        """Drop all engines in a forked child, which creates new ones at the next use.
+
+        Their threads do not exist in the child, and their locks may be held for ever.
+        """
         self._starting = threading.Lock()
         self._starting_guard = ReentryGuard(self._starting)
         for engine in self._engines():
@@ -881,8 +916,8 @@ class Hub:
         self._script_engine = None
 
 
-def _keep_iterator(value: Any) -> Any:
-    """Return a list for an iterator given as `to`: it is read twice."""
+def _list_if_iterator(value: Any) -> Any:
+    """Return a list of an iterator's items, and any other value as it is."""
     if isinstance(value, Iterator):
         return list(value)
     return value
@@ -909,26 +944,25 @@ def close_engines(engines: Iterable[Engine], timeout: float) -> bool:
     return all(results)
 
 
-_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
-
 # == 3. Engine: creates, starts and stops the parts ==============================================
 
 
 class Engine:
     """Everything that runs for one app of one hub in one process.
 
-    It owns the parts below, and has no thread of its own. It is created at the first use of the
-    hub, from the configuration of that moment. Threads and descriptors are created when start() is
-    called: for the first connection, or the first call that needs the loop. Any thread may call
-    its methods, except those marked "Loop only". A forked child creates a new one.
+    It is created at the first use of the hub, from the configuration of that time. Its threads and
+    descriptors are created later, by start(): for the first connection, or the first call that
+    needs the loop. Any thread may call its methods, except those marked "Loop only". A forked child
+    creates a new engine.
     """
 
     def __init__(self, hub: Hub, app: Flask | None, logs: Mapping[str, Any]) -> None:
         self.hub = hub
-        # Weak, so that an app which a job has created can be freed. Its threads stop then.
+        # The reference is weak, so that an app which a job has created can be freed. The threads
+        # of the engine stop then.
         self._app_ref = None if app is None else weakref.ref(app)
         self.settings = Settings.of_app(app, logs)
-        # The name of this process among the others; client ids begin with it.
+        # A random name of this process. The ids of its clients begin with it.
         self.process = secrets.token_hex(PROCESS_ID_LENGTH // 2)
         self.counters = Counters()
         self.registry = Registry()
@@ -938,20 +972,21 @@ class Engine:
         self.exchange = EditorExchange(self)
         self.pollers = Pollers()
         self.log = create_log(self.settings, app, self.report)
-        self._create_parts()
-        # NaN is not JSON: every browser that received it would throw.
+        self._create_threads()
+        # NaN is not JSON. Every browser that received it would throw an exception.
         json_provider = (app or Flask(__name__)).json
         self._to_json = functools.partial(json_provider.dumps, allow_nan=False)
-        # The flags are only ever set, and reading or setting one is atomic.
+        # The flags never become False again. Reading or setting one is atomic.
         self.has_served = False
         self.is_started = False
         self.is_closing = False
         # The average time of a live page's refresh, in seconds. Reading and setting it is atomic.
         self.refresh_seconds = 0.0
-        # Reading or setting an item is atomic. At worst a message is logged twice.
+        # When warn() last logged a message. Reading or setting an item is atomic. If two threads
+        # call warn() at the same time, a message may be logged twice.
         self._warned_at: dict[str, float] = {}
-        # Recent sign-outs, with their times. A handshake that began earlier is signed out when its
-        # connection opens. Loop only.
+        # The time, user id and session id of recent sign-outs. If a handshake began before one, its
+        # connection is closed as soon as it opens. Loop only.
         self._signed_out: deque[tuple[float, str, str | None]] = deque(maxlen=1000)
         _all_engines.add(self)
         if app is not None:
@@ -965,13 +1000,18 @@ class Engine:
         return self._app_ref()
 
     def _abandon(self) -> None:
-        """Stop the threads, because the app was freed. Takes no lock: it may interrupt any code."""
-        # The heartbeat thread and the follower look at it.
+        """Stop the threads, because the app was freed.
+
+        The garbage collector calls this, and may interrupt code that holds any lock. So this takes
+        no lock.
+        """
+        # The heartbeat thread and the follower exit.
         self.is_closing = True
         self.workers.request_stop()
         self.loop.request_stop()
 
-    def _create_parts(self) -> None:
+    def _create_threads(self) -> None:
+        """Create the parts that have a thread, without starting it."""
         self.loop = Loop(self.registry, self.history, self.counters, self.report)
         self.heartbeat = Heartbeat(self)
         self.follower: Follower | None = None
@@ -979,7 +1019,7 @@ class Engine:
             self.follower = Follower(self, self.log)
 
     def start(self) -> None:
-        """Start the threads. The hub's lock is held. If one cannot start, none is left running."""
+        """Start the threads; if one cannot start, stop the others. Hub._starting is held."""
         if self.is_started:
             return
         try:
@@ -990,8 +1030,8 @@ class Engine:
         except BaseException:
             self.heartbeat.stop()
             self.loop.stop()
-            # The next attempt needs new ones.
-            self._create_parts()
+            # A thread cannot be started twice, so the next attempt needs new ones.
+            self._create_threads()
             raise
         self.is_started = True
 
@@ -1008,7 +1048,8 @@ class Engine:
         receivers = None if to is EVERYONE else check_receivers(to)
         text = self._serialise(payload)
         size = utf8_length(text)
-        # Otherwise every client that does not read it at once would be closed for being slow.
+        # The connection of a client with more unsent data than max_queue is closed. So a larger
+        # event would disconnect every client that does not read it at once.
         if size > self.settings.max_queue:
             raise ValueError(
                 f"payload has {size} bytes as JSON; SWIFTCMS_WS_MAX_QUEUE allows"
@@ -1019,12 +1060,12 @@ class Engine:
     def _serialise(self, payload: Any) -> str:
         try:
             text = self._to_json(payload)
-            # A provider of the site may return bytes, or ignore allow_nan.
+            # The JSON provider of a site may return bytes, or ignore allow_nan.
             if isinstance(text, (bytes, bytearray)):
                 text = bytes(text).decode()
             if "NaN" in text or "Infinity" in text:
                 json.loads(text, parse_constant=refuse_constant)
-            # Raises for a lone surrogate, which UTF-8 cannot express.
+            # This raises for a lone surrogate, which UTF-8 cannot express.
             utf8_length(text)
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(
@@ -1042,7 +1083,7 @@ class Engine:
         return event_ids
 
     def _publish_here(self, drafts: list[Draft]) -> list[EventId]:
-        # When exit handlers run, the main thread has ended and no thread can start.
+        # While exit handlers run, the main thread is not alive, and no thread can start.
         if self.is_closing or not threading.main_thread().is_alive():
             self.warn(
                 "publish() was called on a hub that is closed, or while the interpreter exits:"
@@ -1057,10 +1098,11 @@ class Engine:
         return event_ids
 
     def warn_if_served_no_client(self) -> None:
-        """Log if this process has published, and was not the one that serves the clients."""
+        """Log at exit if this process has published events, but has not served any client."""
         if self.log is not None or self.has_served or self.app is None or self.app.testing:
             return
-        # The parent of Werkzeug's reloader has run the site's script too. Its child serves.
+        # The parent process of Werkzeug's reloader has run the site's script too, but only its
+        # child serves clients.
         is_reloader = "werkzeug._reloader" in sys.modules
         if is_reloader and os.environ.get("WERKZEUG_RUN_MAIN") != "true":
             return
@@ -1074,9 +1116,9 @@ class Engine:
             )
 
     def newest_id(self) -> EventId | None:
-        """Return the id of the newest event; None if the shared log does not answer at once.
+        """Return the id of the newest event.
 
-        Starts no thread.
+        Return None if the shared log is empty, or does not answer soon. Starts no thread.
         """
         if self.log is None:
             return self.loop.last_id
@@ -1096,7 +1138,7 @@ class Engine:
             payload = json.dumps({**message, "process": self.process})
             self.log.append([Draft(SIGN_OUT, "system", payload, frozenset())])
         if self.app is not None:
-            # The loop must remember the sign-out, because a handshake may have begun already.
+            # The loop has to remember the sign-out, because a handshake of the user may be running.
             self.hub.start(self)
         count = len(self._connections_of(user_id, session))
         self.loop.call(self.sign_out, user_id, session)
@@ -1127,15 +1169,19 @@ class Engine:
     def report(
         self, level: int, message: str, *values: object, exc_info: BaseException | None = None
     ) -> None:
-        """Log from the loop or the heartbeat thread: a worker calls the site's log handlers.
+        """Log a message of the engine's own threads. A worker calls the log handlers.
 
-        Otherwise a handler that sends mail would stop all clients for as long as that takes.
+        Otherwise a handler of the site, for example one that sends mail, would delay all clients.
         """
         record = functools.partial(log, level, message, *values, exc_info=exc_info)
         self.workers.records.put(record)
 
     def warn(self, message: str, *values: object, once: bool = False) -> None:
-        """Log a warning, once a minute at most: clients decide how often there is a reason."""
+        """Log a warning at most once a minute or, with `once`, at most once.
+
+        Clients can cause most warnings as often as they want. Warnings are the same if `message`
+        is; `values` may differ.
+        """
         now = time.monotonic()
         warned_at = self._warned_at.get(message)
         if warned_at is not None and (once or now < warned_at + 60):
@@ -1175,7 +1221,8 @@ class Engine:
         """
         is_empty = self.registry.wait_until_empty(deadline)
         self.loop.call(self.loop.abort_all)
-        # Twice: client_disconnected is submitted when a hook of the same client has returned.
+        # Two rounds, because the loop submits a client's client_disconnected only after a hook of
+        # the same client has returned.
         for _ in range(2):
             self.workers.wait_until_idle(deadline)
             self.loop.wait_for_queued(deadline)
@@ -1201,7 +1248,7 @@ class Engine:
             connection.close_copy()
 
 
-# What to publish instead, by a part of the encoder's message.
+# What to publish instead. The keys are patterns of the JSON encoder's error messages.
 PAYLOAD_HINTS = {
     r"type Row\b": "publish dict(row)",
     r"type (set|frozenset|dict_\w+|generator|map|filter)\b": "publish a list: list(…)",
@@ -1213,15 +1260,15 @@ def _payload_hint(message: str) -> str:
     for pattern, hint in PAYLOAD_HINTS.items():
         if re.search(pattern, message):
             return hint
-    return 'publish a dict such as {"id": post.id}, or teach app.json the type'
+    return 'publish a dict such as {"id": post.id}, or let app.json convert the type'
 
 
 class Counters:
     """The numbers of stats() that are counted from the start of the engine. For any thread."""
 
     def __init__(self) -> None:
-        # Guards the numbers. Re-entrant, because a signal handler that publishes may interrupt its
-        # own thread while that thread holds the lock.
+        # Guards the numbers. It is re-entrant, because a signal handler that publishes may
+        # interrupt its own thread while that thread holds the lock.
         self._lock = threading.RLock()
         names = "published delivered replayed polls errors slow_clients throttled"
         self._numbers = Counter(dict.fromkeys(names.split(), 0))
@@ -1235,7 +1282,8 @@ class Counters:
             return dict(self._numbers)
 
 
-# The engines of this process, started or not: closed at exit, and forgotten by a forked child.
+# The engines of this process, started or not. They are closed at exit, and a forked child drops
+# them.
 _all_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
@@ -1249,7 +1297,7 @@ def _close_at_exit() -> None:
 
 
 def _reset_after_fork() -> None:
-    """Forget the parent's engines and signal handlers. A forked child runs this first."""
+    """Drop the parent's engines and signal handlers in a forked child."""
     for hub_ in list(_hubs):
         hub_.forget_engines()
     _all_engines.clear()
@@ -1259,14 +1307,15 @@ def _reset_after_fork() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset_after_fork)
 
-# The handlers that our own ones replace, by signal number.
+# The handlers that _on_signal() has replaced, by signal number.
 _former_handlers: dict[int, Any] = {}
 
 
 def install_signal_handlers() -> None:
-    """Send 1001 to all clients if SIGTERM or SIGINT stops a process that does not handle it.
+    """Handle SIGTERM and SIGINT, so that clients receive 1001 before the process stops.
 
-    Only default handlers are replaced. gunicorn has its own; see Heartbeat.
+    Only default handlers are replaced. gunicorn has its own: Heartbeat notices that it stops a
+    worker.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -1292,7 +1341,7 @@ def _on_signal(number: int, frame: Any) -> None:
     for engine in engines:
         engine.loop.request_close_all()
     if number == signal.SIGINT:
-        # Raises KeyboardInterrupt. A program that catches it goes on, and clients reconnect.
+        # This raises KeyboardInterrupt. If the program catches it and continues, clients reconnect.
         _former_handlers[number](number, frame)
         return
     deadline = time.monotonic() + 2.0
@@ -1306,7 +1355,7 @@ def _on_signal(number: int, frame: Any) -> None:
         sys.exit(128 + number)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
-    # The first process of a container ignores it.
+    # The first process of a container ignores a signal that has the default handler.
     sys.exit(128 + number)
 
 
@@ -1329,17 +1378,17 @@ class Draft(NamedTuple):
 
     type: str
     content_type: str
-    # As JSON.
+    # The payload as JSON.
     payload: str
-    # User ids. If it is None, all subscribers receive the event.
+    # The users who receive the event. If it is None, all subscribers do.
     to: frozenset[str] | None
 
 
 class Event:
     """One published event. Any thread may create one and read it.
 
-    The loop alone may use `frame` and `block`. To save memory it keeps either the payload or, once
-    that was asked for, the frame.
+    The loop alone may use `frame` and `block`, which are encoded when they are first read. To save
+    memory, the payload is dropped as soon as the frame exists, because the frame contains it.
     """
 
     __slots__ = ("_block", "_frame", "_payload", "content_type", "id", "size", "to", "type")
@@ -1349,18 +1398,19 @@ class Event:
         self.type = draft.type
         self.content_type = draft.content_type
         self.to = draft.to
+        # The bytes of the payload.
         self.size = utf8_length(draft.payload)
         self._payload: str | None = draft.payload
         self._frame = self._block = b""
 
     @property
     def payload(self) -> str:
-        """The payload as JSON, until the frame exists."""
+        """The payload as JSON. After the frame was read, it is "null"."""
         return self._payload or "null"
 
     @property
     def frame(self) -> bytes:
-        """The bytes that every WebSocket receives. Loop only."""
+        """The bytes that a WebSocket receives. Loop only."""
         if self._payload is not None:
             # Names need no escaping, and the payload is JSON already.
             text = (
@@ -1374,7 +1424,7 @@ class Event:
 
     @property
     def block(self) -> bytes:
-        """The bytes that every client over plain HTTP receives. Loop only."""
+        """The bytes that a client over plain HTTP receives. Loop only."""
         if not self._block:
             message = self.frame[frame_head_length(self.frame) :]
             self._block = stream_block(message, event_id=format_event_id(self.id))
@@ -1407,7 +1457,7 @@ def parse_event_id(value: object) -> EventId:
 
 def is_name(text: str) -> bool:
     """Return whether a string can name a type or a content type."""
-    # The length first: the cache must not keep long strings of clients.
+    # The length is checked first, because the cache must not keep long strings of clients.
     return 0 < len(text) <= MAX_NAME_LENGTH and _has_words(text)
 
 
@@ -1417,7 +1467,7 @@ def _has_words(text: str) -> bool:
 
 
 def _is_word(word: str) -> bool:
-    # \w of a regular expression would leave out the vowel signs of Hindi, Tamil, Thai and others.
+    # The \w of a regular expression does not match the vowel signs of Hindi, Tamil and Thai.
     return word != "" and all(
         character in "_-" or unicodedata.category(character)[0] in "LMN" for character in word
     )
@@ -1444,7 +1494,7 @@ def plain_str(value: str) -> str:
 
 
 def check_user_id(value: object, source: str) -> str:
-    """Return a user id as a str. The site may also give an int or a UUID."""
+    """Return a user id, which may be an int or a UUID, as a str; or raise, naming the source."""
     if isinstance(value, bool) or not isinstance(value, (str, int, UUID)):
         kind = type(value).__name__
         raise TypeError(f"{source} must be a user id (str, int or UUID), not {kind}")
@@ -1498,6 +1548,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def _patterns_of_name(name: str) -> list[str]:
+    """Return the patterns that match a name, such as content.created, content.* and *."""
     words = name.split(".")
     prefixes = [".".join(words[:count]) + ".*" for count in range(len(words) - 1, 0, -1)]
     return [name, *prefixes, "*"]
@@ -1505,17 +1556,20 @@ def _patterns_of_name(name: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1024)
 def patterns_of(event_type: str, content_type: str) -> tuple[Pattern, ...]:
-    """Return every pattern that matches such an event: matching is then a few look-ups."""
+    """Return every pattern that matches such an event.
+
+    A subscriber is then found by looking up each of them, without comparing subscriptions.
+    """
     return tuple(itertools.product(_patterns_of_name(event_type), _patterns_of_name(content_type)))
 
 
 # Cached, because a site publishes the same names again and again.
 @functools.lru_cache(maxsize=2048)
 def is_similar(pattern: str, name: str) -> bool:
-    """Return whether a pattern of one name matches it, or was perhaps meant to.
+    """Return whether a pattern matches a name, or is so similar that one may be a mistake.
 
-    Similar are item.add and item.added, Posts and post, order_paid and order.paid, and long words
-    of which one letter is different.
+    Heartbeat uses this for a hint in the log. These are similar: item.add and item.added, Posts and
+    post, order_paid and order.paid, and long words that differ in one letter.
     """
     if matches(pattern, name):
         return True
@@ -1526,10 +1580,11 @@ def is_similar(pattern: str, name: str) -> bool:
     if one == other:
         return True
     longest = max(len(one), len(other))
-    # A short word may be a code, as of a language: articles.de and articles.dk.
+    # A short word may be a code, for example of a language: articles.de and articles.dk.
     shortest = min(map(len, {*words} ^ {*others}), default=0)
     if longest < 8 or shortest < 4 or re.search(r"\d", one + other):
         return False
+    # The common start and the common end leave one letter.
     return _common_start(one, other) + _common_start(one[::-1], other[::-1]) >= longest - 1
 
 
@@ -1546,7 +1601,7 @@ def _stems(name: str) -> list[str]:
 
 
 def describe(value: object) -> str:
-    """Name a JSON value's kind for an error message, and show a short value."""
+    """Describe a JSON value for an error message: its kind, and up to 60 characters of it."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list):
@@ -1593,7 +1648,7 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
 
 
 def frame_head_length(frame: bytes) -> int:
-    """Return where the payload of an unmasked frame begins."""
+    """Return the length of an unmasked frame's head, after which its payload begins."""
     return {126: 4, 127: 10}.get(frame[1], 2)
 
 
@@ -1603,7 +1658,7 @@ def text_frame(text: str) -> bytes:
 
 def close_frame(code: int, reason: str) -> bytes:
     """Return a close frame. Its payload has at most 125 bytes (RFC 6455 section 5.5)."""
-    # If the last character was cut in half, it is dropped.
+    # If the cut is inside a character, that character is dropped.
     short = reason.encode()[:123].decode(errors="ignore")
     return encode_frame(Opcode.CLOSE, struct.pack("!H", code) + short.encode())
 
@@ -1614,7 +1669,7 @@ def message_frame(
     content_type: str | None = None,
     ref: str | float | None = None,
 ) -> bytes:
-    """Return the frame of a message of the server."""
+    """Return a message of the server as a WebSocket frame."""
     return text_frame(message_text(message_type, payload, content_type, ref))
 
 
@@ -1624,7 +1679,7 @@ def message_text(
     content_type: str | None = None,
     ref: str | float | None = None,
 ) -> str:
-    """Return a message of the server as JSON. The payload needs no JSON provider."""
+    """Return a message of the server as JSON. The app's JSON provider is not used."""
     message: dict[str, Any] = {"type": message_type}
     if content_type is not None:
         message["contentType"] = content_type
@@ -1636,13 +1691,14 @@ def message_text(
 
 
 class Framing:
-    """How messages are written to a client: here as WebSocket frames. Pure functions.
+    """Encodes messages for clients as WebSocket frames. Pure functions.
 
-    EventStream, in section 15, is the other one. Each event is encoded once for each framing.
+    EventStream, in section 15, encodes them for plain HTTP. An event is encoded once for each
+    framing, and not for each client.
     """
 
-    # Clients answer heartbeats, so one that is silent has left.
-    has_pongs = True
+    # The client can answer a heartbeat or a close frame. A client over plain HTTP cannot.
+    is_bidirectional = True
 
     def event(self, event: Event) -> bytes:
         return event.frame
@@ -1656,9 +1712,13 @@ class Framing:
     ) -> bytes:
         return message_frame(message_type, payload, content_type, ref)
 
-    def heartbeat(self, place: Mapping[str, Any]) -> bytes:
-        """Return system.heartbeat, which scripts can see, and a ping, which libraries answer."""
-        return message_frame("system.heartbeat", place) + encode_frame(Opcode.PING, b"")
+    def heartbeat(self, payload: Mapping[str, Any]) -> bytes:
+        """Return system.heartbeat and a ping.
+
+        Scripts in a browser see only the first; WebSocket libraries answer the second by
+        themselves.
+        """
+        return message_frame("system.heartbeat", payload) + encode_frame(Opcode.PING, b"")
 
     def closing(self, code: int, reason: str) -> bytes:
         """Return the last bytes of a connection that the server closes."""
@@ -1690,12 +1750,12 @@ def parse_message(data: str | bytes) -> dict[str, Any]:
 
 
 def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is JavaScript, but not JSON")
+    raise ValueError(f"{name} is a number in JavaScript, but not in JSON")
 
 
 def _parse_float(text: str) -> float:
     number = float(text)
-    # Python would write it as Infinity, which is not JSON.
+    # json.dumps() would write an infinite number as Infinity, which is not JSON.
     if abs(number) == float("inf"):
         raise ValueError(f"the number {text[:60]} is too large")
     return number
@@ -1716,20 +1776,27 @@ def _check_depth(message: object) -> None:
 
 # == 5. Loop and history: one order for all events ===============================================
 
+# A function for the loop's thread, and its arguments.
 Call = tuple[Callable[..., object], tuple[Any, ...]]
+
+SIGNAL_HINT = (
+    "a signal handler called a method of the hub, such as publish(), while it had interrupted"
+    " another one: let the handler set a flag, and call the method afterwards"
+)
 
 
 class ReentryGuard:
     """Raises RuntimeError if a thread is about to take a lock that it holds already.
 
-    Only a signal handler can do that, because it interrupts its own thread anywhere. The lock would
-    then wait for ever, and a re-entrant lock would give ids out of order.
+    Only a signal handler can do that, because it may interrupt its own thread anywhere. The thread
+    would wait for itself for ever. With a re-entrant lock, ids would be given out of order.
     """
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
-        # Threads that have the lock or wait for it. Each step is atomic. If a signal handler
-        # raises an exception, its thread may stay here: that is harmless while the lock is free.
+        # Threads that have the lock or wait for it. Each step on the set is atomic. If a signal
+        # handler raises an exception inside __enter__(), the interrupted thread stays in the set.
+        # So __enter__() also looks whether the lock is held.
         self._threads: set[int] = set()
 
     def __enter__(self) -> None:
@@ -1742,49 +1809,45 @@ class ReentryGuard:
         self._threads.discard(threading.get_ident())
 
 
-SIGNAL_HINT = (
-    "a signal handler called a method of the hub, such as publish(), while it had interrupted"
-    " another one: let the handler set a flag, and call it afterwards"
-)
-
-
 class Flush:
-    """A thread waits in flush() until `newest` is delivered and unsent data is written.
+    """One call of flush(), which waits until `newest_id` is delivered and unsent data is written.
 
-    That thread creates it and waits for `is_done`. The loop owns the rest.
+    The thread that calls flush() creates it and waits for `is_done`. The loop owns the rest.
     """
 
-    def __init__(self, newest: EventId) -> None:
-        self.newest = newest
+    def __init__(self, newest_id: EventId) -> None:
+        self.newest_id = newest_id
         self.is_done = threading.Event()
-        # Slow clients, and the `written_bytes` to wait for. None until `newest` is delivered.
+        # Slow clients, and the `written_bytes` to wait for. None until `newest_id` is delivered.
         self.targets: list[tuple[Connection, int]] | None = None
 
 
 class EventQueue:
     """The queue of a loop: events and calls, in one order. Any thread may call its methods."""
 
-    # publish() waits while this much is queued. Otherwise a fast publisher could fill the memory.
+    # publish() waits while so many bytes of events are queued. Otherwise a fast publisher could
+    # fill the memory.
     MAX_QUEUED_BYTES = 8 * 1024 * 1024
-    # How much an event counts in the queue, in addition to its payload.
+    # The bytes that an event counts in the queue, in addition to its payload.
     EVENT_OVERHEAD = 1024
-    # A system call costs about the same for one small frame as for many. So queued events are sent
+    # A system call takes about as long for one small frame as for many. So queued events are sent
     # together, up to these limits. The loop never waits for more events to fill a batch.
     BATCH_BYTES = 64 * 1024
     BATCH_EVENTS = 512
 
     def __init__(self, newest_id: EventId) -> None:
-        # Guards the queue, its size, the newest id and the flags below, so that events are queued
-        # in the order of their ids. It is held for that long only.
+        # Guards the queue, its size, the newest id and the flags below. An id is given and its
+        # event is queued while it is held, so that events are queued in the order of their ids.
         self._lock = threading.Lock()
         self._guard = ReentryGuard(self._lock)
         # Notified when there is room in the queue again, and when the loop stops.
         self._room = threading.Condition(self._lock)
         self._queue: deque[Event | Call] = deque()
         self._queued_bytes = 0
-        # The newest id that this process gave, or that the follower brought.
+        # The newest id that this process has given or, with a shared log, that the follower has
+        # submitted.
         self.last_id: EventId = newest_id
-        # The loop waits for sockets, or is about to: a new entry of the queue must wake it.
+        # The loop waits for sockets, or is about to. A thread that adds to the queue wakes it.
         self._is_asleep = False
         self._is_stopped = False
         # The thread of the loop, and the socket that wakes it; None before the start.
@@ -1802,7 +1865,7 @@ class EventQueue:
             for draft in drafts:
                 milliseconds = now_milliseconds()
                 newest, counter = self.last_id
-                # Ids never go back, also if the clock does.
+                # Ids always increase, even if the clock is set back.
                 if milliseconds > newest:
                     self.last_id = (milliseconds, 0)
                 else:
@@ -1851,7 +1914,9 @@ class EventQueue:
         return must_wake
 
     def _wake(self) -> None:
-        # If the buffer is full, a wake-up is in it. If it is closed, the loop has stopped.
+        """Interrupt the loop's wait for sockets."""
+        # send() fails if the socket's buffer is full, which wakes the loop too, or if the socket
+        # is closed because the loop has stopped.
         if self._wake_sender is not None:
             with suppress(OSError):
                 self._wake_sender.send(b"\0")
@@ -1860,7 +1925,7 @@ class EventQueue:
         return len(self._queue)
 
     def _take(self) -> list[Event] | Call:
-        """Return the next call, or the events before it that make one batch."""
+        """Remove and return the first call of the queue, or a batch of its first events."""
         with self._lock:
             first = self._queue.popleft()
             if not isinstance(first, Event):
@@ -1888,9 +1953,9 @@ class EventQueue:
 class Loop(EventQueue):
     """The thread that owns the order of events, all sockets, the history and the editors.
 
-    Any thread may call start() and the methods under "any thread"; a forked child, close_copies().
-    The others are for the loop's own thread. It never runs code of the site, and never waits for a
-    client, because sockets are non-blocking.
+    Any thread may call the methods of EventQueue, start() and the methods under "any thread". A
+    forked child calls close_copies(). The others are for the loop's own thread, which never runs
+    code of the site, and never waits for a client, because the sockets are non-blocking.
     """
 
     def __init__(
@@ -1905,7 +1970,7 @@ class Loop(EventQueue):
         self.history = history
         self._counters = counters
         self._report = report
-        # Set by any thread, without the lock: a signal handler must not wait for it.
+        # Any thread may set it, without the lock, because a signal handler must not wait for one.
         self._must_close_all = False
         # Loop only from here on.
         self._timers: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
@@ -1992,8 +2057,9 @@ class Loop(EventQueue):
     def _do_queued(self) -> None:
         """Deliver the events and run the calls that are queued now, in their order.
 
-        Later ones wait for the next round. So an answer comes after every event that was published
-        before the client's message, and a fast publisher cannot keep the loop from reading.
+        The queue is emptied before sockets are read. So an answer comes after every event that was
+        published before the client's message. Events and calls that are added meanwhile wait for
+        the next round. Otherwise a fast publisher could keep the loop from reading.
         """
         with self._lock:
             self._is_asleep = False
@@ -2008,18 +2074,20 @@ class Loop(EventQueue):
                 function, args = work
                 function(*args)
             if count > 0:
-                # Clients that read now must not be taken for slow ones.
+                # Between two batches, write to clients that have read meanwhile. Otherwise they
+                # would be closed for being slow.
                 self._serve(self.selector.select(0), selectors.EVENT_WRITE)
 
-    def _serve(
-        self, ready: list[tuple[selectors.SelectorKey, int]], allowed: int = ~0
-    ) -> None:
-        """Read from and write to the sockets that the selector reported, as far as allowed."""
+    def _serve(self, ready: list[tuple[selectors.SelectorKey, int]], mask: int = ~0) -> None:
+        """Read from and write to the sockets that the selector reported.
+
+        mask: EVENT_WRITE only writes
+        """
         for key, events in ready:
             if key.data is not None:
-                key.data.serve(events & allowed)
+                key.data.serve(events & mask)
             else:
-                # The wake-up has done its work.
+                # This is the wake-up socket. Remove what _wake() has sent.
                 with suppress(BlockingIOError):
                     self._wake_receiver.recv(4096)
 
@@ -2039,8 +2107,11 @@ class Loop(EventQueue):
         heapq.heappush(self._timers, (when, next(self._timer_number), function, args))
 
     def deliver(self, events: list[Event]) -> None:
-        """Send each subscriber those of `events` that it wants, in one system call."""
-        # A set of events is an integer: bit i stands for events[i].
+        """Send each client the events that it subscribes to, in one system call for each client.
+
+        Events with the same names and recipients have the same subscribers, which are looked up
+        once. A set of events is an integer, of which bit i stands for events[i].
+        """
         kinds: dict[tuple[str, str, frozenset[str] | None], int] = defaultdict(int)
         for index, event in enumerate(events):
             kinds[event.type, event.content_type, event.to] |= 1 << index
@@ -2062,7 +2133,7 @@ class Loop(EventQueue):
         routes: Iterable[tuple[int, Collection[Connection]]],
         framing: Framing,
     ) -> None:
-        """Send each group of connections of one framing its events."""
+        """Send each group of connections its set of events, joined into one buffer."""
         for bits, connections in routes:
             if not connections:
                 continue
@@ -2086,7 +2157,7 @@ class Loop(EventQueue):
     def _check_flushes(self) -> None:
         """Wake a thread in flush() if its events are written, or their slow clients are gone."""
         for flush in list(self._flushes):
-            if self.history.newest_id < flush.newest:
+            if self.history.newest_id < flush.newest_id:
                 continue
             if flush.targets is None:
                 flush.targets = [
@@ -2122,7 +2193,10 @@ class Loop(EventQueue):
 def _merge_routes(
     routes: Iterable[tuple[int, Collection[Connection]]],
 ) -> Iterable[tuple[int, Collection[Connection]]]:
-    """Group the connections that want the same events, so that each is in one group."""
+    """Group the connections by the set of events that each receives.
+
+    A connection may be in several routes, and is in one group of the result.
+    """
     wanted: dict[Connection, int] = defaultdict(int)
     for bits, connections in routes:
         for connection in connections:
@@ -2136,8 +2210,8 @@ def _merge_routes(
 class History:
     """The latest events, bounded in number and in bytes. Loop only.
 
-    Subscribing with `since` runs on the loop too, between two events. So there is no gap between a
-    replay and the live events, and no overlap.
+    Subscribing with `since` runs on the loop too, between two deliveries. So there is no gap
+    between a replay and the live events, and no overlap.
     """
 
     MAX_BYTES = 32 * 1024 * 1024
@@ -2146,17 +2220,17 @@ class History:
         self._size = size
         self._events: deque[Event] = deque()
         self._bytes = 0
-        # The newest event that was delivered, and the newest that is not in the history any more.
-        # Before the first event both are the time of the start, so that a client that has received
-        # no event can resume too.
+        # The ids of the newest event that was delivered, and of the newest that was dropped from
+        # the history. Before the first event, both are the time of the start, so that a client that
+        # has received no event can resume too.
         self.newest_id: EventId = (now_milliseconds(), 0)
-        self.forgotten_id = self.newest_id
+        self.dropped_id = self.newest_id
 
     def restart(self, newest_id: EventId) -> None:
-        """Begin an empty history after an event of the shared log."""
+        """Drop all events. The next one is the one after `newest_id` in the shared log."""
         self._events.clear()
         self._bytes = 0
-        self.newest_id = self.forgotten_id = newest_id
+        self.newest_id = self.dropped_id = newest_id
 
     def add(self, events: list[Event]) -> None:
         self._events.extend(events)
@@ -2165,10 +2239,13 @@ class History:
         while len(self._events) > self._size or self._bytes > self.MAX_BYTES:
             oldest = self._events.popleft()
             self._bytes -= oldest.size
-            self.forgotten_id = oldest.id
+            self.dropped_id = oldest.id
 
     def names_after(self, event_id: EventId) -> set[tuple[str, str]]:
-        """Return type and content type of public events after an id, of the last 50 events."""
+        """Return the type and content type of each public event after an id.
+
+        Only the last 50 events are looked at. Heartbeat compares the names with subscriptions.
+        """
         latest = itertools.islice(reversed(self._events), 50)
         newer = itertools.takewhile(lambda event: event.id > event_id, latest)
         return {(event.type, event.content_type) for event in newer if event.to is None}
@@ -2176,11 +2253,11 @@ class History:
     def after(self, since: EventId) -> list[Event] | None:
         """Return the events after `since`; None if some of them may be missing here.
 
-        `since` must be the id of an event of this history, or of the last one that it dropped.
-        Any other id may be of an earlier process, whose events are not known.
+        They are complete only if `since` is the id of an event of this history, or of the last one
+        that it dropped. Any other id may be of an earlier process, whose events are not known.
         """
         index = bisect.bisect_right(self._events, since, key=lambda event: event.id)
-        previous = self.forgotten_id
+        previous = self.dropped_id
         if index:
             previous = self._events[index - 1].id
         if since != previous:
@@ -2188,11 +2265,12 @@ class History:
         return list(itertools.islice(self._events, index, None))
 
     def append_newer(self, older: list[Event]) -> list[Event] | None:
-        """Return `older`, which was read from the shared log, with the newer events of the history.
+        """Return `older`, which was read from the shared log, and the newer events of the history.
 
-        None if there may be events between the two.
+        Return None if there may be events between the two. Events of `older` that this process has
+        not delivered yet are left out, because the client will receive them as live events.
         """
-        if older[-1].id < self.forgotten_id:
+        if older[-1].id < self.dropped_id:
             return None
         newer = [event for event in self._events if event.id > older[-1].id]
         return [event for event in older if event.id <= self.newest_id] + newer
@@ -2204,12 +2282,12 @@ class History:
 class Registry:
     """Connections and their subscriptions, indexed by pattern, by user and by client id.
 
-    Any thread may call any method: the loop for events and messages, the web server's threads to
-    reserve slots. Finding the subscribers of an event takes a few look-ups, however many other
-    subscriptions there are.
+    Any thread may call any method: the loop calls them for events and messages, and the web
+    server's threads reserve slots. Finding the subscribers of an event takes a few look-ups,
+    however many other subscriptions there are.
     """
 
-    # Answers of matching() that are kept until a subscription changes.
+    # How many results of matching() are cached until a subscription changes.
     CACHE_SIZE = 64
 
     def __init__(self) -> None:
@@ -2220,12 +2298,14 @@ class Registry:
         self._released = threading.Condition(self._lock)
         # Slots taken by connections and by handshakes. Reading it is atomic.
         self.slots = 0
-        # The framings that connections have had so far. Reading it is atomic.
+        # The framings that have been in use since the start. Reading it is atomic.
         self.framings: tuple[Framing, ...] = (WEBSOCKET,)
-        # Dictionaries without values are sets that keep their order.
+        # By client id.
         self._connections: dict[str, Connection] = {}
-        # Those of each framing apart, because each framing is encoded once for all of them.
+        # Dictionaries without values are sets that keep their order. The framing is a part of the
+        # key, because an event is encoded and sent for one framing after the other.
         self._subscribers: dict[tuple[Framing, Pattern], dict[Connection, None]] = {}
+        # By user id.
         self._by_user: dict[str, dict[Connection, None]] = {}
         self._match_cache: dict[tuple[Framing, str, str], tuple[Connection, ...]] = {}
 
@@ -2285,13 +2365,13 @@ class Registry:
         return list(self._connections.values())
 
     def sign_in(self, connection: Connection, user: User, after: EventId) -> None:
-        """Set the user of a connection, which receives that user's events after `after`.
+        """Set the user of a connection. It receives the events for this user after `after`.
 
         If the connection has this user already, only the claims of the token change.
         """
         with self._lock:
             if connection.user is None:
-                # Events for this user were not sent to the connection until now.
+                # The connection has not received events for this user until now. See subscribe().
                 for pattern, (public, _) in connection.subscriptions.items():
                     connection.subscriptions[pattern] = (public, after)
             connection.user = user
@@ -2339,10 +2419,10 @@ class Registry:
         with self._lock:
             return sum(len(connections) for connections in self._subscribers.values())
 
-    def patterns(self, most: int) -> list[Pattern]:
-        """Return the patterns of subscriptions, at most so many."""
+    def patterns(self, limit: int) -> list[Pattern]:
+        """Return up to `limit` patterns of subscriptions."""
         with self._lock:
-            return [pattern for _, pattern in itertools.islice(self._subscribers, most)]
+            return [pattern for _, pattern in itertools.islice(self._subscribers, limit)]
 
     # -- matching ----------------------------------------------------------------------------------
 
@@ -2353,7 +2433,10 @@ class Registry:
         to: frozenset[str] | None,
         framing: Framing,
     ) -> Collection[Connection]:
-        """Return the connections of a framing that subscribe to such an event, each once."""
+        """Return the connections of a framing that receive such an event, each once.
+
+        The result is cached if `to` is None.
+        """
         with self._lock:
             if to is not None:
                 return self._matching_users(event_type, content_type, to, framing)
@@ -2394,7 +2477,7 @@ class Registry:
     def missed(
         self, connection: Connection, patterns: Collection[Pattern], events: Iterable[Event]
     ) -> list[Event]:
-        """Return those of `events` that match `patterns` and have not reached the connection."""
+        """Return the events that match `patterns` and were not sent to the connection before."""
         wanted = set(patterns)
         with self._lock:
             user = connection.user
@@ -2407,6 +2490,7 @@ class Registry:
             if event.to is not None and (user is None or user.id not in event.to):
                 return False
             index = 0 if event.to is None else 1
+            # It was sent already if a subscription that matches it began before it.
             return not any(
                 event.id > subscriptions[pattern][index]
                 for pattern in matching
@@ -2433,13 +2517,13 @@ class State(Enum):
 class Connection:
     """Owns one client's socket and the unsent data for it. Loop only, except has_left().
 
-    The client speaks WebSocket or, with the other framing, receives a response that does not end.
+    The client speaks WebSocket or, with the framing EventStream, receives a stream.
 
     The socket is non-blocking. If the socket buffer of a slow client is full, unsent data is
     queued here and later frames queue behind it. Other clients are not affected.
     """
 
-    # How many seconds a client has to answer our close frame.
+    # How many seconds a client has to answer a close frame of the server.
     CLOSE_TIMEOUT = 2.0
     # The size of one read from the socket.
     RECEIVE_BYTES = 16 * 1024
@@ -2452,7 +2536,7 @@ class Connection:
     # which stops the process if the site has restored that signal's default. Not on Windows.
     SEND_FLAGS = getattr(socket, "MSG_NOSIGNAL", 0)
 
-    # There may be thousands of connections, and __slots__ saves memory.
+    # There may be thousands of connections, so memory is saved.
     __slots__ = (
         "_close_when_written",
         "_is_direct",
@@ -2465,7 +2549,6 @@ class Connection:
         "_sock",
         "_unsent",
         "close_code",
-        "close_deadline",
         "framing",
         "id",
         "session",
@@ -2487,16 +2570,19 @@ class Connection:
         framing: Framing = WEBSOCKET,
     ) -> None:
         sock.setblocking(False)
-        # The web servers do not set it, and small frames would wait 40 ms. A Unix socket behind
-        # a proxy has no such option.
+        # Without this option, which the web servers do not set, small frames would wait 40 ms. The
+        # Unix socket of a proxy does not have it.
         with suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.id = client_id
         self.framing = framing
         self.state = State.OPEN
+        # The code with which the server closed the connection; None if it did not.
         self.close_code: int | None = None
+        # Session.open() sets it.
         self.session: Session
         self._sock = sock
+        # Looked up once, because send_to_all() calls it for each client.
         self._send = sock.send
         self._loop = loop
         self._max_queue = max_queue
@@ -2507,22 +2593,23 @@ class Connection:
         # of the rest replaces it.
         self._unsent: deque[bytes | memoryview] | None = None
         self.unsent_bytes = 0
-        # Bytes of `_unsent` that were written. flush() waits for them.
+        # The number of bytes that were queued in `_unsent` and have been written. flush() waits
+        # for them.
         self.written_bytes = 0
         # A replay may exceed max_queue until everything has been sent once. Otherwise a client
         # could never resume from a history longer than max_queue.
         self._replay_allowance = 0
-        # OPEN, and no data is unsent: send() writes to the socket at once.
+        # The state is OPEN and no data is unsent, so send() writes to the socket at once.
         self._is_direct = True
         # When the socket last accepted data, if some is unsent.
         self._progress_at = 0.0
-        # Since when the client has been silent; infinity while the server does not read it, or if
-        # it has nothing to send, because its silence does not count then.
+        # Since when the client has been silent. It is infinity while silence does not count: if the
+        # server does not read from the client, or if the framing is not bidirectional.
         self.silent_since = time.monotonic()
-        # Close the socket as soon as everything is written: the client's close frame has arrived.
+        # Close the socket as soon as everything is written, because the client's close frame has
+        # arrived, or because none will come.
         self._close_when_written = False
-        self.close_deadline = float("inf")
-        # The events that the selector watches for; 0: the socket is not registered.
+        # The events that the selector watches for. If it is 0, the socket is not registered.
         self._selected = 0
 
     # -- sending -----------------------------------------------------------------------------------
@@ -2558,7 +2645,7 @@ class Connection:
             self.close(CloseCode.TRY_AGAIN_LATER, "read too slowly; reconnect with since")
 
     def send_replay(self, frames: Sequence[bytes]) -> None:
-        """Send the events that a client missed, of any length."""
+        """Send the events that a client missed. Their length does not count as slowness."""
         if self.state is not State.OPEN or not frames:
             return
         for frame in frames:
@@ -2567,6 +2654,7 @@ class Connection:
         self._write()
 
     def _queue(self, data: bytes | memoryview) -> None:
+        """Add data to the unsent data, and watch for the time when it can be written."""
         if not self._unsent:
             self._unsent = deque()
             self._is_direct = False
@@ -2597,7 +2685,7 @@ class Connection:
             self._all_written()
         self.update_selector()
         if self.can_read and not could_read:
-            # Handle the messages that were received while the client was not read.
+            # The session may have received messages that it could not handle until now.
             self._loop.call_at(time.monotonic(), self.session.handle_received)
 
     def _all_written(self) -> None:
@@ -2619,6 +2707,7 @@ class Connection:
         return batch
 
     def _remove_sent(self, batch: list[bytes | memoryview], sent: int) -> None:
+        """Remove the first `sent` bytes of `batch` from the unsent data."""
         assert self._unsent is not None
         self.written_bytes += sent
         self.unsent_bytes -= sent
@@ -2638,14 +2727,14 @@ class Connection:
     # -- reading -----------------------------------------------------------------------------------
 
     def serve(self, events: int) -> None:
-        """Read or write now. The selector has reported `events`."""
+        """Read or write, as the selector has reported in `events`."""
         try:
             if events & selectors.EVENT_WRITE and self.state is not State.CLOSED:
                 self._write()
             if events & selectors.EVENT_READ and self.state is not State.CLOSED:
                 self._read()
         except Exception as error:
-            # An exception closes one connection, and never stops the loop.
+            # An exception closes this connection, and must not reach the other clients.
             self.session.fail(error)
 
     def _read(self) -> None:
@@ -2658,7 +2747,7 @@ class Connection:
         if not data:
             self.abort()
             return
-        if self.framing.has_pongs:
+        if self.framing.is_bidirectional:
             self.silent_since = time.monotonic()
         self.session.receive(data)
 
@@ -2669,10 +2758,10 @@ class Connection:
         return self.state is State.OPEN and not is_behind and not self.session.is_paused
 
     def update_selector(self) -> None:
-        """Let the selector watch for the events that this connection can use now.
+        """Let the selector watch for reading, writing, both or neither, as the state requires.
 
-        A socket that is neither read nor written is unregistered. With an empty mask epoll would
-        still report a reset, again and again.
+        A socket that is neither read nor written is unregistered, because epoll would report a
+        reset even with an empty mask, again and again.
         """
         wanted = 0
         if self.state is not State.CLOSED:
@@ -2682,7 +2771,7 @@ class Connection:
                 wanted |= selectors.EVENT_WRITE
         if wanted == self._selected:
             return
-        self._note_reading(bool(wanted & selectors.EVENT_READ))
+        self._update_silence(bool(wanted & selectors.EVENT_READ))
         if not self._selected:
             self._loop.selector.register(self._sock, wanted, self)
         elif not wanted:
@@ -2691,9 +2780,9 @@ class Connection:
             self._loop.selector.modify(self._sock, wanted, self)
         self._selected = wanted
 
-    def _note_reading(self, is_reading: bool) -> None:
-        """Count the client's silence only while the server reads from it."""
-        if not is_reading or not self.framing.has_pongs:
+    def _update_silence(self, is_reading: bool) -> None:
+        """Start or stop counting the client's silence, which counts only while it is read."""
+        if not is_reading or not self.framing.is_bidirectional:
             self.silent_since = float("inf")
         elif not self._selected & selectors.EVENT_READ:
             self.silent_since = time.monotonic()
@@ -2703,22 +2792,22 @@ class Connection:
     def close(self, code: int, reason: str) -> None:
         """Send a close frame, and close the socket after the client's answer or CLOSE_TIMEOUT.
 
-        The client of a stream does not answer, so its socket is closed when everything is written.
+        The client of a stream cannot answer, so its socket is closed when everything is written.
         """
         if self.state is not State.OPEN:
             return
         if code == CloseCode.TRY_AGAIN_LATER and self._unsent:
-            # The first chunk may be partly sent, and the close frame must not come inside a frame.
-            # The client is too slow for the rest.
+            # Drop the unsent data, except the first chunk: it may be partly sent, and the close
+            # frame must not come inside another frame.
             first = self._unsent.popleft()
             self._unsent = deque([first])
             self.unsent_bytes = len(first)
         self.close_code = code
-        self._close_when_written = not self.framing.has_pongs
+        self._close_when_written = not self.framing.is_bidirectional
         self._begin_closing(self.framing.closing(code, reason))
 
     def answer_close(self, code: int | None) -> None:
-        """The client's close frame has arrived: answer it unless it is an answer; then close."""
+        """Handle the client's close frame: answer it if it is the first one, and then close."""
         self._close_when_written = True
         if self.state is State.OPEN:
             payload = b""
@@ -2732,15 +2821,14 @@ class Connection:
         """Close a connection whose client sent a malformed frame. No later byte is read."""
         self.close(code, reason)
         if not self._unsent:
-            # The client reads our close frame, then the end of the stream, and closes the socket.
+            # The client reads the close frame and the end of the stream, and closes its socket.
             with suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
 
     def _begin_closing(self, frame: bytes) -> None:
         self.state = State.CLOSING
         self._loop.closing.add(self)
-        self.close_deadline = time.monotonic() + self.CLOSE_TIMEOUT
-        self._loop.call_at(self.close_deadline, self.abort)
+        self._loop.call_at(time.monotonic() + self.CLOSE_TIMEOUT, self.abort)
         self._queue(frame)
         self._write()
         if self.session.is_paused:
@@ -2757,7 +2845,8 @@ class Connection:
         self._unsent = None
         self.unsent_bytes = 0
         self.update_selector()
-        # Without shutdown() a forked child's copy would keep the connection open.
+        # A forked child may have a copy of the socket. Without shutdown(), it would keep the
+        # connection open.
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
@@ -2768,7 +2857,7 @@ class Connection:
             self._loop.registry.release()
 
     def has_left(self) -> bool:
-        """Return whether the client has left. For workers, while the loop does not read."""
+        """Return whether the client has left. A worker calls this while the loop does not read."""
         try:
             return self._sock.recv(1, socket.MSG_PEEK) == b""
         except BlockingIOError:
@@ -2780,12 +2869,12 @@ class Connection:
         """Close a forked child's copy of the socket; the parent's stays open."""
         self._sock.close()
 
-    def last_progress(self, now: float) -> float:
-        """Return since when the client is silent, or has not accepted any unsent data."""
-        moments = [now, self.silent_since]
+    def stalled_since(self, now: float) -> float:
+        """Return since when the client is silent or does not accept unsent data, or `now`."""
+        times = [now, self.silent_since]
         if self._unsent:
-            moments.append(self._progress_at)
-        return min(moments)
+            times.append(self._progress_at)
+        return min(times)
 
     def is_stuck(self, now: float, limit: float) -> bool:
         """Return whether unsent data has made no progress for `limit` seconds."""
@@ -2795,18 +2884,20 @@ class Connection:
 # II  From the handshake to an answer
 # == 8. Endpoint: the /ws route, and taking over the socket ======================================
 
+# The key of the WSGI environ under which a request keeps its Handshake.
 ENVIRON_KEY = "swiftcms_ws.handshake"
+# The headers of a refusal for lack of a slot or of a file descriptor.
 RETRY_SOON = {"Retry-After": "10"}
 SUPPORTED_SERVERS = "serve the site with gunicorn, waitress or flask run"
 
 
 class HandshakeRefused(Exception):
-    """A handshake that is answered with HTTP (README, Reference).
+    """The server refuses a handshake with an HTTP response instead of status 101.
 
-    status:  of the response
-    code:    in its JSON body, as `code`
-    message: in its JSON body: a sentence with the mistake and the remedy
-    headers: more headers of the response
+    status:  the status of the response
+    code:    `code` in its JSON body, such as "bad_handshake"
+    message: `message` in its JSON body: a sentence with the mistake and the remedy
+    headers: additional headers of the response
     """
 
     def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
@@ -2817,27 +2908,30 @@ class HandshakeRefused(Exception):
 
 
 class Handshake:
-    """One handshake. It replaces the socket while simple-websocket accepts the handshake.
+    """What is known about one handshake. It also acts as a socket and a thread of simple-websocket.
 
-    That library writes its 101 response here, and the loop sends it when the connection is ready.
-    An instance also replaces the library's thread, which would read from the socket. Used by the
-    thread of the web server, and then by Session.open() on the loop.
+    That library accepts the handshake. It gets this object in place of the socket, and writes its
+    101 response here. The loop sends the response later, when the connection is ready. The library
+    also gets this object in place of its thread, which would read from the socket. The thread of
+    the web server uses it, and then Session.open() on the loop.
     """
 
-    # simple-websocket changes the name of its thread.
+    # simple-websocket sets this attribute of its thread.
     name = "swiftcms-ws handshake"
 
     def __init__(self, sock: Any, user: User | None, began: float) -> None:
         self.sock = sock
         self.user = user
-        # Before the site was asked for the user.
+        # A time of time.monotonic() before the site was asked for the user.
         self.began_at = began
         self.response = b""
-        # After the take-over: our own socket and, if there is a relay, the peer of that socket.
+        # The socket that the loop gets. It is None until the server's socket was taken over.
         self.own_socket: socket.socket | None = None
+        # The peer of that socket, if a relay copies between it and the server's socket.
         self.relay: socket.socket | None = None
+        # What the client has sent together with the handshake.
         self.read_ahead = b""
-        # Its open() gives the socket to the loop.
+        # The class of the session that serves the client.
         self.session_type: type[Session] = Session
 
     def send(self, data: bytes) -> int:
@@ -2859,19 +2953,19 @@ class Handshake:
 
 
 def handshake_thread(target: Any) -> Any:
-    """Return a thread for simple-websocket, or a Handshake, which needs none.
+    """Return the Handshake as simple-websocket's thread, or a thread for another WebSocket route.
 
-    It is the option `thread_class`. To start a thread takes a third of the time of a handshake.
+    This is the library's option `thread_class`. A thread that does nothing would take a third of
+    the time of a handshake.
     """
     sock = target.__self__.sock
     if isinstance(sock, Handshake):
         return sock
-    # Another WebSocket route of the site.
     return threading.Thread(target=target)
 
 
 class HubBlueprint(Blueprint):
-    """The blueprint of a hub. Flask's message about a second registration would mislead."""
+    """The blueprint of a hub. If it is registered twice, Flask's error would suggest a new name."""
 
     def register(self, app: Any, options: dict[str, Any]) -> None:
         name = f"{options.get('name_prefix', '')}.{options.get('name', self.name)}".lstrip(".")
@@ -2891,16 +2985,16 @@ class Endpoint:
     returns: the request ends as any other, and the WebSocket holds no thread of the server.
     """
 
-    # Take the path of TLS and Windows also where it is not necessary, in tests.
+    # Use the relay even if the socket could be taken over. Tests set it.
     FORCE_RELAY = False
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self.blueprint = HubBlueprint("swiftcms_ws", __name__)
-        self.blueprint.record(lambda state: hub.registered(cast(Flask, state.app)))
+        self.blueprint.record(lambda state: hub.prepare_app(cast(Flask, state.app)))
         self.blueprint.before_request(self._check_handshake)
         self.blueprint.after_request(self._answer_handshake)
-        self.blueprint.teardown_request(self._end_handshake)
+        self.blueprint.teardown_request(self._finish_handshake)
         self.blueprint.register_error_handler(ProtocolError, self._refuse_malformed)
         Sock().route("/ws", bp=self.blueprint, endpoint="websocket")(self._websocket)
         self.blueprint.add_url_rule("/ws", "about", self._about)
@@ -2926,9 +3020,9 @@ class Endpoint:
         except HandshakeRefused as refused:
             engine.counters.add(f"refused_{refused.status}")
             return refused.response
-        # simple-websocket looks for the socket under the second key.
+        # simple-websocket looks for the socket under the key "werkzeug.socket".
         environ[ENVIRON_KEY] = environ["werkzeug.socket"] = handshake
-        # Without compression, the same frame can be sent to all clients.
+        # Refuse compression, so that the same frame can be sent to all clients.
         environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
         return None
 
@@ -2944,7 +3038,7 @@ class Endpoint:
 
     def _websocket(self, accepted: Any) -> None:
         """Take over the socket of a handshake that simple-websocket has accepted."""
-        # The accepted object has parsed the handshake, and would keep it.
+        # Free the parsed handshake, which simple-websocket does not need any more.
         accepted.ws = None
         environ = request.environ
         handshake: Handshake = environ[ENVIRON_KEY]
@@ -2963,32 +3057,33 @@ class Endpoint:
         handshake.read_ahead = read_server_buffers(environ)
 
     def _answer_handshake(self, response: Response) -> Response:
-        """Answer with a plain 101, so that the server logs this status.
+        """Replace flask-sock's response by the one that the web server gets.
 
-        After the take-over it is written into a dead socket. The client gets the 101 from the loop.
-        A stream's socket is taken over later, by its response.
+        After the socket was taken over, that is a plain 101, so that the server logs this status.
+        The server writes it into a dead socket; the client gets its 101 from the loop.
         """
         handshake = request.environ.get(ENVIRON_KEY)
         if not isinstance(handshake, Handshake):
             return response
         if isinstance(handshake, EventsHandshake):
+            # This response takes the socket over later.
             return StreamResponse(self._engine(), handshake, response)
-        if handshake.own_socket is None:
-            if handshake.response and response.status_code == 200:
-                # The handshake was accepted, but the socket could not be taken over.
-                message = "too many open files"
-                return self._refuse(503, "too_many_connections", message, **RETRY_SOON)
-            # Refused by simple-websocket, or by an exception.
-            return response
         if handshake.relay is not None:
             return RelayResponse(handshake.sock, handshake.relay)
-        return Response(status=101)
+        if handshake.own_socket is not None:
+            return Response(status=101)
+        if handshake.response and response.status_code == 200:
+            # simple-websocket accepted the handshake, but the socket could not be taken over.
+            message = "too many open files"
+            return self._refuse(503, "too_many_connections", message, **RETRY_SOON)
+        # simple-websocket refused the handshake, or a function of the site raised an exception.
+        return response
 
-    def _end_handshake(self, error: BaseException | None) -> None:
-        """Give the socket to the loop; without one, release the slot.
+    def _finish_handshake(self, error: BaseException | None) -> None:
+        """Give the socket to the loop. If it was not taken over, release the slot.
 
-        This runs at the end of the request, after the site has stored its session. A client that
-        has the 101 may send the next request, which needs that session.
+        This runs at the end of the request, after the site has stored its session. As soon as the
+        client gets the 101 from the loop, it may send another request, which needs that session.
         """
         environ = request.environ
         handshake = environ.get(ENVIRON_KEY)
@@ -2996,19 +3091,22 @@ class Endpoint:
             return
         engine = self._engine()
         if handshake.own_socket is not None:
-            kept = None
+            # Hooks that run later need the environ. Without hooks, its memory is saved.
+            kept_environ = None
             if self._hub.authorize_hook or has_connection_receivers():
-                kept = hook_environ(environ)
+                kept_environ = hook_environ(environ)
             address = environ.get("REMOTE_ADDR", "")
-            if engine.loop.call(handshake.session_type.open, engine, handshake, kept, address):
+            open_session = handshake.session_type.open
+            if engine.loop.call(open_session, engine, handshake, kept_environ, address):
                 return
+            # The loop has stopped.
             handshake.own_socket.close()
         engine.registry.release()
 
     # -- other requests ----------------------------------------------------------------------------
 
     def _about(self) -> ResponseReturnValue:
-        """Answer a plain GET: with the inspector, if it is switched on."""
+        """Answer a GET that is not a handshake with the inspector or, if it is off, with 426."""
         message = (
             "this is the address of a WebSocket; connect to it with ws:// or wss://, or use plain"
             f" HTTP: GET {url_for('.events')}"
@@ -3024,7 +3122,7 @@ class Endpoint:
         return self._refuse(426, "upgrade_required", message)
 
     def _events(self) -> Response:
-        """Answer GET /ws/events: with a stream, or with the events that there are."""
+        """Answer GET /ws/events with a stream or, for a poll, with the missed events."""
         return EventsRequest(self._hub, self._engine()).answer()
 
     def _is_inspector_on(self) -> bool:
@@ -3036,7 +3134,7 @@ class Endpoint:
     def _inspector_file(self, kind: str, **values: Any) -> Response:
         """Serve the inspector's script or style.
 
-        Flask-Talisman's default policy forbids them inside the page.
+        They are not inside the page, because Flask-Talisman's default policy forbids that.
         """
         if not self._is_inspector_on():
             abort(404)
@@ -3047,15 +3145,16 @@ class Endpoint:
         return page_file(*files[kind])
 
     def _add_version(self, endpoint: str, values: dict[str, Any]) -> None:
-        """Add `v`, a hash of client.js, to the address of it that url_for() returns."""
+        """Let url_for() add `v`, a hash of client.js, to the URL of client.js."""
         blueprint, _, name = endpoint.rpartition(".")
         if name == "client_js" and "v" not in values:
             values["v"] = client_js(url_for(f"{blueprint}.about", _external=False, **values))[1]
 
     def _client_js(self, **values: Any) -> Response:
-        """Serve the browser client. Browsers ask each time, and get it again if it has changed.
+        """Serve the browser client.
 
-        With the right `v` they may keep it: a changed file has another address.
+        If the URL has the right `v`, browsers may keep the file for a year, because a changed file
+        has another URL. Otherwise they ask each time whether it has changed.
         """
         body, version = client_js(url_for(".about", _external=False, **values))
         response = Response(body, mimetype="text/javascript")
@@ -3070,12 +3169,13 @@ class Endpoint:
 
 
 class HandshakeCheck:
-    """Decides about one handshake, in a thread of the web server.
+    """Accepts or refuses one handshake, in a thread of the web server.
 
-    It runs before the request reaches flask-sock's route. EventsRequest uses its parts.
+    It runs before the request reaches flask-sock's route. Its subclass EventsRequest uses some of
+    the checks for plain HTTP.
     """
 
-    # Names and values of a handshake's headers together: they are kept if the site has hooks.
+    # The most bytes of a handshake's headers, because they are kept in memory if there are hooks.
     MAX_HEADER_BYTES = 32 * 1024
 
     def __init__(self, hub: Hub, engine: Engine) -> None:
@@ -3088,12 +3188,13 @@ class HandshakeCheck:
         self._warn_of_processes()
         self._check_headers()
         self._check_origin()
-        began = self._start()
+        began = self._start_engine()
         user = self._find_user()
         self._reserve_slot()
         return Handshake(sock, user, began)
 
     def _find_socket(self) -> Any:
+        """Return the socket of the web server, or refuse if it cannot be used."""
         environ = request.environ
         server = environ.get("SERVER_SOFTWARE", "this web server")
         sock = find_socket(environ)
@@ -3110,8 +3211,8 @@ class HandshakeCheck:
             raise HandshakeRefused(501, "not_supported", f"{server} {problem}; {hint}")
         return sock
 
-    def _start(self) -> float:
-        """Start the engine, and return the time. A sign-out from then on is noticed."""
+    def _start_engine(self) -> float:
+        """Start the engine, and return the time since which it notices sign-outs."""
         self._hub.start(self._engine)
         if self._engine.follower is not None:
             self._engine.follower.wait_for_begin()
@@ -3156,7 +3257,7 @@ class HandshakeCheck:
             )
 
     def _check_size(self) -> dict[str, str]:
-        """Return the headers, as the environ has them, or refuse them because they are too long."""
+        """Return the headers, with the keys of the environ, or refuse if they are too long."""
         environ = request.environ
         headers = {key: value for key, value in environ.items() if key.startswith("HTTP_")}
         size = sum(len(key) + len(value) for key, value in headers.items())
@@ -3169,8 +3270,8 @@ class HandshakeCheck:
     def _check_origin(self) -> None:
         """Refuse handshakes of pages of other sites (RFC 6455 section 10.2).
 
-        A browser adds the visitor's cookies to them, so such a page could act as the visitor.
-        Clients that are not browsers send no Origin.
+        A browser adds the visitor's cookies to such a handshake, so the page could act as the
+        visitor. Clients that are not browsers send no Origin.
         """
         origin, host = request.headers.get("Origin"), request.environ.get("HTTP_HOST", "")
         if origin is None or is_origin_allowed(origin, host, self._engine.settings.origins):
@@ -3202,17 +3303,20 @@ class HandshakeCheck:
             try:
                 return check_token(self._engine.settings, token)
             except ClientError as error:
-                # Some proxies add a Bearer header of their own. Then the identify hook decides.
+                # Some proxies add a Bearer header of their own. So if there is an identify hook,
+                # it decides in place of a wrong token in the header.
                 if "token" in request.args or self._hub.identify_hook is None:
                     challenge = {"WWW-Authenticate": "Bearer"}
                     raise HandshakeRefused(401, error.code, str(error), **challenge) from error
         if self._hub.identify_hook is None:
             return None
-        # In the request itself: a context of its own would need a second connection of the site's
-        # database pool, and concurrent handshakes could wait for each other.
+        # The hook runs in the context of this request. A context of its own would need a second
+        # connection of the site's database pool, and concurrent handshakes could wait for each
+        # other.
         return _user_of_hook(self._hub.identify_hook())
 
     def _reserve_slot(self) -> None:
+        """Take a slot, or refuse because all are taken or the engine closes."""
         limit = self._engine.settings.max_connections or descriptors().max_connections
         if not self._engine.registry.reserve(limit):
             self._engine.warn(
@@ -3223,7 +3327,7 @@ class HandshakeCheck:
             raise HandshakeRefused(
                 503, "too_many_connections", "too many connections", **RETRY_SOON
             )
-        # Checked with the slot taken: closing waits until all slots are released.
+        # This is checked after the slot is taken. From then on, finish_closing() waits for it.
         if self._engine.is_closing:
             self._engine.registry.release()
             raise HandshakeRefused(
@@ -3232,7 +3336,10 @@ class HandshakeCheck:
 
 
 def log_lost_socket(engine: Engine, error: Exception) -> None:
-    """Log it if the process has too many open files. That a client has left is not logged."""
+    """Log that a socket could not be taken over, if the reason is too many open files.
+
+    The other reason, that the client has left, is not logged.
+    """
     if getattr(error, "errno", None) in (errno.EMFILE, errno.EINVAL, errno.ENFILE):
         engine.warn(
             "refused a connection: this process has %s connections and may not open more files"
@@ -3243,13 +3350,13 @@ def log_lost_socket(engine: Engine, error: Exception) -> None:
 
 
 def needs_relay(sock: Any) -> bool:
-    """Return whether a socket cannot be taken over: TLS, or Windows."""
+    """Return whether a socket cannot be taken over, because of TLS or Windows."""
     return Endpoint.FORCE_RELAY or fcntl is None or isinstance(sock, ssl.SSLSocket)
 
 
 @functools.lru_cache(maxsize=64)
 def client_js(path: str) -> tuple[str, str]:
-    """Return client.js with the path of its WebSocket, and a hash of it."""
+    """Return client.js, which contains the path of the WebSocket, and a hash of it."""
     body = CLIENT_JS.replace('WEBSOCKET_PATH = "/ws"', f"WEBSOCKET_PATH = {json.dumps(path)}")
     return body, hashlib.sha256(body.encode()).hexdigest()[:16]
 
@@ -3298,7 +3405,8 @@ DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 def normalise_origin(text: str) -> str | None:
     """Return an origin as browsers write it, or None if it is not one.
 
-    That is: lower case, without the scheme's default port, international names in ASCII.
+    They write it in lower case, without the scheme's default port, and with international names in
+    ASCII.
     """
     scheme, separator, rest = text.lower().partition("://")
     rest = rest.removesuffix("/")
@@ -3342,14 +3450,14 @@ def is_origin_allowed(origin: str, host: str, allowed: Sequence[str] | str | Non
     if page is None or origin.endswith("/"):
         return False
     scheme = page.partition("://")[0]
-    # A proxy may have removed the TLS, so the default port is that of the page's own scheme.
+    # The page's scheme is used, and not the request's, because a proxy may have removed the TLS.
     if page == normalise_origin(f"{scheme}://{host}"):
         return True
     return any(_entry_allows(entry, page) for entry in allowed or ())
 
 
 def _entry_allows(entry: str, page: str) -> bool:
-    """Return whether an entry of SWIFTCMS_WS_ORIGINS is the page's origin, or a pattern of it."""
+    """Return whether an entry of SWIFTCMS_WS_ORIGINS is the page's origin, or matches it."""
     named = normalise_origin(entry)
     if named is None:
         return False
@@ -3361,7 +3469,8 @@ def _entry_allows(entry: str, page: str) -> bool:
 
 # -- hook contexts ---------------------------------------------------------------------------------
 
-# They belong to the server and to the handshake's request, which are gone when a hook runs.
+# Keys of the environ whose values belong to the web server or to the handshake's request. Hooks run
+# after that request.
 SERVER_KEYS = {
     "wsgi.input",
     "wsgi.errors",
@@ -3376,18 +3485,18 @@ SERVER_KEYS = {
 
 def hook_environ(environ: Mapping[str, Any]) -> dict[str, Any]:
     """Return the handshake's environ without SERVER_KEYS. Additions of middleware are kept."""
-    # Hooks are no refresh of a page, whatever the client says.
+    # Without LIVE_KEY, is_live_refresh() is False in a hook.
     dropped = {*SERVER_KEYS, LIVE_KEY}
     return {key: value for key, value in environ.items() if key not in dropped}
 
 
 @contextmanager
 def hook_context(app: Flask | None, environ: Mapping[str, Any] | None) -> Iterator[None]:
-    """A request context for one call of hooks, with a `g` of its own.
+    """Run a hook in a request context of its own, with a `g` of its own.
 
-    Afterwards everything that hooks have opened, such as a database session, is closed. If there
-    is no environ, because there was no hook when the client connected, it is an application
-    context only.
+    At its end the context closes what the hook has opened, such as a database session. If there is
+    no environ, because there was no hook when the client connected, it is an application context
+    only.
     """
     assert app is not None
     with app.app_context():
@@ -3427,8 +3536,8 @@ def read_server_buffers(environ: Mapping[str, Any]) -> bytes:
     """Return the bytes after the handshake that the web server has read into its buffers.
 
     A client may have sent its first message together with the handshake. Reading does not block,
-    because the server's socket is dead now, or non-blocking for the relay. Some of these attributes
-    are private. If one is missing, b"" is returned.
+    because the server's socket has been replaced by a dead one or, for the relay, is non-blocking.
+    Some of these attributes are private. If one is missing, b"" is returned.
     """
     # Each server raises its own exceptions, for example if the handshake claims to have a body.
     with suppress(Exception):
@@ -3443,9 +3552,9 @@ def read_server_buffers(environ: Mapping[str, Any]) -> bytes:
 class Descriptors:
     """Decides which file descriptors our sockets get. For the web server's threads.
 
-    Many sites and servers use select(), which fails for descriptors of 1024 and more. Some servers
-    stop if accept() gets no descriptor. So sockets that were taken over get descriptors of `floor`
-    and more, and the last RESERVED descriptors stay free.
+    Many sites and servers use select(), which fails for descriptors of 1024 and more. So sockets
+    that were taken over get descriptors from `floor` on, and leave the lower ones to the site. Some
+    servers stop if accept() gets no descriptor. So the last RESERVED descriptors stay free.
     """
 
     RESERVED = 50
@@ -3455,7 +3564,7 @@ class Descriptors:
         self.limit = self._raise_limit()
         self.floor = 1024
         if self.limit < 4096:
-            # Too few descriptors to leave 1024 to the site.
+            # There are too few descriptors to leave 1024 to the site.
             self.floor = min(200, self.limit // 2)
         self.max_connections = max(
             1, min(self.MAX_CONNECTIONS, self.limit - self.floor - self.RESERVED)
@@ -3468,7 +3577,7 @@ class Descriptors:
 
         Reading returns the end of the stream, and writing fails. SOCK_SEQPACKET raises no SIGPIPE,
         which would stop the process if the site has restored that signal's default. macOS and
-        Windows do not have it.
+        Windows have no SOCK_SEQPACKET.
         """
         try:
             dead, peer = socket.socketpair(type=socket.SOCK_SEQPACKET)
@@ -3516,7 +3625,7 @@ class Descriptors:
             relay.close()
             own.close()
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        # Otherwise a burst of events might fill it before the relay's thread runs.
+        # A burst of events could fill a smaller buffer before the relay's thread runs.
         own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1024 * 1024)
         return relay, own
 
@@ -3543,23 +3652,24 @@ class RelayResponse(Response):
     thread of the server until the WebSocket closes.
     """
 
-    # The size of one read. Large, because each system call waits up to 5 ms for the GIL if another
-    # thread is busy.
+    # The size of one read. It is large, because after each system call the thread may wait 5 ms for
+    # the GIL if another thread is busy.
     CHUNK = 256 * 1024
 
-    def __init__(self, server: Any, ours: socket.socket) -> None:
+    def __init__(self, server: Any, relay: socket.socket) -> None:
         super().__init__(status=101)
         self._server = server
-        self._relay_side = ours
+        self._relay = relay
 
     def get_app_iter(self, environ: Any) -> Iterable[bytes]:
-        # Werkzeug's own would drop the body of a 101.
+        # Werkzeug's method would not iterate over the body of a 101.
         return self._copy()
 
     def _copy(self) -> Iterator[bytes]:
         """Copy in both directions until one side closes. It yields no body."""
-        ends = (self._server, self._relay_side)
-        waiting = {self._server: b"", self._relay_side: b""}
+        ends = (self._server, self._relay)
+        # The data that was received and waits to be sent, by the socket that it is sent to.
+        waiting = {self._server: b"", self._relay: b""}
         try:
             for end in ends:
                 end.setblocking(False)
@@ -3568,15 +3678,16 @@ class RelayResponse(Response):
             self._send_last(waiting[self._server])
             waiting[self._server] = b""
         except OSError:
-            # One side is gone.
+            # One side has closed its connection.
             pass
         finally:
-            self._relay_side.close()
-            # The server now writes its headers, which must not reach the client.
+            self._relay.close()
+            # The server now writes the headers of its response, which must not reach the client.
             with suppress(OSError):
                 socket.socket.shutdown(self._server, socket.SHUT_RDWR)
         if waiting[self._server]:
-            # TLS could not finish a write, and would refuse a different one with an error.
+            # TLS has sent only a part of this data. If the server wrote its headers now, that would
+            # fail with an error in its log. After this exception it writes nothing.
             raise BrokenPipeError(errno.EPIPE, "the client closed the connection")
         yield from ()
 
@@ -3597,13 +3708,13 @@ class RelayResponse(Response):
         return True
 
     def _send_last(self, data: bytes) -> None:
-        """Send the last bytes, a close frame, within two seconds."""
+        """Send the remaining bytes, such as a close frame, within two seconds."""
         self._server.settimeout(2.0)
         if data:
             self._server.sendall(data)
 
     def _receive(self, source: Any) -> bytes | None:
-        """Return the next bytes. They are empty at the end of the stream, and None if it waits."""
+        """Return the next bytes, b"" at the end of the stream, or None if there are none now."""
         try:
             return cast(bytes, source.recv(self.CHUNK))
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -3621,7 +3732,7 @@ class RelayResponse(Response):
     def _wait(self, waiting: Mapping[Any, bytes]) -> None:
         """Wait until one of the sockets can be read, or written if data waits for it."""
         with RelaySelector() as selector:
-            for end, other in ((self._server, self._relay_side), (self._relay_side, self._server)):
+            for end, other in ((self._server, self._relay), (self._relay, self._server)):
                 events = 0
                 if waiting[end]:
                     events |= selectors.EVENT_WRITE
@@ -3655,7 +3766,7 @@ class User:
 MAX_TOKEN_LENGTH = 8 * 1024
 # The issuer's clock may be this many seconds ahead of ours.
 TOKEN_LEEWAY = 60
-# The year 10000 in seconds. A larger `exp` is probably in milliseconds.
+# The year 10000 in seconds since 1970. A larger `exp` is probably in milliseconds.
 MAX_EXPIRY = 253_402_300_800
 
 # Exception, error code and message. The first exception type that matches is used.
@@ -3717,15 +3828,15 @@ def check_token(settings: Settings, token: str) -> User:
         if len(token) > MAX_TOKEN_LENGTH:
             raise ValueError
         claims = _decode(settings, token)
-        # A string, which PyJWT accepts for a number, raises TypeError here.
+        # If `exp` is a string, which PyJWT accepts, the comparison raises TypeError.
         if not 0 < claims["exp"] < MAX_EXPIRY:
             raise OverflowError
-        # The leeway is for clocks that are ahead; the expiry is exact.
+        # TOKEN_LEEWAY is for `nbf` and `iat`. PyJWT adds it to `exp` too, which must be exact.
         if claims["exp"] <= time.time():
             raise jwt.ExpiredSignatureError
         return User(check_user_id(claims["sub"], "sub"), claims)
     except Warning:
-        # If the site turns warnings into errors, it wants to see PyJWT's about a short key.
+        # PyJWT warns about a short key. If the site turns warnings into errors, it sees this one.
         raise
     except Exception as error:
         # PyJWT raises many kinds of exceptions for malformed tokens.
@@ -3737,7 +3848,7 @@ def check_token(settings: Settings, token: str) -> User:
 
 
 def _decode(settings: Settings, token: str) -> dict[str, Any]:
-    """Verify a token with the key or, while a site changes its key, with an older one."""
+    """Verify a token and return its claims. While a site changes its key, older keys count too."""
     keys = (settings.jwt_key, *settings.fallback_keys)
     for key in keys:
         try:
@@ -3758,11 +3869,14 @@ def _decode(settings: Settings, token: str) -> dict[str, Any]:
 
 
 def hide_token(record: logging.LogRecord) -> bool:
-    """Filter of the servers' access logs, because a token in a log could be used to sign in."""
+    """Log filter that removes tokens from the servers' access logs, and keeps all records.
+
+    Otherwise a reader of the log could sign in with a token.
+    """
     try:
         text = record.getMessage()
     except Exception:
-        # The site's mistake is for its own log handler to report.
+        # The record has wrong arguments. The log handler reports that.
         return True
     if "token=" in text:
         record.msg, record.args = re.sub(r"token=[^&\s\"']*", "token=…", text), ()
@@ -3773,10 +3887,10 @@ def hide_token(record: logging.LogRecord) -> bool:
 
 
 class TokenBucket:
-    """The rate limit of one client: a token bucket, which has nothing to do with JWTs. Loop only.
+    """Limits the rate of one client's messages. Its tokens have nothing to do with JWTs. Loop only.
 
-    It holds up to twice RATE tokens and gains RATE a second. A message takes one or more, even if
-    the bucket is empty; then the client has to wait.
+    The bucket holds up to twice RATE tokens, and gains RATE tokens a second. A message takes one or
+    more, even if fewer are left. The client then has to wait until there is one again.
     """
 
     BURST = 2
@@ -3789,7 +3903,7 @@ class TokenBucket:
         self._updated_at = time.monotonic()
 
     def take(self, count: float) -> bool:
-        """Take tokens. Return whether the client is in debt now."""
+        """Take tokens. Return whether more were taken than there were."""
         self._fill()
         self._tokens -= count
         return self._tokens < 0
@@ -3797,7 +3911,7 @@ class TokenBucket:
     def seconds_to_wait(self) -> float:
         """Return after how many seconds there is one token again."""
         self._fill()
-        # The sum of many small numbers may be a rounding error below 1.
+        # 0.999 and not 1, because of rounding errors: the tokens are the sum of many small numbers.
         return max(0.0, (0.999 - self._tokens) / self._rate)
 
     def _fill(self) -> None:
@@ -3808,38 +3922,41 @@ class TokenBucket:
 
 
 class Received(NamedTuple):
-    """A complete message, a control frame, or (CONTINUATION) a part of a message."""
+    """A complete message, a control frame or, as CONTINUATION, a part of an incomplete message."""
 
     opcode: Opcode
+    # A str or bytes; the code and reason of a CLOSE; None for CONTINUATION.
     payload: Any
-    # In tokens of the bucket.
+    # The number of tokens that it takes from the bucket.
     cost: int
 
 
 class MessageReader:
     """Turns the bytes of one client into messages and control frames. Loop only.
 
-    wsproto parses the frames. Those that are not asked for yet stay in its buffer.
+    wsproto parses the frames. Bytes after the frame that read() yielded last stay in its buffer.
     """
 
-    # A message counts as one more for each 8 KiB.
+    # A message takes one token, and one more for each 8 KiB.
     BYTES_PER_TOKEN = 8 * 1024
-    # A smaller fragment counts as a message. Otherwise one message could cost 65,536 frames.
+    # A smaller fragment takes a token too. Otherwise 65,536 fragments of one byte, which are one
+    # message, would take only nine.
     SMALL_FRAGMENT = 256
 
     __slots__ = ("_parser", "_parts", "_size", "is_too_big", "limit")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        # The message has more bytes than `limit`. Its parts are dropped.
+        # A message has more bytes than `limit`. Its parts are dropped.
         self.is_too_big = False
-        # None after a close frame, or after bytes that are not a frame: the rest is not read.
+        # None after a close frame, or after bytes that are not a frame: what follows is dropped.
         self._parser: FrameProtocol | None = FrameProtocol(client=False, extensions=[])
-        # Of a message that is not complete yet.
+        # The parts of a message that is not complete yet, and their bytes.
         self._parts: list[Any] = []
         self._size = 0
 
     def feed(self, data: bytes) -> None:
+        """Add bytes of the client, which read() will parse."""
         if self._parser is not None:
             self._parser.receive_bytes(data)
 
@@ -3881,11 +3998,11 @@ class MessageReader:
 class Session:
     """Handles the messages of one client, one at a time and in order, and answers them. Loop only.
 
-    If a client sends faster than RATE, the session reads more slowly. A message that needs a hook
-    of the site, or the shared log, becomes a task for a worker, and reading stops until it is done.
+    If a client sends faster than RATE, the session reads more slowly. If a message needs a hook of
+    the site, or the shared log, a worker runs a task, and the client is not read until it is done.
     """
 
-    # Log messages: why the server closed a connection, and the setting that decides it.
+    # The reasons in log messages for closing a connection, with the settings that decide it.
     CLOSE_REASONS: Mapping[int, str] = {
         CloseCode.MESSAGE_TOO_BIG: "its message was over SWIFTCMS_WS_MAX_MESSAGE",
         CloseCode.TRY_AGAIN_LATER: "it read too slowly (SWIFTCMS_WS_MAX_QUEUE)",
@@ -3899,15 +4016,16 @@ class Session:
     SIGNED_OUT = "the site signed you out; sign in again"
     # Messages of one client are handled for so many seconds before the others get their turn.
     TURN = 0.005
-    # Frames of a client that it sent before it received our close frame. With more, it floods.
+    # A client may have sent frames before it received the close frame. After more frames than this,
+    # the connection is aborted.
     MAX_FRAMES_WHILE_CLOSING = 2000
 
     __slots__ = (
         "_address",
         "_bucket",
         "_frames_while_closing",
-        "_has_begun",
-        "_has_ended",
+        "_is_forgotten",
+        "_is_known_to_site",
         "_is_throttled",
         "_is_waiting_for_turn",
         "_reader",
@@ -3924,7 +4042,7 @@ class Session:
     ) -> None:
         self.engine = engine
         self.connection = connection
-        # Of the message that is being handled: its answer needs them.
+        # The `action` and `ref` of the message that is being handled. Its answer needs them.
         self.action: str | None = None
         self.ref: str | float | None = None
         self.tasks = ClientTasks(self, environ)
@@ -3934,35 +4052,38 @@ class Session:
         self._bucket = TokenBucket(engine.settings.rate)
         # The client sends too fast, and is not read until the bucket has a token again.
         self._is_throttled = False
-        # The client's turn is over, and the rest of its messages wait for the next one.
+        # The client's turn is over, and its other messages wait for the next turn.
         self._is_waiting_for_turn = False
         self._frames_while_closing = 0
-        # The site hears of this client: client_connected was sent, if there are receivers.
-        self._has_begun = False
-        self._has_ended = False
+        # client_connected was sent, if it has receivers, so client_disconnected has to be sent.
+        self._is_known_to_site = False
+        # on_closed() was called.
+        self._is_forgotten = False
 
     @classmethod
     def open(
         cls, engine: Engine, handshake: Handshake, environ: dict[str, Any] | None, address: str
     ) -> Connection:
-        """Adopt the socket of a handshake: send the response and the greeting; begin to read."""
+        """Take over the socket of a handshake, send the response and the greeting, and read."""
         client_id = engine.process + secrets.token_hex(6)
         max_queue = engine.settings.max_queue
         assert handshake.own_socket is not None
         own, user = handshake.own_socket, handshake.user
         connection = Connection(client_id, own, engine.loop, max_queue, user, cls.FRAMING)
         connection.session = session = cls(engine, connection, environ, address)
-        session.guarded(session._start, handshake)
+        session.guarded(session._accept, handshake)
         return connection
 
-    def _start(self, handshake: Handshake) -> None:
+    def _accept(self, handshake: Handshake) -> None:
         engine, connection = self.engine, self.connection
         connection.update_selector()
         connection.send(handshake.response)
         if connection.state is State.CLOSED:
             return
         engine.registry.add(connection)
-        # Read before the greeting: the site hears of every client that was greeted before closing.
+        # The flag is read before the greeting, because another thread may set it during the
+        # greeting. Such a client is served until the loop closes all connections, so that the site
+        # gets both signals of every client that was greeted before the engine began to close.
         is_closing = engine.is_closing
         self._greet()
         if is_closing:
@@ -3972,26 +4093,26 @@ class Session:
         if connection.state is not State.OPEN:
             return
         self.expiry.schedule()
-        self._has_begun = True
-        self._begin(handshake)
+        self._is_known_to_site = True
+        self._begin_serving(handshake)
 
-    def _begin(self, handshake: Handshake) -> None:
+    def _begin_serving(self, handshake: Handshake) -> None:
         """Serve the client, after the receivers of client_connected have returned."""
 
         def connected(_: object = None) -> None:
-            self._serve_first(handshake)
+            self._handle_read_ahead(handshake)
 
         if client_connected.receivers:
             self.tasks.start(self.tasks.signal_task(client_connected), connected)
         else:
             connected()
 
-    def _serve_first(self, handshake: Handshake) -> None:
+    def _handle_read_ahead(self, handshake: Handshake) -> None:
         """Handle the bytes that the client has sent together with the handshake."""
         self.receive(handshake.read_ahead)
 
     def _greet(self) -> None:
-        """Send the first message. The client gets heartbeats from now on."""
+        """Send system.connected. The client gets heartbeats from now on."""
         self.engine.heartbeat.add(self.connection)
         user = self.connection.user
         payload = {
@@ -4008,7 +4129,8 @@ class Session:
     def is_paused(self) -> bool:
         """Whether the client is not read now.
 
-        A worker is busy for it, it sends too fast, or the other clients have their turn.
+        That is if a worker runs a task for it, if it sends too fast, or if the other clients have
+        their turn.
         """
         return self.tasks.is_busy or self._is_throttled or self._is_waiting_for_turn
 
@@ -4025,16 +4147,7 @@ class Session:
         turn_ends_at = time.monotonic() + self.TURN
         try:
             for received in self._reader.read():
-                if received.opcode is Opcode.CLOSE:
-                    code, _ = received.payload
-                    # 1005 stands for a close frame without a code (RFC 6455 section 7.1.5).
-                    if code == 1005:
-                        code = None
-                    connection.answer_close(code)
-                elif connection.state is State.OPEN:
-                    self._handle(received)
-                else:
-                    self._drop_while_closing()
+                self._handle(received)
                 if connection.state is State.OPEN and not connection.can_read:
                     break
                 if time.monotonic() > turn_ends_at:
@@ -4051,12 +4164,25 @@ class Session:
         self._is_waiting_for_turn = False
         self.handle_received()
 
+    def _handle(self, received: Received) -> None:
+        """Handle one message or frame, as far as the state of the connection allows."""
+        if received.opcode is Opcode.CLOSE:
+            code, _ = received.payload
+            # 1005 stands for a close frame without a code (RFC 6455 section 7.1.5).
+            if code == 1005:
+                code = None
+            self.connection.answer_close(code)
+        elif self.connection.state is State.OPEN:
+            self._handle_while_open(received)
+        else:
+            self._drop_while_closing()
+
     def _drop_while_closing(self) -> None:
         self._frames_while_closing += 1
         if self._frames_while_closing > self.MAX_FRAMES_WHILE_CLOSING:
             self.connection.abort()
 
-    def _handle(self, received: Received) -> None:
+    def _handle_while_open(self, received: Received) -> None:
         self.consume(received.cost)
         if self._reader.is_too_big:
             self.action = self.ref = None
@@ -4069,7 +4195,7 @@ class Session:
             self._handle_message(received.payload)
 
     def consume(self, count: float) -> None:
-        """Take tokens out of the bucket. A client in debt is not read until it has one again."""
+        """Take tokens out of the bucket. If too few are left, stop reading from the client."""
         if not self._bucket.take(count) or self._is_throttled:
             return
         self._is_throttled = True
@@ -4080,7 +4206,8 @@ class Session:
             self.connection.id,
             self._address,
         )
-        # Not at once: the next message must not be handled before the one that is being handled.
+        # A timer continues, even if it is due at once. A direct call would handle the next message
+        # inside the current one.
         seconds = self._bucket.seconds_to_wait()
         self.engine.loop.call_at(time.monotonic() + seconds, self._wait_for_token)
 
@@ -4096,6 +4223,7 @@ class Session:
     # -- from messages to answers ------------------------------------------------------------------
 
     def _handle_message(self, data: str | bytes) -> None:
+        """Carry out the action of a message, or answer with system.error."""
         self.action = self.ref = None
         self.guarded(self._do_action, data)
 
@@ -4118,7 +4246,11 @@ class Session:
         action(self, message)
 
     def guarded(self, function: Callable[..., None], *args: Any) -> None:
-        """Call a function; answer a ClientError, and close the connection for any other error."""
+        """Call a function, and handle its exception so that the other clients are not affected.
+
+        A ClientError is answered. After any other exception, the connection is closed: with 1001 if
+        the shared log cannot be read, so that the client tries again, and otherwise with 1011.
+        """
         try:
             function(*args)
         except ClientError as error:
@@ -4153,7 +4285,8 @@ class Session:
         self.engine.counters.add(f"error_{error.code}")
         if error.code == "too_many_subscriptions":
             self.engine.warn(
-                "refused a client more than the %s of SWIFTCMS_WS_MAX_SUBSCRIPTIONS",
+                "refused a subscription: the client has %s, as many as"
+                " SWIFTCMS_WS_MAX_SUBSCRIPTIONS allows",
                 self.engine.settings.max_subscriptions,
             )
 
@@ -4168,28 +4301,28 @@ class Session:
         )
         self.connection.close(CloseCode.INTERNAL_ERROR, "the server failed; its log has the reason")
 
-    # -- the end -----------------------------------------------------------------------------------
+    # -- closing -----------------------------------------------------------------------------------
 
     def sign_out(self) -> None:
         """Close the connection, because the site has signed its user out."""
         self.connection.close(CloseCode.UNAUTHORIZED, self.SIGNED_OUT)
 
     def on_closed(self) -> None:
-        """The connection is not OPEN any more: forget the client, and notify the site."""
-        if self._has_ended:
+        """Forget the client and notify the site, because the connection is not OPEN any more."""
+        if self._is_forgotten:
             return
-        self._has_ended = True
+        self._is_forgotten = True
         engine, connection = self.engine, self.connection
         engine.registry.remove(connection)
         engine.heartbeat.discard(connection)
         engine.editing.stop_soon(connection.id)
         self._count_close()
-        if self._has_begun and client_disconnected.receivers:
-            # If a hook of this client is running, the signal is sent after it.
+        if self._is_known_to_site and client_disconnected.receivers:
+            # If a task of this client is running, the signal is sent after it.
             self.tasks.start_last(self.tasks.signal_task(client_disconnected))
 
     def _count_close(self) -> None:
-        """Count and log it if the server has closed the connection."""
+        """If the server closed the connection, count it; for some close codes also log it."""
         engine, code = self.engine, self.connection.close_code
         if code is None:
             return
@@ -4205,17 +4338,18 @@ class ClientTasks:
     """Lets workers run the tasks of one client, one at a time. Loop only; tasks run in a worker.
 
     While a task runs, the server does not read from the client. So the client's messages are
-    handled in order, and a slow hook delays no other client.
+    handled in order. A slow hook delays only its client, unless it occupies all workers.
     """
 
     __slots__ = ("_environ", "_last_task", "_session", "is_busy")
 
     def __init__(self, session: Session, environ: dict[str, Any] | None) -> None:
         self._session = session
-        # Of the handshake; None if there were no hooks.
+        # The environ of the handshake. It is None if there were no hooks.
         self._environ = environ
+        # A task is running or queued, or pause() waits.
         self.is_busy = False
-        # To be run after the one that is running.
+        # The task that runs after the current one.
         self._last_task: Callable[[], object] | None = None
 
     def ask_hook(self, patterns: Sequence[Pattern], then: Callable[..., None], *args: Any) -> None:
@@ -4229,7 +4363,7 @@ class ClientTasks:
         connection = self._session.connection
 
         def task() -> list[bool] | None:
-            # Many clients may be gone before the hook is asked for them, if it is slow.
+            # If the hook is slow, clients may leave while their tasks are queued.
             if connection.has_left():
                 return None
             with hook_context(engine.app, self._environ):
@@ -4263,7 +4397,7 @@ class ClientTasks:
     def start(self, task: Callable[[], object], then: Callable[..., None], *args: Any) -> None:
         """Let a worker run a task, then call `then(*args, result)` on the loop.
 
-        If the task raises, the connection is closed.
+        If the task raises an exception, guarded() handles it, as if `then` had raised it.
         """
         self._set_busy()
         loop = self._session.engine.loop
@@ -4272,7 +4406,7 @@ class ClientTasks:
             try:
                 result = task()
             except BaseException as error:
-                # Also SystemExit of a hook, which must not stop the worker.
+                # This may be SystemExit, if a hook calls sys.exit(). The worker must not stop.
                 loop.call(self._done, _raise, error)
             else:
                 loop.call(self._done, then, *args, result)
@@ -4280,12 +4414,12 @@ class ClientTasks:
         self._session.engine.workers.submit(run)
 
     def pause(self, seconds: float, then: Callable[..., None]) -> None:
-        """Call `then()` after some time; until then the client is not read."""
+        """Call `then()` after some seconds. The client is not read meanwhile."""
         self._set_busy()
         self._session.engine.loop.call_at(time.monotonic() + seconds, self._done, then)
 
     def start_last(self, task: Callable[[], object]) -> None:
-        """Run a last task, after the one that is running."""
+        """Run a task after the current one. The client is not served any more."""
         if self.is_busy:
             self._last_task = task
         else:
@@ -4296,6 +4430,7 @@ class ClientTasks:
         self._session.connection.update_selector()
 
     def _done(self, then: Callable[..., None], *args: Any) -> None:
+        """Continue after a task or a pause, unless the connection was closed meanwhile."""
         self.is_busy = False
         session = self._session
         if self._last_task is not None:
@@ -4323,9 +4458,10 @@ def is_allowed(engine: Engine, answer: object, pattern: Pattern) -> bool:
 
 
 def _raise(error: BaseException) -> None:
-    """Raise a task's error on the loop. It is not an Exception if a hook called sys.exit()."""
+    """Raise a task's error on the loop."""
     if isinstance(error, Exception):
         raise error
+    # The hook called sys.exit(), which must not stop the loop.
     raise RuntimeError(f"a hook raised {type(error).__name__}") from error
 
 
@@ -4335,9 +4471,10 @@ class Expiry:
     Loop only.
     """
 
-    # If AUTH is "required", a client has this many seconds to sign in.
+    # If AUTH is "required", a client has so many seconds to sign in.
     AUTH_TIMEOUT = 10.0
-    # Times of checks are rounded up to multiples of this, in seconds.
+    # Checks are due at multiples of so many seconds, so that one wake-up of the loop serves many
+    # clients.
     CHECK_INTERVAL = 0.5
 
     __slots__ = ("_check_at", "_opened_at", "_session")
@@ -4349,20 +4486,24 @@ class Expiry:
         self._check_at = float("inf")
 
     def schedule(self) -> None:
-        """Plan the next check for the first time at which something may have expired."""
+        """Plan the next check for the earliest time at which the connection may have to be closed.
+
+        Until then the client may send something, which moves that time. The check then plans the
+        next one.
+        """
         session, now = self._session, time.monotonic()
-        times = [session.connection.last_progress(now) + self._max_silence()]
+        times = [session.connection.stalled_since(now) + self._max_silence()]
         if session.must_sign_in():
             times.append(self._opened_at + self.AUTH_TIMEOUT)
         user = session.connection.user
         if user is not None and user.expires_at is not None:
             times.append(now + user.expires_at - time.time())
-        # Rounded up, so that one wake-up of the loop serves many clients.
-        rounds = max(min(times), now) // self.CHECK_INTERVAL + 1
-        when = rounds * self.CHECK_INTERVAL
+        intervals = max(min(times), now) // self.CHECK_INTERVAL + 1
+        when = intervals * self.CHECK_INTERVAL
         if when < self._check_at:
             self._check_at = when
-            # The client's id, because a timer must not keep a closed connection in memory.
+            # The timer gets the client's id, because it must not keep a closed connection in
+            # memory.
             client_id = session.connection.id
             session.engine.loop.call_at(when, Expiry.check, session.engine, client_id)
 
@@ -4371,13 +4512,14 @@ class Expiry:
 
     @staticmethod
     def check(engine: Engine, client_id: str) -> None:
+        """Close the connection if it has expired; otherwise plan the next check."""
         connection = engine.registry.find(client_id)
         now = time.monotonic()
         if connection is None or now < connection.session.expiry._check_at:
             return
         expiry = connection.session.expiry
         if now - expiry._check_at > engine.settings.heartbeat:
-            # The process was suspended, and the client had no heartbeat to answer.
+            # The process was suspended, so the client got no heartbeat that it could answer.
             connection.silent_since = max(connection.silent_since, now)
         expiry._check_at = float("inf")
         expiry._close_expired(now)
@@ -4406,7 +4548,7 @@ class Expiry:
         return user is not None and user.expires_at is not None and user.expires_at <= time.time()
 
     def _report(self, error: ClientError) -> None:
-        # It is not the answer to a message.
+        # The error is not the answer to a message, so it has no `action` and no `ref`.
         self._session.action = self._session.ref = None
         self._session.report_error(error)
 
@@ -4414,8 +4556,8 @@ class Expiry:
 def resume_fields(engine: Engine) -> dict[str, Any]:
     """Return the fields from which a client can resume, in system.connected and heartbeats.
 
-    Live pages refresh within `spread` seconds after an event: if all of them do, that takes about
-    half of the time of this process.
+    After an event, each live page refreshes at a random time within `spread` seconds. If all pages
+    do, this process is busy for about half of that time.
     """
     clients = engine.registry.slots + engine.pollers.count()
     spread = 2 * engine.refresh_seconds * clients
@@ -4423,7 +4565,7 @@ def resume_fields(engine: Engine) -> dict[str, Any]:
 
 
 def ref_of(message: Mapping[str, Any]) -> str | float | None:
-    """Return the `ref` of a client's message, or None; raise ClientError for a wrong kind."""
+    """Return the `ref` of a client's message, or None if it has none; or raise ClientError."""
     ref = message.get("ref", "")
     if isinstance(ref, bool) or not isinstance(ref, (str, int, float)):
         raise ClientError(
@@ -4450,15 +4592,15 @@ def string_field(message: Mapping[str, Any], name: str) -> str:
 Action = Callable[[Session, Mapping[str, Any]], None]
 # The most items of a `subscriptions` list.
 MAX_LIST_ITEMS = 1000
-# An authenticate message costs ten tokens, because checking a JWT takes longer.
+# How many tokens of the bucket an authenticate message takes, because checking a JWT takes long.
 AUTHENTICATE_COST = 10
-# This many items of a `subscriptions` list cost one more token.
+# Each time that a `subscriptions` list has so many items, it takes one more token.
 ITEMS_PER_TOKEN = 10
 
 
 @functools.cache
 def actions() -> dict[str, Action]:
-    """Return the function of each action of PROTOCOL.md."""
+    """Return the function of each `action` that a client's message may have."""
     return {
         "subscribe": subscribe,
         "unsubscribe": unsubscribe,
@@ -4473,11 +4615,17 @@ def actions() -> dict[str, Action]:
 
 
 class Subscribing:
-    """One `subscribe` message: parses it, asks the authorize hook, and answers. Loop only."""
+    """Handles one `subscribe` message. Loop only.
 
-    # How long to wait if `since` is newer than the newest event of this process, in seconds.
+    The methods run in this order: __init__() parses the message, and the authorize hook is asked;
+    allowed() gets the answers; find_missed() finds the events after `since`, if necessary in the
+    shared log; finish() subscribes, answers and sends them.
+    """
+
+    # How many seconds to wait if `since` is newer than the newest event of this process.
     SINCE_TIMEOUT = 1.0
-    # The tokens that a replay of the whole history costs. All clients wait while it is prepared.
+    # How many tokens of the bucket a replay of the whole history takes. All clients wait while it
+    # is prepared.
     REPLAY_COST = 20
 
     def __init__(self, session: Session, message: Mapping[str, Any]) -> None:
@@ -4486,8 +4634,9 @@ class Subscribing:
         self.since: EventId | None = None
         if "since" in message:
             self.since = parse_event_id(message["since"])
-        # Each once, in the order of the message.
+        # The patterns that are not refused, each once, in the order of the message.
         self.patterns: list[Pattern] = []
+        # The refused items of a list, as the answer names them.
         self.refused: list[dict[str, Any]] = []
         self._deadline = time.monotonic() + self.SINCE_TIMEOUT
         items: Sequence[Any] = [message]
@@ -4507,7 +4656,7 @@ class Subscribing:
             self.patterns.append(pattern)
 
     def _refuse(self, event_type: object, content_type: object, error: ClientError) -> None:
-        """Name a refused item in the answer, or raise the error of a single subscription."""
+        """Add a refused item of a list to the answer, or raise the error if there is no list."""
         if not self.is_list:
             raise error
         self.session.count_error(error)
@@ -4521,7 +4670,7 @@ class Subscribing:
         )
 
     def allowed(self, answers: list[bool]) -> None:
-        """The hook has answered: keep the allowed patterns, up to the limit, and go on."""
+        """Keep the patterns that the hook allowed, up to the limit, and find the missed events."""
         connection = self.session.connection
         limit = self.session.engine.settings.max_subscriptions
         count = len(connection.subscriptions)
@@ -4543,7 +4692,7 @@ class Subscribing:
         self.find_missed()
 
     def find_missed(self) -> None:
-        """Find the events after `since`: here, in a moment, or in the shared log."""
+        """Find the events after `since` in the history or, if they are older, in the shared log."""
         history, engine = self.session.engine.history, self.session.engine
         if self.since is None or not self.patterns:
             self.finish([])
@@ -4554,13 +4703,16 @@ class Subscribing:
         elif self.since <= history.newest_id:
             self.session.tasks.read_log(self.since, self.read)
         elif time.monotonic() < self._deadline:
-            # Another process may have published it, and the follower will read it soon.
+            # The event may be of another process, and the follower will read it soon.
             self.session.tasks.pause(0.02, self.find_missed)
         else:
             self.finish(None)
 
     def read(self, older: list[Event] | None) -> None:
-        """Events were read from the shared log; newer ones have been delivered meanwhile."""
+        """Continue with the events that were read from the shared log.
+
+        The loop may have delivered newer ones meanwhile.
+        """
         history = self.session.engine.history
         if older is None:
             self.finish(None)
@@ -4570,7 +4722,10 @@ class Subscribing:
             self.finish(history.append_newer(older))
 
     def finish(self, events: list[Event] | None) -> None:
-        """Subscribe, answer and replay, all between two events."""
+        """Subscribe, answer and replay.
+
+        This runs on the loop, so no event is delivered in between.
+        """
         session = self.session
         engine, connection = session.engine, session.connection
         missed = engine.registry.missed(connection, self.patterns, events or [])
@@ -4580,17 +4735,18 @@ class Subscribing:
         for pattern in self.patterns:
             engine.registry.subscribe(connection, pattern, start)
         recovery = {"recovered": events is not None, "replayed": len(missed)}
-        self.answer({**self.describe(), **recovery})
+        self.answer({**self.pattern_fields(), **recovery})
         connection.send_replay([connection.framing.event(event) for event in missed])
         engine.counters.add("replayed", len(missed))
-        # Looking at events costs as much as sending them.
+        # All events after `since` count, because finding the missed ones among them takes as long
+        # as sending them.
         session.consume(self.REPLAY_COST * len(events or []) / max(1, engine.settings.history))
 
     def answer(self, payload: Mapping[str, Any]) -> None:
         self.session.answer("system.subscribed", payload)
 
-    def describe(self) -> dict[str, Any]:
-        """Return the patterns, as the answer names them."""
+    def pattern_fields(self) -> dict[str, Any]:
+        """Return the fields of the answer that name the patterns."""
         if not self.is_list:
             event_type, content_type = self.patterns[0]
             return {"type": event_type, "contentType": content_type}
@@ -4603,22 +4759,31 @@ def subscribe(session: Session, message: Mapping[str, Any]) -> None:
 
 
 def unsubscribe(session: Session, message: Mapping[str, Any]) -> None:
-    registry, connection = session.engine.registry, session.connection
     if "subscriptions" in message:
-        items = subscription_list(message)
-        # One malformed item raises, before any subscription is removed.
-        patterns = list(dict.fromkeys(map(parse_pattern, items)))
-        removed = registry.unsubscribe(connection, patterns)
-        payload: dict[str, Any] = {"subscriptions": describe_patterns(patterns), "removed": removed}
-        session.consume(len(items) // ITEMS_PER_TOKEN)
+        payload = _unsubscribe_list(session, message)
     else:
-        pattern = parse_pattern(message)
-        patterns = None
-        if "type" in message or "contentType" in message:
-            patterns = [pattern]
-        removed = registry.unsubscribe(connection, patterns)
-        payload = {"type": pattern[0], "contentType": pattern[1], "removed": removed}
+        payload = _unsubscribe_one_or_all(session, message)
     session.answer("system.unsubscribed", payload)
+
+
+def _unsubscribe_list(session: Session, message: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove the subscriptions of a list, and return the payload of the answer."""
+    items = subscription_list(message)
+    # A malformed item raises ClientError before any subscription is removed.
+    patterns = list(dict.fromkeys(map(parse_pattern, items)))
+    removed = session.engine.registry.unsubscribe(session.connection, patterns)
+    session.consume(len(items) // ITEMS_PER_TOKEN)
+    return {"subscriptions": describe_patterns(patterns), "removed": removed}
+
+
+def _unsubscribe_one_or_all(session: Session, message: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove one subscription or, if the message names none, all of them."""
+    event_type, content_type = parse_pattern(message)
+    patterns = None
+    if "type" in message or "contentType" in message:
+        patterns = [(event_type, content_type)]
+    removed = session.engine.registry.unsubscribe(session.connection, patterns)
+    return {"type": event_type, "contentType": content_type, "removed": removed}
 
 
 def describe_patterns(patterns: Iterable[Pattern]) -> list[dict[str, str]]:
@@ -4641,7 +4806,7 @@ def subscription_list(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "type" in message or "contentType" in message:
         raise ClientError(
             "invalid_message",
-            "`type` and `contentType` belong into the items of `subscriptions`, not beside it",
+            "`type` and `contentType` belong in the items of `subscriptions`, not beside it",
         )
     return cast("list[dict[str, Any]]", items)
 
@@ -4665,9 +4830,10 @@ def authenticate(session: Session, message: Mapping[str, Any]) -> None:
             "invalid_token", "the token is of another user; open a new connection for that user"
         )
     if connection.user is not None:
-        # The session that the identify hook returned stays.
+        # Keep the session id that the identify hook returned.
         user = dataclasses.replace(user, session=connection.user.session)
-    # Between two events, so that it is known which events for this user have reached it.
+    # This runs on the loop, so no event is delivered between reading the newest id and setting the
+    # user.
     engine.registry.sign_in(connection, user, engine.history.newest_id)
     session.expiry.schedule()
     expires_at = timestamp(int(user.claims["exp"] * 1000))
@@ -4675,7 +4841,7 @@ def authenticate(session: Session, message: Mapping[str, Any]) -> None:
 
 
 def pong(session: Session, message: Mapping[str, Any]) -> None:
-    """The client's answer to a heartbeat. Anything that a client sends is a sign of life."""
+    """Do nothing. Any bytes from the client have already ended its silence."""
 
 
 def heartbeat(session: Session, message: Mapping[str, Any]) -> None:
@@ -4697,23 +4863,25 @@ class Workers:
     MAX_RECORDS = 1000
 
     def __init__(self) -> None:
-        # Guards the threads and the number of unfinished tasks.
+        # Guards the list of threads and the number of unfinished tasks.
         self._lock = threading.Lock()
         # Notified when no task is left.
         self._idle = threading.Condition(self._lock)
         # Tasks that are queued or running. Reading it is atomic.
         self.unfinished = 0
         self._threads: list[threading.Thread] = []
-        # With its module: gevent may replace the class later (gunicorn --preload).
+        # The class is looked up in its module at this time, because gevent may have replaced it
+        # after this module was imported (gunicorn --preload).
         self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        # The log records of the loop, in order.
+        # The log records of Engine.report(), in order.
         self.records = SerialQueue(self, self.MAX_RECORDS)
 
     def submit(self, task: Callable[[], object]) -> None:
+        """Queue a task, and start the threads that are not running yet."""
         with self._lock:
             self.unfinished += 1
-            # If no thread can start now, the next task tries again. While the interpreter exits
-            # none can start, and wait_until_idle() runs the tasks.
+            # If a thread cannot start, the next task tries again. While the interpreter exits, none
+            # can start, and wait_until_idle() runs the tasks.
             with suppress(RuntimeError):
                 for number in range(len(self._threads) + 1, self.COUNT + 1):
                     name = f"swiftcms-ws worker {number}"
@@ -4723,7 +4891,7 @@ class Workers:
         self._tasks.put(task)
 
     def _run(self) -> None:
-        """Thread body: run tasks until None comes."""
+        """Thread body: run tasks until the queue returns None."""
         while (task := self._tasks.get()) is not None:
             self._run_task(task)
 
@@ -4731,7 +4899,7 @@ class Workers:
         try:
             task()
         except BaseException as error:
-            # Of a receiver, also its SystemExit. No caller can receive it.
+            # This may be SystemExit, if a receiver of a signal calls sys.exit().
             log(logging.ERROR, "a function of the site failed", exc_info=error)
         with self._idle:
             self.unfinished -= 1
@@ -4741,13 +4909,13 @@ class Workers:
     def wait_until_idle(self, deadline: float) -> None:
         """Wait until no task is left, or until the deadline."""
         if not any(thread.is_alive() for thread in self._threads):
-            self._run_left(deadline)
+            self._run_queued(deadline)
         with self._idle:
             self._idle.wait_for(
                 lambda: not self.unfinished, max(0.0, deadline - time.monotonic())
             )
 
-    def _run_left(self, deadline: float) -> None:
+    def _run_queued(self, deadline: float) -> None:
         """Run tasks in this thread, because no worker could start."""
         with suppress(queue.Empty):
             while time.monotonic() < deadline:
@@ -4756,14 +4924,14 @@ class Workers:
                     self._run_task(task)
 
     def request_stop(self) -> list[threading.Thread]:
-        """Let the threads exit after the tasks that are queued. Takes no lock."""
+        """Let the threads exit after the queued tasks. Takes no lock."""
         threads, self._threads = self._threads, []
         for _ in threads:
             self._tasks.put(None)
         return threads
 
     def stop(self, deadline: float) -> None:
-        """Let the threads exit after the tasks that are queued, and wait for them."""
+        """Let the threads exit after the queued tasks, and wait for them until the deadline."""
         threads = self.request_stop()
         for thread in threads:
             if thread.is_alive() and thread is not threading.current_thread():
@@ -4771,14 +4939,15 @@ class Workers:
 
 
 class SerialQueue:
-    """Tasks that the workers run one at a time and in order. Any thread may put one.
+    """A queue of tasks that workers run one at a time and in order. Any thread may add one.
 
-    So a slow task holds one worker at most. If too many wait, the oldest are dropped.
+    However slow the tasks are, they occupy only one worker. If more than `limit` wait, the oldest
+    are dropped.
     """
 
     def __init__(self, workers: Workers, limit: int) -> None:
         self._workers = workers
-        # Guards the tasks, and whether a worker runs them.
+        # Guards the tasks and `_is_running`, which is True while a worker runs them.
         self._lock = threading.Lock()
         self._tasks: deque[Callable[[], object]] = deque(maxlen=limit)
         self._is_running = False
@@ -4792,7 +4961,7 @@ class SerialQueue:
         self._workers.submit(self._run)
 
     def _run(self) -> None:
-        """Run by one worker: run the tasks until none is left."""
+        """Task of a worker: run the queued tasks until none is left."""
         while True:
             with self._lock:
                 if not self._tasks:
@@ -6682,7 +6851,7 @@ class Tracker:
             payload = {"id": list(key[1])}
             if len(key[1]) == 1:
                 payload = {"id": key[1][0]}
-        event = (f"content.{action}", content_type, payload, _keep_iterator(to))
+        event = (f"content.{action}", content_type, payload, _list_if_iterator(to))
         return event, self._hub._engine().draft(*event)
 
     def _delete(self, obj: Any, key: Any) -> Change:
@@ -6826,7 +6995,7 @@ def retry_block(seconds: float) -> bytes:
 class EventStream(Framing):
     """How messages are written to a client over plain HTTP: as server-sent events."""
 
-    has_pongs = False
+    is_bidirectional = False
     # The `code` of the last system.error for each close code. For UNAUTHORIZED it was sent already.
     ERRORS: Mapping[int, str] = {
         CloseCode.GOING_AWAY: "going_away",
@@ -6847,8 +7016,8 @@ class EventStream(Framing):
         text = message_text(message_type, payload, content_type)
         return stream_block(text.encode(), message_type, event_id)
 
-    def heartbeat(self, place: Mapping[str, Any]) -> bytes:
-        return self.message("system.heartbeat", place, event_id=place["lastId"])
+    def heartbeat(self, payload: Mapping[str, Any]) -> bytes:
+        return self.message("system.heartbeat", payload, event_id=payload["lastId"])
 
     def closing(self, code: int, reason: str) -> bytes:
         if code not in self.ERRORS:
@@ -6901,7 +7070,7 @@ class EventsRequest(HandshakeCheck):
         engine = self._engine
         self._warn_of_processes()
         message = self._parse()
-        began = self._start()
+        began = self._start_engine()
         user = self._find_user()
         if user is None and engine.settings.auth == "required":
             challenge = {"WWW-Authenticate": "Bearer"}
@@ -7065,7 +7234,8 @@ class StreamSession(Session):
     def _greet(self) -> None:
         """Send nothing: system.subscribed is the first message."""
 
-    def _serve_first(self, handshake: Handshake) -> None:
+    def _handle_read_ahead(self, handshake: Handshake) -> None:
+        """Handle the query of the request, as the `subscribe` message that it stands for."""
         assert isinstance(handshake, EventsHandshake)
         StreamSubscribing(self, handshake.message).allowed(handshake.answers)
 
@@ -7232,7 +7402,7 @@ class PollSubscribing(StreamSubscribing):
         missed = engine.registry.missed(poll, self.patterns, events or [])
         sent = list(_first_events(missed, engine.settings.max_queue))
         recovery = {"recovered": events is not None, "replayed": len(sent)}
-        poll.send(self.first_block({**self.describe(), **recovery}))
+        poll.send(self.first_block({**self.pattern_fields(), **recovery}))
         poll.send(b"".join(event.block for event in sent))
         place = resume_fields(engine)
         if len(sent) < len(missed):
