@@ -134,7 +134,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from enum import Enum, IntEnum
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
 from uuid import UUID
 
@@ -497,8 +497,32 @@ class Settings:
 
 Hook = TypeVar("Hook", bound="Callable[..., Any]")
 
+T = TypeVar("T")
+
+
+class WeakList(Generic[T]):
+    """Objects that exist only as long as something else refers to them.
+
+    Any thread may call its methods: each step is atomic. A signal handler and a forked child copy
+    such a list too. Copying a WeakSet fails if another thread adds an object at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._references: list[weakref.ref[T]] = []
+
+    def add(self, item: T) -> None:
+        self._references.append(weakref.ref(item, self._references.remove))
+
+    def copy(self) -> list[T]:
+        references = list(self._references)
+        return [item for reference in references if (item := reference()) is not None]
+
+    def clear(self) -> None:
+        self._references.clear()
+
+
 # The hubs of this process. A forked child resets them.
-_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
+_hubs: WeakList[Hub] = WeakList()
 
 
 class Hub:
@@ -1284,13 +1308,13 @@ class Counters:
 
 # The engines of this process, started or not. They are closed at exit, and a forked child drops
 # them.
-_all_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_all_engines: WeakList[Engine] = WeakList()
 
 
 @atexit.register
 def _close_at_exit() -> None:
     """Close all connections at exit. Log which engines have published without a client."""
-    engines = list(_all_engines)
+    engines = _all_engines.copy()
     close_engines(engines, timeout=2.0)
     for engine in engines:
         engine.warn_if_served_no_client()
@@ -1298,7 +1322,7 @@ def _close_at_exit() -> None:
 
 def _reset_after_fork() -> None:
     """Drop the parent's engines and signal handlers in a forked child."""
-    for hub_ in list(_hubs):
+    for hub_ in _hubs.copy():
         hub_.forget_engines()
     _all_engines.clear()
     restore_signal_handlers()
@@ -1337,7 +1361,7 @@ def _on_signal(number: int, frame: Any) -> None:
 
     The interrupted code may hold any lock, so this function takes none.
     """
-    engines = [engine for engine in list(_all_engines) if engine.is_started]
+    engines = [engine for engine in _all_engines.copy() if engine.is_started]
     for engine in engines:
         engine.loop.request_close_all()
     if number == signal.SIGINT:
@@ -1387,11 +1411,12 @@ class Draft(NamedTuple):
 class Event:
     """One published event. Any thread may create one and read it.
 
-    The loop alone may use `frame` and `block`, which are encoded when they are first read. To save
-    memory, the payload is dropped as soon as the frame exists, because the frame contains it.
+    The loop alone may use `frame`, which is encoded when it is first read, and `block`. To save
+    memory, the payload is dropped as soon as the frame exists, because the frame contains it, and
+    the block is not kept, because the history keeps one encoded copy of each event.
     """
 
-    __slots__ = ("_block", "_frame", "_payload", "content_type", "id", "size", "to", "type")
+    __slots__ = ("_frame", "_payload", "content_type", "id", "size", "to", "type")
 
     def __init__(self, event_id: EventId, draft: Draft) -> None:
         self.id = event_id
@@ -1401,7 +1426,7 @@ class Event:
         # The bytes of the payload.
         self.size = utf8_length(draft.payload)
         self._payload: str | None = draft.payload
-        self._frame = self._block = b""
+        self._frame = b""
 
     @property
     def payload(self) -> str:
@@ -1425,10 +1450,8 @@ class Event:
     @property
     def block(self) -> bytes:
         """The bytes that a client over plain HTTP receives. Loop only."""
-        if not self._block:
-            message = self.frame[frame_head_length(self.frame) :]
-            self._block = stream_block(message, event_id=format_event_id(self.id))
-        return self._block
+        message = self.frame[frame_head_length(self.frame) :]
+        return stream_block(message, event_id=format_event_id(self.id))
 
 
 def utf8_length(text: str) -> int:
@@ -5698,7 +5721,7 @@ class LogFile:
         # Only for the first in the queue: the connection, and device and number of the three files.
         self._connection: sqlite3.Connection | None = None
         self._identity: list[tuple[int, int] | None] = []
-        _log_files.append(weakref.ref(self, _log_files.remove))
+        _log_files.add(self)
 
     def __del__(self) -> None:
         self._close()
@@ -5860,7 +5883,7 @@ class LogFile:
         self._close()
         # If only the -wal or the -shm is gone, SQLite shares the old one between all connections of
         # this process. So all must be closed before one is opened.
-        for other in log_files():
+        for other in _log_files.copy():
             is_other = other is not self and other.has_connection()
             if is_other and other._identity[0] == now[0] and other._identity != now:
                 with other._turn(0):
@@ -5868,7 +5891,7 @@ class LogFile:
 
     def _limit_open_files(self) -> None:
         """Close the oldest connections. Apps that tests have created may not be freed for long."""
-        open_files = [file for file in log_files() if file.has_connection()]
+        open_files = [file for file in _log_files.copy() if file.has_connection()]
         for file in open_files[: 1 - self.MAX_OPEN]:
             with suppress(LogUnavailable), file._turn(0):
                 file._close()
@@ -5900,20 +5923,15 @@ class LogFile:
         return self._connection is not None
 
 
-# Each step on this list is atomic. A WeakSet may not be copied while another thread changes it.
-_log_files: list[weakref.ref[LogFile]] = []
+_log_files: WeakList[LogFile] = WeakList()
 # Held during a fork, because two threads may fork at the same time; and what it has to end.
 _fork_lock = threading.Lock()
 _fork_turns = ExitStack()
 
 
-def log_files() -> list[LogFile]:
-    return [file for reference in list(_log_files) if (file := reference()) is not None]
-
-
 def _begin_fork() -> None:
     _fork_lock.acquire()
-    for file in log_files():
+    for file in _log_files.copy():
         file.begin_fork()
 
 
@@ -5924,7 +5942,7 @@ def _end_fork() -> None:
 
 def _end_fork_in_child() -> None:
     """Forget the files, as the engines are forgotten: other threads may wait in their queues."""
-    LogFile.inherited += [file for file in log_files() if file.has_connection()]
+    LogFile.inherited += [file for file in _log_files.copy() if file.has_connection()]
     _log_files.clear()
     _end_fork()
 

@@ -132,7 +132,7 @@ from wsproto.frame_protocol import FrameProtocol, Opcode
 from wsproto.utilities import LocalProtocolError
 
 import swiftcms_ws
-from swiftcms_ws import EVERYONE, Connection, Engine, Hub, now_milliseconds
+from swiftcms_ws import EVERYONE, Connection, Engine, Hub, WeakList, now_milliseconds
 
 HERE = Path(__file__).parent
 SEED = HERE.parent / "shared" / "seed" / "websocket-api.md"
@@ -4824,6 +4824,26 @@ def test_signal_handler_chained_in_a_child(tmp_path: Path) -> None:
     """If the handler of a site calls ours, ours calls the one before it, in a child too."""
     result = run_script(tmp_path, CHAINED_HANDLER)
     assert result.stdout.split() == ["child:", "7"], result.stderr
+
+
+def test_hubs_copied_while_another_thread_creates_some() -> None:
+    """A signal handler and exit handlers copy the list of hubs. A WeakSet would raise there."""
+    hubs: WeakList[threading.Event] = WeakList()
+    kept = [threading.Event() for _ in range(3_000)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        adder = threading.Thread(target=lambda: [hubs.add(each) for each in kept])
+        adder.start()
+        sizes = [len(hubs.copy())]
+        while adder.is_alive():
+            sizes.append(len(hubs.copy()))
+        adder.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert sizes == sorted(sizes) and len(hubs.copy()) == len(kept)
+    del kept[10:]
+    assert len(hubs.copy()) == 10
 
 
 # -- Jobs and scripts ------------------------------------------------------------------------------
