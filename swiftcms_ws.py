@@ -2663,8 +2663,11 @@ class Connection:
         """Queue the unsent rest of `data`; close the connection if too much is queued."""
         if self.state is not State.OPEN:
             return
+        # A client that has read everything before is not slow, even if `data` alone is longer than
+        # max_queue: several events may be sent at once.
+        is_behind = bool(self._unsent)
         self._queue(memoryview(data)[sent:] if sent else data)
-        if self.unsent_bytes > self._max_queue + self._replay_allowance:
+        if is_behind and self.unsent_bytes > self._max_queue + self._replay_allowance:
             self.close(CloseCode.TRY_AGAIN_LATER, "read too slowly; reconnect with since")
 
     def send_replay(self, frames: Sequence[bytes]) -> None:

@@ -5715,6 +5715,16 @@ def test_slow_client_within_max_queue() -> None:
         assert slow.ask("heartbeat")["type"] == "system.heartbeat"
 
 
+def test_client_that_gets_more_than_max_queue_at_once() -> None:
+    """A burst that is longer than MAX_QUEUE does not close a client that has read all before it."""
+    with Server(MAX_QUEUE=10_000) as server, slow_client(server) as client:
+        with held_loop(server):
+            for number in range(12):
+                server.publish(number, padding="x" * 5_000)
+        assert numbers(client.receive_many(12)) == list(range(12))
+        client.nothing_more()
+
+
 def test_slow_client_without_free_descriptors(server: Server) -> None:
     """Unsent data is written even if the process can open no more files."""
     with slow_client(server) as slow:
