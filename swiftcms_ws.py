@@ -4544,7 +4544,7 @@ class Expiry:
         if connection is None or now < connection.session.expiry._check_at:
             return
         expiry = connection.session.expiry
-        if now - expiry._check_at > engine.settings.heartbeat:
+        if not engine.heartbeat.could_be_answered(connection):
             # The process was suspended, so the client got no heartbeat that it could answer.
             connection.silent_since = max(connection.silent_since, now)
         expiry._check_at = float("inf")
@@ -5028,6 +5028,8 @@ class Heartbeat:
         # Dictionaries without values are sets that keep their order. Loop only.
         self._slices: list[dict[Connection, None]] = [{} for _ in range(count)]
         self._slice_of: dict[Connection, int] = {}
+        # When each slice had its last two heartbeats. Loop only.
+        self._beats: list[deque[float]] = [deque(maxlen=2) for _ in range(count)]
         self._next_slice = 0
         # Events after this one are looked at next. Loop only.
         self._seen_id = engine.history.newest_id
@@ -5094,9 +5096,16 @@ class Heartbeat:
         if number is not None:
             del self._slices[number][connection]
 
+    def could_be_answered(self, connection: Connection) -> bool:
+        """Return whether a silent client had a heartbeat to answer, and the time to answer it."""
+        latest = time.monotonic() - self._engine.settings.heartbeat / 2
+        beats = self._beats[self._slice_of[connection]]
+        return any(connection.silent_since <= beat <= latest for beat in beats)
+
     def _beat(self, number: int) -> None:
         """Send a slice of the connections their heartbeat."""
         engine = self._engine
+        self._beats[number].append(time.monotonic())
         if number == 0:
             engine.exchange.beat()
             if engine.follower is not None:
