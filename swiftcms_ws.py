@@ -5098,9 +5098,12 @@ class Heartbeat:
 
     def could_be_answered(self, connection: Connection) -> bool:
         """Return whether a silent client had a heartbeat to answer, and the time to answer it."""
+        number = self._slice_of.get(connection)
+        if number is None:
+            # It still waits for older events, and gets heartbeats after them.
+            return False
         latest = time.monotonic() - self._engine.settings.heartbeat / 2
-        beats = self._beats[self._slice_of[connection]]
-        return any(connection.silent_since <= beat <= latest for beat in beats)
+        return any(connection.silent_since <= beat <= latest for beat in self._beats[number])
 
     def _beat(self, number: int) -> None:
         """Send a slice of the connections their heartbeat."""
