@@ -5005,17 +5005,18 @@ class SerialQueue:
 
 
 class Heartbeat:
-    """A thread that asks the loop to send heartbeats. The loop owns the slices of connections.
+    """A thread that asks the loop to send heartbeats.
 
     The interval is divided into slices, and each connection belongs to one of them. So the
     heartbeats of ten thousand clients, and their answers, are spread over the whole interval. The
-    loop runs all methods except start(), stop() and the thread body.
+    loop owns the slices, and runs all methods except start(), stop() and the thread body.
     """
 
     # How often the thread checks whether gunicorn stops its worker, in seconds.
     CHECK_INTERVAL = 0.5
     MAX_SLICES = 100
-    # Names are compared each time that so many slices have had their heartbeat: every 5 seconds.
+    # After the heartbeats of so many slices (5 seconds), names of events are compared with those of
+    # subscriptions.
     SLICES_PER_CHECK = 20
     # The most patterns and names that are compared, and the most names that are logged.
     MOST_PATTERNS, MOST_NAMES = 100, 10
@@ -5031,11 +5032,11 @@ class Heartbeat:
         # When each slice had its last two heartbeats. Loop only.
         self._beats: list[deque[float]] = [deque(maxlen=2) for _ in range(count)]
         self._next_slice = 0
-        # Events after this one are looked at next. Loop only.
+        # Names of events up to this one have been compared. Loop only.
         self._seen_id = engine.history.newest_id
         # Types and content types that had no subscriber. The loop sets it, and the thread takes it.
         self._unheard: set[tuple[str, str]] = set()
-        # Of the thread.
+        # Names that were logged. Thread only.
         self._logged: set[tuple[str, str]] = set()
         self._stopped = threading.Event()
         self.thread: threading.Thread | None = None
@@ -5164,7 +5165,7 @@ class Editing:
     MAX_EDITORS = 50
     MAX_ENTRIES = 200
     MAX_PRESENCE = 256 * 1024
-    # Editors of clients that are gone: so many are removed before other clients are served.
+    # How many editors of clients that are gone are removed before other clients are served.
     STOPS_AT_ONCE = 50
 
     def __init__(self, engine: Engine) -> None:
@@ -5314,10 +5315,10 @@ class Editing:
 
 
 class EditorExchange:
-    """Sends the editors of this process to the others, and receives theirs.
+    """Sends the editors of this process to the other processes, and receives theirs.
 
     With a shared log each process sends a list of its own editors when they change, and once a
-    heartbeat while it has some. Other processes compare the list with the one before. Loop only,
+    heartbeat while it has some. Other processes compare it with the previous list. Loop only,
     except for the tasks in the outbox.
     """
 
@@ -5366,7 +5367,7 @@ class EditorExchange:
         if self._engine.log is None:
             return
         if self._engine.editing.of_process(self._engine.process):
-            # The outbox may have dropped the one before.
+            # The outbox may have dropped the previous list.
             self._is_list_queued = False
             self.queue_list()
         silence = self._engine.settings.heartbeat * self.MISSED_LISTS
