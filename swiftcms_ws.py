@@ -5541,8 +5541,8 @@ class SharedLog:
     It gives the ids, and one order, to the events of all processes. It also carries control
     messages between processes: lists of editors and changes, which are never replayed. Any thread
     may call append(), send() and read_after(), which give up within two seconds, and newest_id().
-    Only the follower calls find_position(), read_on() and stop_reading(). If the log is away,
-    append() and send() raise PublishError, and the others LogUnavailable.
+    Only the follower calls find_position(), read_on() and stop_reading(). If the log cannot be
+    used, append() and send() raise PublishError, and the other methods raise LogUnavailable.
     """
 
     # The most entries that are read at once.
@@ -5584,7 +5584,8 @@ class SharedLog:
         try:
             event_ids = self._add_events(drafts)
         except LogUnavailable as error:
-            # A site may catch PublishError, and the follower may be able to read all the same.
+            # The site may catch PublishError, and the follower, which logs too, may still be able
+            # to read.
             if time.monotonic() > self._logged_at + self.LOG_INTERVAL:
                 self._logged_at = time.monotonic()
                 log(logging.WARNING, "publish() failed: %s", error)
@@ -5634,7 +5635,10 @@ class SharedLog:
         raise NotImplementedError
 
     def parse_event(self, event_id: EventId, fields: Mapping[str, Any]) -> Event:
-        """Return an event of the log. Otherwise a stranger's entry would stop the follower."""
+        """Return an event of the log, or a marker for an entry of another program.
+
+        If such an entry raised an exception, it would stop the follower.
+        """
         try:
             to = None
             if fields.get("to") is not None:
@@ -5707,14 +5711,16 @@ class LogFile:
     MAX_OPEN = 40
     # By words of an error's message.
     HINTS: ClassVar[dict[str, str]] = {
-        "locked": "Another program holds it; `sqlite3 FILE '.backup COPY'` copies it and does not.",
+        "locked": "Another program holds its lock. To copy it while the site runs, use"
+        " `sqlite3 FILE '.backup COPY'`.",
         "readonly": "This process must be able to write the file and its directory.",
         "unable to open": "This process must be able to read and write the file and its directory.",
         "Permission denied": "This process must be able to read and write the directory.",
         "temporarily unavailable": "Other processes take too long to open it.",
-        "full": "Free some space.",
+        "full": "The disk is full: delete other files.",
         "disk I/O": "Is the disk full or broken, or was its -wal deleted?",
-        "malformed": "It is damaged: delete it with its -wal and -shm, and clients load again.",
+        "malformed": "It is damaged: delete it, its -wal and its -shm. Then clients load their data"
+        " again.",
         "not a database": "It is damaged, or another file: delete it, or choose another name.",
         "No such file": "Create the directory.",
         "locking protocol": "Is it on a network file system? Choose a local disk, or use Redis.",
@@ -5744,7 +5750,7 @@ class LogFile:
 
     @contextmanager
     def use(self) -> Iterator[sqlite3.Connection]:
-        """Yield the connection to the file that has the path now; open it if need be.
+        """Yield the connection to the file that has the path now. Open it if it is not open.
 
         Raises LogUnavailable if the file cannot be used.
         """
@@ -5786,7 +5792,7 @@ class LogFile:
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """As use(), for one transaction that writes. At the end it is stored, all or nothing."""
+        """Like use(), for one transaction that writes: it is stored completely or not at all."""
         deadline = time.monotonic() + self._timeout
         with self.use() as connection:
             self._begin(connection, deadline)
@@ -5940,7 +5946,8 @@ class LogFile:
 
 
 _log_files: WeakList[LogFile] = WeakList()
-# Held during a fork, because two threads may fork at the same time; and what it has to end.
+# Held during a fork, because two threads may fork at the same time. The stack holds the turns at
+# the files, which a fork takes before it and gives back after it.
 _fork_lock = threading.Lock()
 _fork_turns = ExitStack()
 
@@ -5957,7 +5964,7 @@ def _end_fork() -> None:
 
 
 def _end_fork_in_child() -> None:
-    """Forget the files, as the engines are forgotten: other threads may wait in their queues."""
+    """Forget the files, because threads that do not exist in the child may be in their queues."""
     LogFile.inherited += [file for file in _log_files.copy() if file.has_connection()]
     _log_files.clear()
     _end_fork()
@@ -6032,8 +6039,9 @@ class SqliteLog(SharedLog):
     """A log in an SQLite file, for the processes of one machine.
 
     The follower has a connection of its own, so that it does not wait for publish(); the other
-    threads share one. A publisher wakes all followers with a UDP datagram on 127.0.0.1, and each of
-    them looks once a second anyway: a container may share the file, but not the network.
+    threads share one. A publisher wakes all followers with a UDP datagram on 127.0.0.1. Each of
+    them also reads the file once a second, because a container may share the file, but not the
+    network.
     """
 
     # How long a method may wait for the file, in seconds.
@@ -6066,8 +6074,8 @@ class SqliteLog(SharedLog):
         self._file = LogFile(path, self.TIMEOUT)
         # newest_id() must not wait for publish().
         self._newest_file = LogFile(path, self.NEWEST_TIMEOUT)
-        # The newest id, as a number, that this process has given or read. Ids stay above it, also
-        # if the file is replaced and the clock is wrong. Setting it is atomic.
+        # The newest id, as a number, that this process has given or read. Later ids are greater,
+        # even if the file is replaced and the clock is wrong. Setting it is atomic.
         self._newest_number = 0
         # The rest is for the follower's thread, which alone opens the socket.
         self._own_file = LogFile(path, self.FOLLOWER_TIMEOUT)
@@ -6189,7 +6197,7 @@ class SqliteLog(SharedLog):
 
     @staticmethod
     def _wake(ports: Iterable[int]) -> None:
-        # A process that is not woken looks at the file within a second.
+        # A process that is not woken reads the file within a second.
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
             for port in ports:
@@ -6200,12 +6208,12 @@ class SqliteLog(SharedLog):
 
     def find_position(self) -> Position:
         if self._listener is None:
-            # A site behind a Unix socket may not be allowed to.
+            # A site behind a Unix socket may not be allowed to open other sockets.
             with suppress(OSError):
                 self._listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
                 self._listener.bind(("127.0.0.1", 0))
                 self._port = self._listener.getsockname()[1]
-        # Before the end is read: a datagram follows each later event.
+        # Before the end of the log is read. So each event after it sends a datagram to this port.
         self._confirm_port()
         with self._own_file.use() as connection:
             row = self._last_row(connection)
@@ -6217,7 +6225,7 @@ class SqliteLog(SharedLog):
     def read_on(self, place: Position) -> tuple[list[Event], list[str], Position] | None:
         is_woken = self._has_more or self._wait()
         if time.monotonic() > self._confirm_at:
-            # If another process writes for long, the next call does it.
+            # If another process holds the lock for long, the next call tries again.
             with suppress(LogUnavailable):
                 self._confirm_port()
         number, message_number = self._to_number(place[0]), int(place[1])
@@ -6231,10 +6239,10 @@ class SqliteLog(SharedLog):
         if rows is None:
             return None
         if self._has_more and not is_woken:
-            # The publisher does not know our port, or cannot reach it.
+            # The publisher does not know our port, or cannot reach it: write it again.
             self._confirm_at = 0
         self._untidy += len(rows)
-        # Not while there is more to read, because it would delete what is not read yet.
+        # Not while there is more to read: it could delete events that are not read yet.
         if not rows and self._untidy and (self._untidy >= self.TIDY_STEP or not is_woken):
             self._tidy()
         if rows:
@@ -6253,7 +6261,7 @@ class SqliteLog(SharedLog):
         self._listener.settimeout(self.POLL_INTERVAL)
         try:
             self._listener.recv(16)
-            # One look at the file serves all datagrams that have come.
+            # All datagrams that have arrived need only one look at the file.
             self._listener.settimeout(0)
             while True:
                 self._listener.recv(16)
@@ -6274,7 +6282,7 @@ class SqliteLog(SharedLog):
     def _tidy(self) -> None:
         """Delete old events, and move the journal into the file. If it fails, it is done later.
 
-        Otherwise publish() would do the latter from time to time, and take a hundred times as long.
+        Otherwise publish() would sometimes move the journal, and take a hundred times as long.
         """
         self._untidy = 0
         with suppress(LogUnavailable), self._own_file.use() as connection:
@@ -6507,9 +6515,9 @@ class RedisLog(SharedLog):
 class Follower:
     """A thread that reads the shared log, and queues the events of all processes for the loop.
 
-    It owns the position up to which this process has read. If the log is away, it tries again and
-    continues there. If the position is not in the log any more, events may be lost. All clients
-    are then disconnected, and learn it when they resume.
+    It owns the position up to which this process has read. If the log cannot be read, it tries
+    again, and continues at this position. If the position is not in the log any more, events may be
+    lost. Then all clients are disconnected. When they resume, they get `"recovered": false`.
     """
 
     # The pause before the next attempt, in seconds. It is doubled each time.
@@ -6577,7 +6585,7 @@ class Follower:
         return self._stopped.is_set() or self._engine.is_closing
 
     def _report_error(self, error: BaseException, is_first: bool) -> None:
-        """Log an error. If the log is away, log only the first of many."""
+        """Log an error. While the shared log cannot be used, log only the first error."""
         if not isinstance(error, (PublishError, LogUnavailable)):
             message = "following %s failed; retrying"
             self._engine.report(logging.ERROR, message, self._log.name, exc_info=error)
@@ -6591,7 +6599,7 @@ class Follower:
             )
 
     def _read(self) -> None:
-        """Read what is new and give it to the loop, in order."""
+        """Read new events and messages, and queue them for the loop in order."""
         loop = self._engine.loop
         if self._place is None:
             place = self._log.find_position()
@@ -6631,8 +6639,8 @@ class Follower:
         if connections:
             engine.report(
                 logging.WARNING,
-                "%s lost events (%s), or was away too long: %s clients are disconnected, and"
-                " reconnect",
+                "%s lost events (%s), or could not be read for too long. All %s clients of this"
+                " process are disconnected; they reconnect and load their data again",
                 self._log.name,
                 self._log.loss_hint,
                 len(connections),
