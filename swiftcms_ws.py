@@ -6707,11 +6707,11 @@ class LivePages:
             nonlocal is_page
             if is_live:
                 headers = [field for field in headers if field[0].lower() != "set-cookie"]
-                # A proxy may have cached no response that sets a cookie, and must not begin now.
+                # Without Set-Cookie, a proxy could cache this response for other visitors.
                 headers.append(("Cache-Control", "private"))
             is_html = "html" in Headers(headers).get("Content-Type", "")
             is_page = is_html and status.startswith("200")
-            # A 304 has no type. Browsers put its headers in place of those of the stored page.
+            # A 304 has no Content-Type. With its headers, browsers update those of the stored page.
             if newest and (is_html or status.startswith("304")):
                 headers = [*headers, ("Server-Timing", f'swiftcms;desc="{newest}"')]
             return start_response(status, headers, *exc_info)
@@ -6732,7 +6732,7 @@ class LivePages:
 
     def _newest_id(self) -> str:
         """Return the newest event's id, or "" if the shared log does not answer at once."""
-        # publish() raises mistakes in the configuration. Pages are served all the same.
+        # If the configuration is wrong, publish() raises the error. Pages are served without an id.
         with suppress(Exception):
             newest = self._hub.engine_of(self._app).newest_id()
             if newest is not None:
@@ -7077,7 +7077,7 @@ EVENT_STREAM = EventStream()
 class EventsRequest(HandshakeCheck):
     """Checks and answers one request for /ws/events, in a thread of the web server.
 
-    It asks all hooks in the request itself, because the request waits for the answer anyway.
+    It calls all hooks in its own thread, because the request waits for the answer in any case.
     """
 
     def answer(self) -> Response:
@@ -7129,7 +7129,7 @@ class EventsRequest(HandshakeCheck):
         return EventsResponse(has_length=False)
 
     def _check_origin(self) -> None:
-        """Refuse other sites' images and frames too, which send no Origin and would take slots."""
+        """Also refuse images and frames of other sites, which send no Origin but occupy slots."""
         super()._check_origin()
         site = request.headers.get("Sec-Fetch-Site")
         if site == "cross-site" and "Origin" not in request.headers:
@@ -7173,7 +7173,7 @@ class EventsRequest(HandshakeCheck):
 
 
 def can_stream(sock: Any) -> bool:
-    """Return whether the socket can be taken over. A relay is none, because it holds a thread."""
+    """Return whether the socket can be taken over directly. A relay would hold a thread."""
     return sock is not None and not is_forking(request.environ) and not needs_relay(sock)
 
 
@@ -7258,8 +7258,8 @@ class StreamResponse(Response):
 def set_timeout(sock: socket.socket, seconds: float) -> None:
     """Let the kernel close a socket whose peer has not confirmed any data for so long.
 
-    The client of a stream never sends anything, so it would take 15 minutes to notice that it has
-    vanished. Linux alone has this option.
+    The client of a stream never sends anything. Without this option, it would take 15 minutes to
+    notice that it has disappeared. Only Linux has it.
     """
     with suppress(OSError, AttributeError):
         milliseconds = round(max(10.0, seconds) * 1000)
@@ -7302,13 +7302,13 @@ class StreamSubscribing(Subscribing):
         session = self.session
         connection = session.connection
         if self.since is not None and connection.state is State.OPEN:
-            # The replay is over, so the client may resume from here, also if it was empty.
+            # The replay is complete, even if it was empty, so the client may resume from here.
             connection.send(EVENT_STREAM.heartbeat(resume_fields(session.engine)))
 
     def answer(self, payload: Mapping[str, Any]) -> None:
         """Send system.subscribed. The client gets heartbeats from now on.
 
-        An earlier one would name events that are still missing.
+        The id of an earlier heartbeat would be newer than events that the client still misses.
         """
         engine, connection = self.session.engine, self.session.connection
         connection.send(self.first_block(payload))
@@ -7344,7 +7344,7 @@ class Poll(Connection):
 
     # How many seconds the thread waits for the loop and the shared log.
     TIMEOUT = 5.0
-    # Seconds until the next poll. It comes the sooner, the more events this one has sent.
+    # Seconds until the next poll. The more events this one has sent, the shorter the pause.
     LONGEST_RETRY, SHORTEST_RETRY = 1.5, 0.1
 
     __slots__ = ("_blocks", "_engine", "_handshake", "_retry", "is_done")
@@ -7415,13 +7415,13 @@ class Poll(Connection):
 class PollSubscribing(StreamSubscribing):
     """Answers the query of a poll. Loop only."""
 
-    # The shared log knows `since`, or was not asked yet.
+    # The shared log was asked for its newest id, and `since` is not newer.
     _is_known = False
 
     def find_missed(self) -> None:
         """Find the events after `since`. If no process has such an id, do not wait for it.
 
-        Otherwise a stranger could occupy all threads of the web server with ids of the future.
+        Otherwise a client could occupy all threads of the web server with ids of the future.
         """
         engine = self.session.engine
         is_new = self.since is not None and self.since > engine.history.newest_id
@@ -7434,7 +7434,7 @@ class PollSubscribing(StreamSubscribing):
         if newest is not None and cast(EventId, self.since) > newest:
             self.finish(None)
             return
-        # The follower will bring it soon, or the shared log cannot be read now.
+        # The follower will read `since` soon, or the shared log cannot be read now.
         self._is_known = True
         super().find_missed()
 
