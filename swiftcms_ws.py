@@ -7510,11 +7510,11 @@ CONNECTION_ERRORS = (OSError, http.client.HTTPException, ParseFailed)
 HINTS = {
     0: "Is the site running, and is this its port?"
     " A proxy must pass the headers Upgrade and Connection (see README).",
-    200: "This is a page. Is it the right address? Or a proxy removes the headers Upgrade and"
-    " Connection (see README).",
+    200: "The answer is a page. Is it the right address? Or does a proxy remove the headers Upgrade"
+    " and Connection (see README)?",
     301: "A WebSocket cannot follow this redirect. Use the address of its target.",
     401: "The token in the address is not a valid token of this site.",
-    403: "The server takes this page for one of another site."
+    403: "The server believes that this page belongs to another site."
     " Configure the proxy to pass the Host header, or set SWIFTCMS_WS_ORIGINS.",
     404: "Is this the right address, including its path? With a url_prefix it is /url_prefix/ws.",
     426: "A proxy removes the headers Upgrade and Connection (see README).",
@@ -7591,8 +7591,8 @@ class HttpRequest:
 class Client:
     """A WebSocket of listen() or check(). `greeting` is the payload of its system.connected.
 
-    It reads from the socket in receive() only. So if the output of listen() is not read, the
-    server notices a slow client, and nothing is collected here.
+    It reads from the socket in receive() only. So if the output of listen() is not read, no
+    messages collect here, and the server notices a slow client.
 
     The constructor raises one of CONNECTION_ERRORS if there is no connection.
     """
@@ -7796,7 +7796,7 @@ class Listener:
             raise PermanentError(payload["message"])
 
     def wait(self) -> None:
-        # A random time, because all clients of a server that restarts lose it at the same moment.
+        # A random time, because all clients of a server that restarts reconnect at the same time.
         time.sleep(self.pause * random.uniform(0.5, 1))
         self.pause = min(self.pause * 2, self.MAX_PAUSE)
 
@@ -7950,8 +7950,9 @@ def redirect_target(url: str, refusal: Exception | None) -> str:
 def _check_plain_http(url: str, refusal: Exception | None, when: str) -> Finding:
     """Check whether plain HTTP streams or polls. refusal: the error of a poll."""
     if getattr(refusal, "code", "") == "auth_required":
+        message = f"not checked: plain HTTP, and the server's processes: {refusal}"
         hint = "The site wants visitors to sign in. Add ?token=JWT to the address."
-        return Finding(None, f"plain HTTP and the server's processes: {refusal}", hint)
+        return Finding(None, message, hint)
     if refusal is not None:
         return Finding(False, f"{when} they get nothing: {refusal}", hint_for(refusal))
     try:
@@ -8007,7 +8008,7 @@ def _check_processes(url: str) -> Finding:
             return list(pool.map(poll_since, ids))
 
     try:
-        # No process has so old an event in memory, so it looks into the shared log, if it has one.
+        # No process has such an old event in memory. So it reads the shared log, if it has one.
         replies = poll_all(["1-0"])
         newest = {
             reply.payload["clientId"][:PROCESS_ID_LENGTH]: reply.event_id for reply in replies
@@ -8019,16 +8020,17 @@ def _check_processes(url: str) -> Finding:
             "The site's log says what is wrong with the file of SWIFTCMS_WS_DATABASE. With"
             " SWIFTCMS_WS_REDIS_URL: Is Redis running, and is the URL right?"
         )
-        return Finding(False, f"no event may arrive: {error}", hint)
+        return Finding(False, f"events may not arrive: {error}", hint)
     if replies[0].payload["refused"]:
         hint = f"The site's authorize hook does not allow check to subscribe to {CHECK_NAME}."
-        return Finding(None, f"{seen}; whether an event reaches the clients of all", hint)
+        message = f"{seen}; not checked whether an event reaches the clients of all of them"
+        return Finding(None, message, hint)
     if not all(reply.payload["recovered"] for reply in replies):
         hint = (
             "Set SWIFTCMS_WS_DATABASE (or, on several machines, SWIFTCMS_WS_REDIS_URL), or run one"
             " process. Until then, visitors that poll miss events too."
         )
-        return Finding(False, f"{seen}; an event reaches only the clients of one", hint)
+        return Finding(False, f"{seen}; an event reaches only the clients of one of them", hint)
     return Finding(True, f"{seen}; an event reaches the clients of all of them")
 
 
@@ -8071,7 +8073,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OutputError as error:
-        # Otherwise Python would fail again when it writes the rest at exit.
+        # Otherwise Python would fail again when it writes buffered output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error.__cause__, BrokenPipeError):
             # The exit code of a program that SIGPIPE has killed.
@@ -8195,9 +8197,9 @@ class DemoEntries:
 class DemoPeople:
     """The people who have the page open, and their connections.
 
-    A page has a secret key, with which it names itself: /ws?cms=KEY is the connection of its CMS,
-    which counts as one person, and /ws?page=KEY the inspector's, which may be cut. Called from the
-    web server's threads and, by signals, from workers.
+    A page has a secret key, which identifies its two connections: /ws?cms=KEY is that of its CMS,
+    and counts as one person. /ws?page=KEY is that of its inspector, and may be cut. Called from
+    the web server's threads and, by signals, from workers.
     """
 
     # A name is free again when its page has been gone for so many seconds.
@@ -8287,7 +8289,7 @@ class DemoFlood:
         self._engine = engine
         self._watcher = watcher
         self._peer, own = descriptors().create_pair()
-        # Otherwise the kernel would keep the first megabyte.
+        # Otherwise the socket buffers would accept the first megabyte.
         own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         self._handshake = Handshake(own, None, time.monotonic())
         self._handshake.own_socket = own
@@ -8323,7 +8325,7 @@ class DemoFlood:
     def _finish(self) -> None:
         if self._reader.close_code is not None:
             self._watcher.send(self._frame(number=self._number, closed=self._reader.close_code))
-        # The reader's own close, after which nothing of it is left.
+        # Like the close of a real client: it frees the last descriptor of the reader.
         self._peer.close()
         type(self)._is_running = False
 
@@ -8380,7 +8382,7 @@ def add_lesson_routes(app: Flask, entries: DemoEntries, people: DemoPeople) -> N
 
     @app.post("/api/cut")
     def cut() -> ResponseReturnValue:
-        # Without a close frame, as if a cable were pulled. The page stays away by itself.
+        # Without a close frame, as if a cable were pulled. The page itself waits to reconnect.
         engine = hub._engine()
         engine.loop.call(people.find(engine, request_text("key")).abort)
         return {}
@@ -8564,9 +8566,9 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   // All times are in milliseconds. A token is renewed RENEWAL_LEAD before it expires.
   const CONNECT_TIMEOUT = 15_000;
   const RENEWAL_LEAD = 60_000;
-  // Firefox closes connections when a link or a download is clicked. That is soon repaired.
+  // Firefox closes connections when a link or a download is clicked. The client soon reconnects.
   const OFFLINE_DELAY = 2_000;
-  const UNSENT = "SwiftCMS: messages wait for two seconds; the server slows fast senders down";
+  const UNSENT = "SwiftCMS: messages are unsent after two seconds, as the server reads slowly";
   const MAX_WAIT = 10_000;
   const CLOSE = { SHUTTING_DOWN: 1001, LOST: 1006, MESSAGE_TOO_BIG: 1009, UNAUTHORIZED: 4401 };
   // Of these, only the first two need a subscription.
@@ -8581,7 +8583,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
   // A hidden page waits so long, or up to twice as long, between two polls.
   const HIDDEN_PAUSE = 15_000;
   const NO_EDITING = "SwiftCMS: edit() needs a WebSocket, and this page gets events by plain HTTP";
-  // The errors that end events over plain HTTP, and the close code of a WebSocket in their place.
+  // The errors that end events over plain HTTP, and the equivalent close codes of a WebSocket.
   const ENDS = { token_expired: 4401, signed_out: 4401, going_away: 1001, too_slow: 1013 };
 
   // An id is two numbers: milliseconds and a counter.
@@ -8727,7 +8729,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
       let wait = Math.random() * Math.min(MAX_WAIT, 1_000 * 2 ** attempts);
       // Firefox itself delays an attempt after failed ones: that time has passed already.
       if (!heardId) wait -= performance.now() - attemptedAt;
-      // Without a reason it was not the server that closed the connection, but the browser.
+      // Without a reason, the browser closed the connection, not the server.
       if (!isProbe && (code !== CLOSE.SHUTTING_DOWN || reason)) attempts++;
       if (code === CLOSE.SHUTTING_DOWN && reason) wait += 1_000;
       disconnect("connecting");
@@ -8759,7 +8761,7 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
 
     function later(timer, milliseconds, action) {
       clearTimeout(timers[timer]);
-      // A longer time would be over at once.
+      // Browsers would treat a longer time as zero.
       timers[timer] = setTimeout(action, Math.min(milliseconds, 2 ** 31 - 1));
     }
 
@@ -9266,8 +9268,9 @@ CLIENT_JS = r"""// Live events of SwiftCMS in the browser. Reconnects, and resum
     return isNew;
   }
 
-  // For each new child the index of the old one that it continues, or -1: equal ones at both ends,
-  // others by id, and without ids in their order. A text belongs to the element before it.
+  // For each new child the index of the old child that becomes it, or -1. Equal children at both
+  // ends are matched first, the others by id, and those without ids in their order. A text belongs
+  // to the element before it.
   function findPartners(old, fresh) {
     const partners = fresh.map(() => -1);
     let [start, oldEnd, end] = [0, old.length, fresh.length];
@@ -9630,8 +9633,8 @@ PAGE = r"""<!doctype html>
   <article data-right="1"><h2>Ask, or be told?</h2>
     <p>This page asks every second: “anything new?” It is also told, by an open connection.</p>
     <p data-options="Asking|Being told|Both at once">Which way is the news here first?</p>
-    <p><span id="late"></span> Asking is mostly in vain, and late. Being told, <em>push</em>, is
-      one message, at once, only if there is news.</p></article>
+    <p><span id="late"></span> Most questions bring no news. Being told, <em>push</em>, is one
+      message, at once, only if there is news.</p></article>
   <article data-right="1"><h2>Open the connection</h2>
     <p>A browser can ask a server. Can a server speak first? Open a connection, and see.</p>
     <p data-options="This browser|The server|Neither">Once it is open, who speaks first?</p>
@@ -9667,11 +9670,11 @@ PAGE = r"""<!doctype html>
     <p data-options="It wins|It is refused|It is merged">What happens to the second save?</p>
     <p>A save names the version that it changed. Yours is old: it would wipe out what the
       neighbour wrote. So the server refuses it, and you choose.</p></article>
-  <article data-right="2"><h2>One who does not read</h2>
+  <article data-right="2"><h2>A slow client</h2>
     <p>A client does not read what it gets. The server starts one, and sends you the same.</p>
     <p data-options="I wait too|I lose some|Nothing">What happens to you?</p>
     <p>What it does not read waits in the server’s memory. At 1 MiB, only that client is closed
-      (1013); it may come back with since. The others never wait.</p></article>
+      (1013). It may reconnect, with since. The others never wait.</p></article>
   <div id="expect"></div>
   <output id="verdict"></output>
   <button id="act" class="filled">…</button>
@@ -9986,7 +9989,7 @@ INSPECTOR_JS = r"""// The WebSocket inspector: a connection, its messages as arr
 const MAX_ROWS = 300;
 // Messages of one kind become one row while they follow each other within so many milliseconds.
 const RUN_TIME = 2_000;
-// A run is looked for in so many rows. Further up, nobody would see its count change.
+// A run is looked for in so many of the last rows. Readers would not see a count change above.
 const RUN_ROWS = 8;
 // Longer strings are cut.
 const MAX_STRING = 300;
@@ -10026,7 +10029,7 @@ export function whyNot({ type, contentType }, { isOpen, patterns, to }) {
   const near = patterns.filter(each => isMatch(each.type, type));
   if (!near.length) return `${patternText(patterns[0])} does not match ${type}`;
   if (near.some(each => isMatch(each.contentType, contentType)))
-    return "it was for one user, as whom you are not signed in here";
+    return "it was for one user, and you are not signed in as that user";
   return `${patternText(near[0])} does not match ${contentType}`;
 }
 
@@ -10112,7 +10115,7 @@ const CLOSE_WORDS = {
 const FIELDS = {
   GET: "The browser asks for this address, as for any page: a WebSocket begins as HTTP.",
   Origin: "The site of the page that asks. The server refuses pages of other sites.",
-  Upgrade: "The browser asks, and the server agrees, to go on as a WebSocket, not as HTTP.",
+  Upgrade: "The browser asks, and the server agrees, to continue as a WebSocket, not as HTTP.",
   "Sec-WebSocket-Key": "Random. The server must answer with a number that is computed from it.",
   "HTTP/1.1": "101: the server agrees, once. From now on both sides may send, at any time.",
   "Sec-WebSocket-Accept": "Computed from the key: it proves that the server knows WebSockets.",
@@ -10120,23 +10123,23 @@ const FIELDS = {
   type: "What kind of message this is: words joined by dots. A pattern may end with *.",
   contentType: "The kind of data that the event is about, such as posts.",
   since: "The last id that this browser has. The server first sends all that came after it.",
-  ref: "Any value of the sender’s. The answer carries it back.",
+  ref: "A value that the sender chooses. The answer has the same one.",
   token: "Says who you are. The server signed it: change a letter, and the signature is wrong.",
-  id: "The number of this event. They only grow. After a loss, a client sends the last, as since.",
+  id: "The id of this event. Ids only grow. After a loss, a client sends its last id, as since.",
   timestamp: "When it happened, by the server’s clock, in universal time.",
   payload: "The content, from the application.",
   clientId: "The server’s name for this connection. The next connection gets another.",
   userId: "Who is signed in on this connection; null: nobody.",
-  heartbeat: "So many seconds are between two heartbeats of the server.",
-  lastId: "The newest event’s id: all up to here that you asked for was sent to you.",
-  recovered: "true: you have missed nothing. false: the server does not have it any more.",
-  replayed: "So many events that you missed follow, in their order.",
+  heartbeat: "The number of seconds between two heartbeats of the server.",
+  lastId: "The newest event’s id. All that you asked for up to this event was sent to you.",
+  recovered: "true: you get all that you missed. false: the server does not have it any more.",
+  replayed: "The number of events that you missed. They follow, in their order.",
   code: "What went wrong, as a word for programs.",
   message: "What went wrong, and what would be right, for people.",
   editors: "All who have this entry open now.",
   conflict: "true: more than one has this entry open.",
   version: "Grows with each save. A save must name the version that it changed.",
-  unsent: "So many bytes wait in the server’s memory, because the slow reader does not read.",
+  unsent: "The bytes that wait in the server’s memory, because the slow reader does not read.",
   limit: "If more bytes than this wait for a client, the server closes its connection.",
   closed: "Why the connection ended, as a number. 1013: its client read too slowly.",
 };
@@ -10310,7 +10313,7 @@ Upgrade: websocket
 Sec-WebSocket-Accept: (computed from the key)`;
 
 function addHandshake(kind, head, words, text) {
-  const note = "Dashed: the browser does this. A page cannot see it; this is the gist of it.";
+  const note = "Dashed: the browser does this. A page cannot see it, so this is only a summary.";
   addRow({ kind: `${kind} dashed`, head, words, text, note });
 }
 
@@ -10801,8 +10804,8 @@ async function saveFirst() {
   await api("PUT", opened.name, changed, await tokenOf("A neighbour"));
 }
 
-// Since the page began to ask: how often it asked, in vain, and was told; and the first event that
-// it was told of and that no answer has brought yet.
+// Since the page began to ask: how often it asked, got no news, and was told. `toldId` is the first
+// event that it was told of and that no answer has brought yet.
 let news = {};
 async function startAsking() {
   news = { asked: 0, vain: 0, told: 0, id: await poll() };
@@ -10813,10 +10816,10 @@ async function ask(own) {
   const id = (await poll()) ?? news.id;
   news.asked++;
   if (id === news.id) news.vain++;
-  hint(`Asked ${news.asked} times, ${news.vain} in vain; told ${news.told} times.`);
+  hint(`Asked ${news.asked} times, ${news.vain} without news; told ${news.told} times.`);
   if (news.toldId && !inspector.isLater(news.toldId, id)) {
     const late = Math.round(performance.now() - news.toldAt);
-    const vain = `${news.vain} of ${news.asked} questions in vain`;
+    const vain = `${news.vain} of ${news.asked} questions without news`;
     $("late").textContent = `Told ${late} ms earlier; ${vain}.`;
     watch("heard");
     news.toldId = null;
@@ -10942,7 +10945,7 @@ onSubmit("sign-in", authenticate);
 onSubmit("tell", async ({ to, text }) => {
   const { id } = await api("POST", "notices", { to, text });
   const event = { id, type: "notification", contentType: "users", payload: { from: user, text } };
-  // The others do not hear of it: `to` is known only to this page.
+  // No other page can show it as missed, because only this page knows `to`.
   if (to !== user) consider(event, to);
 });
 for (const [id, action] of Object.entries({ forge, cut, flood })) $(id).onclick = action;

@@ -12940,7 +12940,7 @@ HTTP_HEAD = "HTTP/1.1 {} No\r\n{}Content-Length: 0\r\nConnection: close\r\n\r\n"
 @pytest.mark.parametrize(
     ("status", "hint"),
     [
-        (200, "This is a page"),
+        (200, "The answer is a page"),
         (301, "cannot follow this redirect"),
         (401, "not a valid token of this site"),
         (403, "pass the Host header"),
