@@ -5979,7 +5979,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_locked(error: BaseException) -> bool:
-    """Return whether SQLite waited in vain for the lock of another connection."""
+    """Return whether SQLite gave up waiting for the lock of another connection."""
     return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
 
 
@@ -9761,7 +9761,7 @@ PAGE = r"""<!doctype html>
     </form>
     {% if demo %}
     <form id="tell" autocomplete="off">
-      <input name="to" required maxlength="40" placeholder="whom" aria-label="To">
+      <input name="to" required maxlength="40" placeholder="name" aria-label="To">
       <input name="text" required maxlength="500" placeholder="only for them" aria-label="Text">
       <button>Tell</button>
     </form>
@@ -10522,7 +10522,7 @@ addEventListener("unhandledrejection", event => {
 });
 const tokenOf = async name => (await api("GET", `token?user=${encodeURIComponent(name)}`)).token;
 const poll = async () => {
-  // The server may be away.
+  // The server may not be reachable.
   const { people, lastId } = await api("GET", "poll").catch(() => ({ people: "…" }));
   $("people").textContent = `${people} here`;
   return lastId;
@@ -10544,7 +10544,7 @@ function start(name) {
   cms.subscribe("*", "*", take);
   cms.ongap = load;
   cms.onstatus = state => {
-    say(state === "offline" ? "The server is away. This page will try again." : "");
+    say(state === "offline" ? "There is no connection. This page will try again." : "");
     if (state === "online" && !rows.size) load();
   };
   cms.onframe = (direction, text) => {
@@ -10769,7 +10769,7 @@ async function forge() {
   await sendAfterwards({ action: "authenticate", token: changed });
 }
 async function cut() {
-  // A second time, it is lost already, and stays away longer.
+  // If it is lost already, the page waits longer before it reconnects.
   if (link.isReady || !link.isWanted) await api("POST", "cut", { key });
   inspector.stayAway(5_000);
 }
