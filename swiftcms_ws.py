@@ -6467,8 +6467,10 @@ class RedisLog(SharedLog):
         return self.parse_event(parse_event_id(event_id), fields)
 
     def close(self) -> None:
-        self._redis.close()
-        self._impatient.close()
+        for client in (self._redis, self._impatient):
+            client.close()
+            # Version 5.0.0 of the package leaves that to the garbage collector.
+            client.connection_pool.disconnect()
 
     # -- the follower's thread ---------------------------------------------------------------------
 
