@@ -5569,8 +5569,11 @@ class SharedLog:
         if is_trimming:
             self._max_events = settings.history + self.FOLLOWER_ROOM
         self._report = report
-        # The newest event of this process, for flush(). Setting it is atomic.
+        # The newest event of this process, for flush(). Reading it is atomic.
         self.last_appended: EventId = (0, 0)
+        # Held to change it. Re-entrant, because a signal handler that publishes may interrupt its
+        # own thread while that thread holds the lock.
+        self._appended_lock = threading.RLock()
         # When a failure was last logged. Setting it is atomic.
         self._logged_at = float("-inf")
 
@@ -5591,7 +5594,8 @@ class SharedLog:
                 log(logging.WARNING, "publish() failed: %s", error)
             message = f"the event is not stored; publish it again later: {error}"
             raise PublishError(message) from error
-        self.last_appended = max(self.last_appended, event_ids[-1])
+        with self._appended_lock:
+            self.last_appended = max(self.last_appended, event_ids[-1])
         return event_ids
 
     def send(self, message: Mapping[str, Any]) -> None:

@@ -44,7 +44,9 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
+import queue
 import random
 import re
 import resource
@@ -4026,6 +4028,470 @@ def act(page: Page, label: str) -> None:
     page.wait(f"document.querySelector('#act').textContent === {json.dumps(label)}")
     assert page.js("[...document.querySelectorAll('#lesson .filled')].map(b => b.id)") == ["act"]
     press(page, "#act")
+
+
+# -- Interleavings ---------------------------------------------------------------------------------
+
+
+class SimulatedThread(threading.Thread):
+    """A thread that runs only while its scheduler lets it."""
+
+    def __init__(self, scheduler: Scheduler, **options: Any) -> None:
+        super().__init__(**options)
+        self._scheduler = scheduler
+        # Released when it is this thread's turn.
+        self.turn = threading.Semaphore(0)
+        # The thread can continue if this is true, or at a time of Scheduler.now.
+        self.condition: Callable[[], Any] = bool
+        self.deadline = math.inf
+
+    def start(self) -> None:
+        self.condition = lambda: True
+        self._scheduler.threads.append(self)
+        super().start()
+
+    def run(self) -> None:
+        self.turn.acquire()
+        sys.settrace(self._scheduler.trace)
+        try:
+            self._scheduler.check()
+            super().run()
+        except BaseException as error:
+            self._scheduler.fail(error)
+        finally:
+            sys.settrace(None)
+            self._scheduler.leave(self)
+
+    def is_alive(self) -> bool:
+        return self in self._scheduler.threads
+
+    def join(self, timeout: float | None = None) -> None:
+        self._scheduler.wait_for(lambda: not self.is_alive(), timeout)
+
+
+class SimulatedLock:
+    """A lock, re-entrant or not, for whose release the scheduler waits."""
+
+    def __init__(self, scheduler: Scheduler, is_reentrant: bool = False) -> None:
+        self._scheduler = scheduler
+        self._is_reentrant = is_reentrant
+        self._owner = 0
+        self._count = 0
+
+    def acquire(self) -> bool:
+        thread = threading.get_ident()
+        if not (self._is_reentrant and self._owner == thread):
+            self._scheduler.wait_for(lambda: not self._count)
+        self._owner = thread
+        self._count += 1
+        return True
+
+    def release(self) -> None:
+        assert self._owner == threading.get_ident()
+        self._count -= 1
+        if not self._count:
+            self._owner = 0
+
+    def locked(self) -> bool:
+        return bool(self._count)
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+class SimulatedCondition:
+    """A condition variable for whose notification the scheduler waits."""
+
+    def __init__(self, scheduler: Scheduler, lock: SimulatedLock) -> None:
+        self._scheduler = scheduler
+        self._lock = lock
+        self._waiting: list[object] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        waiter = object()
+        self._waiting.append(waiter)
+        self._lock.release()
+        is_notified = self._scheduler.wait_for(lambda: waiter not in self._waiting, timeout)
+        self._lock.acquire()
+        if not is_notified:
+            self._waiting.remove(waiter)
+        return is_notified
+
+    def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
+        while not (result := predicate()):
+            if not self.wait(timeout):
+                return predicate()
+        return result
+
+    def notify_all(self) -> None:
+        assert self._lock.locked()
+        self._waiting.clear()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+
+class SimulatedEvent:
+    """An event for which the scheduler waits."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._is_set = False
+
+    def set(self) -> None:
+        self._is_set = True
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self._scheduler.wait_for(self.is_set, timeout)
+
+
+class SimulatedQueue:
+    """A queue.SimpleQueue for whose items the scheduler waits."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._items: deque[Any] = deque()
+        self.put = self._items.append
+
+    def get(self) -> Any:
+        self._scheduler.wait_for(lambda: self._items)
+        return self._items.popleft()
+
+    def get_nowait(self) -> Any:
+        raise queue.Empty
+
+
+class SimulatedSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+    """A selector for whose sockets the scheduler waits."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        super().__init__()
+        self._scheduler = scheduler
+
+    def select(self, timeout: float | None = None) -> Any:
+        find = super().select
+        self._scheduler.wait_for(lambda: find(0), timeout)
+        return find(0)
+
+
+class SimulatedSocket(socket.socket):
+    """A socket for whose data the scheduler waits, unless its timeout is 0."""
+
+    def __init__(self, scheduler: Scheduler, *options: Any) -> None:
+        super().__init__(*options)
+        self._scheduler = scheduler
+
+    def recv(self, *options: Any) -> bytes:
+        timeout = self.gettimeout()
+        if timeout != 0 and not self._scheduler.wait_for(lambda: is_readable(self), timeout):
+            raise TimeoutError
+        return super().recv(*options)
+
+
+class Scheduler:
+    """Runs threads one at a time, and chooses by a seed which of them continues.
+
+    It may choose another one before every instruction of the given classes. Locks, sockets and
+    time are simulated: a thread that waits in vain is found at once, and a seed repeats its run.
+    """
+
+    START = 1_800_000_000.0
+    # After so many simulated seconds in which no thread could continue, the run has failed.
+    MAX_SECONDS = 60.0
+
+    def __init__(self, seed: int, classes: tuple[type, ...]) -> None:
+        self._random = random.Random(seed)
+        # A run with few switches lets one thread do much while another one waits in the middle.
+        self._chance = self._random.choice([0.01, 0.04, 0.15])
+        self._codes = codes_of(classes)
+        self.now = self.START
+        self.threads: list[SimulatedThread] = []
+        self._failure: BaseException | None = None
+        self._is_over = threading.Event()
+
+    @contextlib.contextmanager
+    def patched(self) -> Iterator[None]:
+        """Let the module use simulated threads, locks, sockets and time."""
+
+        def simulated(class_: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+            return functools.partial(class_, self, **options)
+
+        changes: dict[types.ModuleType, dict[str, Any]] = {
+            threading: {
+                "Thread": simulated(SimulatedThread),
+                "Lock": simulated(SimulatedLock),
+                "RLock": simulated(SimulatedLock, is_reentrant=True),
+                "Condition": simulated(SimulatedCondition),
+                "Event": simulated(SimulatedEvent),
+            },
+            queue: {"SimpleQueue": simulated(SimulatedQueue)},
+            selectors: {"DefaultSelector": simulated(SimulatedSelector)},
+            socket: {"socket": simulated(SimulatedSocket)},
+            time: {
+                "monotonic": lambda: self.now,
+                "time": lambda: self.now,
+                "time_ns": lambda: round(self.now * 1e9),
+                "sleep": self.sleep,
+            },
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            for module, names in changes.items():
+                stand_in = types.SimpleNamespace(**{**vars(module), **names})
+                patch.setattr(swiftcms_ws, module.__name__, stand_in)
+            # The collector would run finalizers of earlier runs, at times that no seed decides.
+            gc.disable()
+            try:
+                yield
+            finally:
+                gc.enable()
+
+    def run(self, main: Callable[[], None]) -> None:
+        """Run a function, and all threads that it starts, until all have returned."""
+        first = self.start(main)
+        first.turn.release()
+        is_over = self._is_over.wait(PATIENCE)
+        if self._failure is not None:
+            raise self._failure
+        assert is_over, "a thread waits for something that is not simulated"
+        threading.Thread.join(first, PATIENCE)
+
+    def start(self, function: Callable[[], None]) -> SimulatedThread:
+        thread = SimulatedThread(self, target=function, daemon=True)
+        thread.start()
+        return thread
+
+    def run_all(self, tasks: list[Callable[[], None]]) -> None:
+        """Run each task in a thread, and wait for all of them."""
+        for thread in list(map(self.start, tasks)):
+            thread.join()
+
+    # -- the thread whose turn it is ---------------------------------------------------------------
+
+    def trace(self, frame: types.FrameType, event: str, argument: object) -> Any:
+        """Be called by the interpreter for each function, line and instruction."""
+        if event == "call":
+            if frame.f_code not in self._codes:
+                return None
+            frame.f_trace_opcodes = True
+        elif self._random.random() < self._chance:
+            self._switch()
+        return self.trace
+
+    def wait_for(self, condition: Callable[[], Any], timeout: float | None = None) -> bool:
+        """Let other threads run until a condition holds; return whether it does."""
+        thread = threading.current_thread()
+        if not isinstance(thread, SimulatedThread):
+            # The test creates its objects before the run.
+            return bool(condition())
+        if not condition() or self._random.random() < self._chance:
+            thread.condition = condition
+            thread.deadline = math.inf if timeout is None else self.now + timeout
+            self._switch()
+            thread.condition, thread.deadline = lambda: True, math.inf
+        return bool(condition())
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep for a simulated time, in which other threads may do much or nothing."""
+        self.wait_for(lambda: self._random.random() < 0.1, seconds)
+
+    def check(self) -> None:
+        """Let a thread exit if the run has failed."""
+        if self._failure is not None:
+            raise SystemExit
+
+    def fail(self, error: BaseException) -> None:
+        """End the run. All threads exit."""
+        if self._failure is None:
+            self._failure = error
+            for thread in self.threads:
+                thread.turn.release()
+            self._is_over.set()
+
+    def leave(self, thread: SimulatedThread) -> None:
+        """Let another thread continue after the last instruction of this one."""
+        self.threads.remove(thread)
+        if not self.threads:
+            self._is_over.set()
+        elif self._failure is None:
+            with contextlib.suppress(SystemExit):
+                self._choose().turn.release()
+
+    def _switch(self) -> None:
+        self.check()
+        thread = threading.current_thread()
+        assert isinstance(thread, SimulatedThread)
+        chosen = self._choose()
+        if chosen is not thread:
+            chosen.turn.release()
+            thread.turn.acquire()
+        self.check()
+
+    def _choose(self) -> SimulatedThread:
+        """Return a thread that can continue. If there is none, let the time pass."""
+        ready = [thread for thread in self.threads if thread.condition()]
+        if ready:
+            chosen = self._random.choice(ready)
+        else:
+            chosen = min(self.threads, key=lambda thread: thread.deadline)
+            if chosen.deadline > self.START + self.MAX_SECONDS:
+                self.fail(AssertionError(f"all threads wait in vain: {self._places()}"))
+                raise SystemExit
+            self.now = max(self.now, chosen.deadline)
+        return chosen
+
+    def _places(self) -> str:
+        """Return where each thread waits in the module."""
+        frames = sys._current_frames()
+        places = []
+        for thread in self.threads:
+            frame = frames.get(thread.ident or 0)
+            while frame is not None and frame.f_code.co_filename != swiftcms_ws.__file__:
+                frame = frame.f_back
+            if frame is not None:
+                places.append(f"{thread.name} in {frame.f_code.co_name}:{frame.f_lineno}")
+        return ", ".join(places)
+
+
+def codes_of(classes: tuple[type, ...]) -> set[types.CodeType]:
+    """Return the code of all methods of some classes, and of the functions inside them."""
+    codes: set[types.CodeType] = set()
+    for value in itertools.chain.from_iterable(vars(class_).values() for class_ in classes):
+        method = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        if code := getattr(inspect.unwrap(method), "__code__", None):
+            codes.add(code)
+    inner = codes
+    while inner:
+        inner = {each for code in inner for each in code.co_consts if hasattr(each, "co_code")}
+        codes |= inner
+    return codes
+
+
+class FreeThreads:
+    """Runs threads as they are. The interpreter switches between them as often as it can.
+
+    It has the methods of Scheduler. At some lines of the given classes a thread gives way.
+    """
+
+    def __init__(self, seed: int, classes: tuple[type, ...]) -> None:
+        self._random = random.Random(seed)
+        self._chance = self._random.choice([0, 0.01, 0.1])
+        self._codes = codes_of(classes)
+
+    @contextlib.contextmanager
+    def patched(self) -> Iterator[None]:
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        threading.settrace(self._trace)
+        try:
+            yield
+        finally:
+            threading.settrace(None)  # type: ignore[arg-type]
+            sys.setswitchinterval(interval)
+
+    def _trace(self, frame: types.FrameType, event: str, argument: object) -> Any:
+        if event == "call":
+            return self._trace if frame.f_code in self._codes else None
+        if self._random.random() < self._chance:
+            time.sleep(0)
+        return self._trace
+
+    def run(self, main: Callable[[], None]) -> None:
+        run_all([main])
+
+    def run_all(self, tasks: list[Callable[[], None]]) -> None:
+        run_all(tasks)
+
+    def wait_for(self, condition: Callable[[], Any]) -> None:
+        until(condition, "what a thread waits for")
+
+
+def queued_bytes(engine: Engine) -> int:
+    """Return the size of the events that wait for the loop."""
+    return engine.loop._queued_bytes
+
+
+class PairClient:
+    """A client at the other end of a socket pair, which subscribes to all events after `since`.
+
+    It needs no web server, which the scheduler does not know. Any thread may call take().
+    """
+
+    EVENT_ID = re.compile(rb'"id": "(\d+-\d+)"')
+
+    def __init__(self, engine: Engine, since: str, send_buffer: int) -> None:
+        self._engine = engine
+        self._since = since
+        self._send_buffer = send_buffer
+        self._lock = threading.Lock()
+        self.ids: list[str] = []
+        self.connect()
+
+    def connect(self) -> None:
+        """Open a connection, and resume after the last event."""
+        near, self._sock = socket.socketpair()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer)
+        self._sock.setblocking(False)
+        self._data = b""
+        self._known = list(self.ids)
+        since = self._known[-1] if self._known else self._since
+        self._sock.sendall(text(action="subscribe", since=since))
+        handshake = swiftcms_ws.Handshake(None, None, 0.0)
+        handshake.own_socket = near
+        assert self._engine.registry.reserve(100)
+        assert self._engine.loop.call(swiftcms_ws.Session.open, self._engine, handshake, None, "")
+
+    def take(self) -> list[str]:
+        """Read what has arrived; return the ids of all events that the client has received."""
+        with self._lock:
+            with contextlib.suppress(BlockingIOError):
+                while data := self._sock.recv(1 << 16):
+                    self._data += data
+                raise AssertionError(f"disconnected after {self._data[-200:]!r}")
+            assert b'"recovered": false' not in self._data
+            found = self.EVENT_ID.findall(self._data)
+            self.ids = self._known + [event_id.decode() for event_id in found]
+            return self.ids
+
+    def is_readable(self) -> bool:
+        return is_readable(self._sock)
+
+    def is_subscribed(self) -> bool:
+        self.take()
+        return b"system.subscribed" in self._data
+
+    def close(self) -> None:
+        with self._lock:
+            self._sock.close()
+
+
+class CountingLog(swiftcms_ws.SharedLog):
+    """A shared log that stores nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(swiftcms_ws.Settings(), False, lambda *record: None)
+        self._ids = itertools.count(1)
+
+    def _add_events(self, drafts: Any) -> list[tuple[int, int]]:
+        return [(next(self._ids), 0)]
+
+
+class Subscriber:
+    """What the registry needs of a connection."""
+
+    def __init__(self, name: str) -> None:
+        self.id = name
+        self.framing = swiftcms_ws.WEBSOCKET
+        self.user: swiftcms_ws.User | None = None
+        self.subscriptions: dict[Any, Any] = {}
 
 
 # == 1. Map: settings, signals, errors, and the module as a whole ==================================
@@ -17081,6 +17547,250 @@ def test_a_flood_is_slowed_down_and_its_neighbours_do_not_notice(kind: str) -> N
         # Its unread bytes hide its end, which the second heartbeat finds.
         while stat(server, "connections") == 2:
             neighbour.receive(heartbeats=True)
+
+
+# -- Interleavings ---------------------------------------------------------------------------------
+
+# Threads meet in three places: the loop's queue, the registry and the follower. Each run
+# interleaves them in another way, which its seed decides. INTERLEAVINGS=5000 tries so many seeds,
+# and INTERLEAVING_SEED=7 repeats one run.
+
+
+@pytest.fixture(params=[Scheduler, FreeThreads], ids=["scheduled", "free"])
+def interleave(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Runs a scenario with many seeds. Threads may switch at every line of the given classes."""
+
+    def run_with_all_seeds(scenario: Callable[[Any], None], *classes: type, count: int) -> None:
+        if request.param is FreeThreads:
+            count = max(2, count // 10)
+        seeds = range(int(os.environ.get("INTERLEAVINGS", count)))
+        if "INTERLEAVING_SEED" in os.environ:
+            seeds = range(int(os.environ["INTERLEAVING_SEED"]), 1 << 62)[:1]
+        for seed in seeds:
+            run = request.param(seed, classes)
+            try:
+                with run.patched():
+                    scenario(run)
+            except BaseException as error:
+                raise AssertionError(f"INTERLEAVING_SEED={seed}: {error!r}") from error
+
+    return run_with_all_seeds
+
+
+@pytest.fixture
+def small_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let publishers wait for room after one large event, and send two events at once."""
+    monkeypatch.setattr(swiftcms_ws.EventQueue, "MAX_QUEUED_BYTES", 10_000)
+    monkeypatch.setattr(swiftcms_ws.EventQueue, "BATCH_EVENTS", 2)
+
+
+def publish_and_receive(run: Scheduler | FreeThreads, engine: Engine, other: Hub) -> None:
+    """Publish from several threads, and check that each client has all events once and in order.
+
+    One client reads slowly, and one resumes twice. other: another hub with the same log
+    """
+    hub = engine.hub
+    engine.has_served = True
+    hub.start(engine)
+    since = hub.publish("site.started", "site", {})
+    if engine.follower is not None:
+        # As a handshake does. Until then nothing is read from the shared log.
+        engine.follower.wait_for_begin()
+    assert hub.flush(30)
+    # One large event fills the socket buffer of the slow client.
+    reader, slow, late = (PairClient(engine, since, size) for size in (1 << 20, 4096, 1 << 20))
+    for client in (reader, slow, late):
+        while not client.is_subscribed():
+            run.wait_for(client.is_readable)
+    ids: list[str] = []
+    calls: list[int] = []
+
+    def publish(number: int) -> None:
+        for size in (20_000, 10, 20_000):
+            batch = [("content.created", "posts", "x" * size)] * (number + 1)
+            found = hub.publish_many(batch) if number else [hub.publish(*batch[0])]
+            ids.extend(found)
+            if engine.log is None:
+                # One publisher may have added its batch to a queue that was nearly full.
+                assert queued_bytes(engine) < 10_000 + 45_000, "the queue is too long"
+            assert position(hub.last_id()) >= position(found[-1]), "the newest id went back"
+            assert hub.flush(30), "flush() waited in vain"
+            assert set(found) <= set(reader.take()), "flush() returned too early"
+            assert set(found) <= set(slow.take()), "flush() did not wait for the slow client"
+
+    def publish_elsewhere() -> None:
+        for _ in range(3):
+            ids.append(other.publish("content.created", "posts", {}))
+
+    def read(client: PairClient, count: int) -> None:
+        while len(client.take()) < count:
+            # The publishers read too.
+            run.wait_for(lambda: len(client.ids) >= count or client.is_readable())
+
+    def resume() -> None:
+        for count in (2, 5):
+            read(late, count)
+            late.close()
+            late.connect()
+        read(late, 12)
+
+    def call() -> None:
+        for number in range(5):
+            assert engine.loop.call(calls.append, number)
+
+    tasks = [lambda: publish(0), lambda: publish(1), publish_elsewhere]
+    run.run_all([*tasks, lambda: read(slow, 12), resume, call])
+    assert hub.flush(30)
+    ids.sort(key=position)
+    assert len(set(ids)) == 12, "two events have one id"
+    assert (reader.take(), slow.take(), late.take()) == (ids, ids, ids)
+    assert calls == [0, 1, 2, 3, 4]
+    assert hub.last_id() == ids[-1]
+    for client in (reader, slow, late):
+        client.close()
+    assert hub.close()
+    assert engine.registry.slots == 0
+    assert (engine.loop.queue_length(), queued_bytes(engine)) == (0, 0)
+
+
+def test_interleaved_queue(interleave: Callable[..., None], small_queue: None) -> None:
+    """Events keep the order of their ids, no wake-up is lost, and flush() waits for its events."""
+
+    def scenario(run: Scheduler | FreeThreads) -> None:
+        app, hub = Flask("site"), Hub()
+        app.config["SWIFTCMS_WS_HEARTBEAT"] = NEVER
+        hub.init_app(app)
+        run.run(lambda: publish_and_receive(run, hub.engine_of(app), hub))
+
+    classes = (swiftcms_ws.EventQueue, swiftcms_ws.Loop, swiftcms_ws.ReentryGuard)
+    interleave(scenario, *classes, count=25)
+
+
+def test_interleaved_wake_up(interleave: Callable[..., None]) -> None:
+    """Whatever the loop is doing, a call wakes it, and stop() ends it after the last call."""
+
+    def scenario(run: Scheduler | FreeThreads) -> None:
+        def log(level: int, message: str, **more: Any) -> None:
+            raise AssertionError(message) from more["exc_info"]
+
+        parts = (swiftcms_ws.Registry(), swiftcms_ws.History(10), swiftcms_ws.Counters())
+        loop = swiftcms_ws.Loop(*parts, log)
+        calls: list[int] = []
+
+        def call() -> None:
+            for number in range(5):
+                is_done = swiftcms_ws.threading.Event()
+                assert loop.call(calls.append, number)
+                assert loop.call(is_done.set)
+                assert is_done.wait(30), "a call was not made"
+
+        def main() -> None:
+            loop.start()
+            run.run_all([call] * 2)
+            loop.call(calls.append, 5)
+            loop.stop()
+            assert sorted(calls) == sorted([*range(5), *range(5), 5])
+
+        run.run(main)
+
+    interleave(scenario, swiftcms_ws.EventQueue, swiftcms_ws.Loop, count=200)
+
+
+def test_interleaved_follower(
+    interleave: Callable[..., None], small_queue: None, tmp_path: Path
+) -> None:
+    """The follower reads each entry of a shared log once and in order, and flush() waits for it."""
+    paths = map(str, (tmp_path / f"{number}.sqlite3" for number in itertools.count()))
+
+    def scenario(run: Scheduler | FreeThreads) -> None:
+        app, path = Flask("site"), next(paths)
+        hub, other = Hub(database=path), Hub(database=path)
+        app.config["SWIFTCMS_WS_HEARTBEAT"] = NEVER
+        hub.init_app(app)
+        run.run(lambda: publish_and_receive(run, hub.engine_of(app), other))
+        assert other.close()
+
+    classes = (swiftcms_ws.Follower, swiftcms_ws.SharedLog, swiftcms_ws.SqliteLog)
+    interleave(scenario, *classes, swiftcms_ws.EventQueue, count=15)
+
+
+def test_interleaved_append(interleave: Callable[..., None]) -> None:
+    """A thread's newest event stays the newest, or flush() would not wait for it."""
+
+    def scenario(run: Scheduler | FreeThreads) -> None:
+        log = CountingLog()
+
+        def append() -> None:
+            for _ in range(5):
+                newest = log.append([swiftcms_ws.MARKER])[-1]
+                assert log.last_appended >= newest
+
+        run.run(lambda: run.run_all([append] * 3))
+
+    interleave(scenario, swiftcms_ws.SharedLog, count=30)
+
+
+REGISTRY_PATTERNS = [("content.*", "*"), ("content.created", "posts"), ("*", "*"), ("*", "media")]
+
+
+def use_registry(run: Scheduler | FreeThreads) -> None:
+    """Connect, subscribe, sign in and leave in several threads, which see their own changes."""
+    registry = swiftcms_ws.Registry()
+    holders: set[int] = set()
+
+    def check(each: Subscriber) -> None:
+        names = ("content.created", "posts")
+        is_subscribed = not each.subscriptions.keys().isdisjoint(REGISTRY_PATTERNS[:3])
+        found = registry.matching(*names, None, each.framing)
+        assert (each in found) is is_subscribed, "the subscribers of an event are wrong"
+        found = registry.matching(*names, frozenset({"ana"}), each.framing)
+        is_receiver = is_subscribed and each.user is not None and each.user.id == "ana"
+        assert (each in found) is is_receiver, "the receivers of a user's event are wrong"
+        assert registry.count_subscriptions() >= len(each.subscriptions)
+        assert each in registry.connections()
+
+    def connect(number: int) -> None:
+        chance = random.Random(number)
+        for visit in range(2):
+            while not registry.reserve(2):
+                run.wait_for(lambda: registry.slots < 2)
+            holders.add(number)
+            assert len(holders) <= 2, "there are more connections than slots"
+            each = Subscriber(f"{number}.{visit}")
+            registry.add(each)
+            assert registry.find(each.id) is each
+            for _ in range(4):
+                pattern = chance.choice(REGISTRY_PATTERNS)
+                match chance.randrange(4):
+                    case 0:
+                        was_subscribed = pattern in each.subscriptions
+                        assert registry.unsubscribe(each, [pattern]) == was_subscribed
+                    case 1 if each.user is None:
+                        registry.sign_in(each, swiftcms_ws.User("ana"), (1, 0))
+                    case _:
+                        registry.subscribe(each, pattern, (1, 0))
+                        assert pattern in registry.patterns(10)
+                check(each)
+            registry.remove(each)
+            holders.remove(number)
+            registry.release()
+    def wait_until_empty() -> None:
+        assert registry.wait_until_empty(swiftcms_ws.time.monotonic() + 30)
+
+    connections = [functools.partial(connect, number) for number in range(3)]
+    run.run_all([*connections, wait_until_empty])
+    assert registry.slots == 0
+    assert registry.connections() == registry.connections("ana") == []
+    assert (registry.count_subscriptions(), registry.patterns(10)) == (0, [])
+
+
+def test_interleaved_registry(interleave: Callable[..., None]) -> None:
+    """Slots are counted exactly, and each thread sees its own changes at once."""
+
+    def scenario(run: Scheduler | FreeThreads) -> None:
+        run.run(lambda: use_registry(run))
+
+    interleave(scenario, swiftcms_ws.Registry, count=40)
 
 
 # -- The model -------------------------------------------------------------------------------------
