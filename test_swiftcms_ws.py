@@ -70,7 +70,7 @@ import types
 import urllib.error
 import urllib.request
 import weakref
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timezone
@@ -4028,6 +4028,230 @@ def act(page: Page, label: str) -> None:
     page.wait(f"document.querySelector('#act').textContent === {json.dumps(label)}")
     assert page.js("[...document.querySelectorAll('#lesson .filled')].map(b => b.id)") == ["act"]
     press(page, "#act")
+
+
+# -- Time ------------------------------------------------------------------------------------------
+
+
+# How long nothing happens in the idle test, in seconds. All timeouts are a part of it.
+IDLE_SECONDS = float(os.environ.get("SOAK_IDLE", "3"))
+
+
+@contextlib.contextmanager
+def nginx_before(directory: Path, ports: list[int], timeout: int) -> Iterator[list[int]]:
+    """Run nginx with README's lines before some sites; it cuts connections that are silent."""
+    readme = (HERE / "README.md").read_text()
+    block = re.search(r"```nginx\n(.*?)```", readme, re.S)
+    assert block is not None
+    in_http, location = block[1].split("\n\n")
+    fronts = [free_port() for _ in ports]
+    servers = [
+        f"server {{ listen 127.0.0.1:{front};"
+        f" {location.replace('127.0.0.1:8000', f'127.0.0.1:{port}')} }}"
+        for front, port in zip(fronts, ports, strict=True)
+    ]
+    names = ("proxy_read_timeout", "proxy_send_timeout", "send_timeout", "keepalive_timeout")
+    timeouts = " ".join(f"{name} {timeout}s;" for name in names)
+    (directory / "nginx.conf").write_text(
+        f"daemon off; error_log stderr; pid {directory}/nginx.pid; events {{}}\n"
+        f"http {{ access_log off; {timeouts}\n{in_http}\n{' '.join(servers)} }}"
+    )
+    assert NGINX is not None
+    command = (NGINX, "-c", str(directory / "nginx.conf"))
+    with Process(*command, cwd=directory, port=fronts[0]) as nginx:
+        yield fronts
+        nginx.popen.terminate()
+        nginx.popen.wait(PATIENCE)
+
+
+class IdleClients:
+    """Clients of several sites, over WebSocket, stream and poll, which note all events."""
+
+    def __init__(self, heartbeat: float) -> None:
+        self._patience = max(PATIENCE, 3 * heartbeat)
+        self._stopped = threading.Event()
+        # By name of the client: None before it is subscribed, then the payloads of its events.
+        self.received: dict[str, list[Any] | None] = {}
+
+    def tasks(self, name: str, port: int) -> list[Callable[[], None]]:
+        """Return what has to run in threads, one for each client of a site."""
+        methods = {"WebSocket": self._websocket, "stream": self._stream, "poll": self._poll}
+        for transport in methods:
+            self.received[f"{name}, {transport}"] = None
+        return [
+            functools.partial(method, f"{name}, {transport}", port)
+            for transport, method in methods.items()
+        ]
+
+    def have_subscribed(self) -> bool:
+        return None not in self.received.values()
+
+    def stop(self) -> None:
+        """Let each client receive one more heartbeat, before which a second event would come."""
+        self._stopped.set()
+
+    def _websocket(self, name: str, port: int) -> None:
+        with Client(port) as client:
+            client.subscribe()
+            self._read(name, client)
+
+    def _stream(self, name: str, port: int) -> None:
+        with Stream(port) as stream:
+            assert stream.receive()["type"] == "system.subscribed"
+            self._read(name, stream)
+
+    def _read(self, name: str, client: Client | Stream) -> None:
+        payloads = self.received[name] = []
+        while not self._stopped.is_set():
+            message = client.receive(self._patience, heartbeats=True)
+            if message["type"] != "system.heartbeat":
+                payloads.append(message["payload"])
+
+    def _poll(self, name: str, port: int) -> None:
+        query = ""
+        while True:
+            was_stopped = self._stopped.is_set()
+            answer = Polled(http(f"http://127.0.0.1:{port}/ws/events?mode=poll{query}"))
+            assert answer.first["recovered"]
+            self.received[name] = (self.received[name] or []) + answer.payloads
+            if was_stopped:
+                return
+            query = f"&since={answer.last_id}"
+            assert answer.retry is not None
+            self._stopped.wait(answer.retry)
+
+
+# A site in a process of its own that counts what is in its memory.
+SOAK_SITE = '''
+import functools, gc, itertools, json, os, sys
+from collections import Counter
+from flask import Flask, request
+import swiftcms_ws
+import waitress
+from swiftcms_ws import Hub
+
+swiftcms_ws.Connection.CLOSE_TIMEOUT = 0.2
+app = Flask(__name__)
+app.secret_key = "a key of more than thirty-two bytes, for tests"
+app.config.update(json.loads(os.environ["TEST_CONFIG"]))
+numbers = itertools.count()
+hub = Hub()
+hub.identify(lambda: request.args.get("user"))
+hub.authorize(lambda user, event_type, content_type: True)
+hub.init_app(app)
+
+
+@app.post("/publish/<int:count>")
+def publish(count):
+    """Publish events with many names, of which every tenth has a recipient of its own."""
+    public = 0
+    for start in range(0, count, 500):
+        chosen = list(itertools.islice(numbers, min(500, count - start)))
+        hub.publish_many(
+            ("content.created", f"kind{n % 50}", {"n": n}, *([f"user{n}"] if n % 10 == 0 else []))
+            for n in chosen
+        )
+        public += sum(n % 10 > 0 for n in chosen)
+        # The clients that stay must not be closed as slow ones.
+        assert hub.flush(60)
+    return {"public": public}
+
+
+@app.get("/state")
+def state():
+    # Caches that have a limit are no leak, and they are not full yet.
+    for each in gc.get_objects():
+        if isinstance(each, functools._lru_cache_wrapper) and each.cache_parameters()["maxsize"]:
+            each.cache_clear()
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[1])
+    return {
+        "memory": pages * os.sysconf("SC_PAGE_SIZE"),
+        "threads": len(os.listdir("/proc/self/task")),
+        "files": len(os.listdir("/proc/self/fd")),
+        "blocks": sys.getallocatedblocks(),
+        **Counter(f"objects of {type(each).__name__}" for each in gc.get_objects()),
+        "slots": hub._engine().registry.slots,
+    }
+
+
+waitress.serve(app, host="127.0.0.1", port=int(sys.argv[1]), threads=4)
+'''
+
+
+class SoakClients:
+    """Clients that come and go in six ways, beside a few that stay and count their events."""
+
+    EVENT = b'"id": "'
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._visits = itertools.count()
+        # Each client that stays, with how many events it has received.
+        self.counts = {Stream(port).sock: 0 for _ in range(2)}
+        self._rests = dict.fromkeys(self.counts, b"")
+        # How many events they must receive.
+        self.published = 0
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def have_received_all(self) -> bool:
+        return set(self.counts.values()) == {self.published}
+
+    def stay(self) -> None:
+        """Thread body: count events until stop()."""
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
+            for sock in self.counts:
+                selector.register(stack.enter_context(sock), selectors.EVENT_READ)
+            while not self._stopped.is_set():
+                for key, _ in selector.select(0.05):
+                    self._read(key.fileobj)
+
+    def _read(self, sock: Any) -> None:
+        data = sock.recv(1 << 20)
+        assert data, f"a client that stays was disconnected: {self._rests[sock]!r}"
+        data = self._rests[sock] + data
+        self.counts[sock] += data.count(self.EVENT)
+        self._rests[sock] = data[1 - len(self.EVENT) :]
+
+    def come_and_go(self, count: int) -> None:
+        """Open and close so many connections, in three threads."""
+        last = next(self._visits) + count
+
+        def visit() -> None:
+            while (number := next(self._visits)) <= last:
+                self._visit(number)
+
+        run_all([visit] * 3, timeout=3600)
+
+    def _visit(self, number: int) -> None:
+        """Connect as a user and with a subscription that no other client has, and leave."""
+        way, query = number % 6, f"user=visitor{number}"
+        if way == 0:
+            http(f"http://127.0.0.1:{self._port}/ws/events?mode=poll&sub=kind{number}.*&{query}")
+        elif way < 3:
+            stream = Stream(self._port, f"sub=kind{number}.*&{query}")
+            assert stream.receive()["type"] == "system.subscribed"
+            self._leave(stream.sock, way)
+        else:
+            sock = open_raw(self._port, f"/ws?{query}")
+            sock.sendall(text(action="subscribe"))
+            sock.sendall(text(action="subscribe", type=f"kind{number}.*"))
+            sock.sendall(text(action="editStart", contentType="posts", entryId=str(number)))
+            read_to(sock, b"system.editing")
+            self._leave(sock, way)
+
+    @staticmethod
+    def _leave(sock: socket.socket, way: int) -> None:
+        if way % 3 == 0:
+            sock.sendall(Frames.masked(0x8, b"\x03\xe8"))
+            read_to_the_end(sock)
+        elif way % 3 == 1:
+            reset(sock)
+        sock.close()
 
 
 # -- Interleavings ---------------------------------------------------------------------------------
@@ -17547,6 +17771,130 @@ def test_a_flood_is_slowed_down_and_its_neighbours_do_not_notice(kind: str) -> N
         # Its unread bytes hide its end, which the second heartbeat finds.
         while stat(server, "connections") == 2:
             neighbour.receive(heartbeats=True)
+
+
+# -- Time ------------------------------------------------------------------------------------------
+
+
+@needs_redis
+@pytest.mark.skipif(NGINX is None, reason="there is no nginx on this machine")
+def test_idle_then_event(
+    request: pytest.FixtureRequest,
+    redis: Redis,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After silence for longer than every timeout between publisher and clients, all get an event.
+
+    Heartbeat, nginx, Redis and the checks of idle connections have timeouts that are shorter than
+    the silence, as 25 to 200 seconds are shorter than a night. SOAK_IDLE=250 uses the true ones.
+    """
+    heartbeat, timeout = IDLE_SECONDS / 10, max(1, int(IDLE_SECONDS / 3))
+    monkeypatch.setattr(swiftcms_ws.RedisLog, "MAX_IDLE", IDLE_SECONDS / 3)
+    monkeypatch.setattr(swiftcms_ws.SqliteLog, "CONFIRM_INTERVAL", IDLE_SECONDS / 5)
+    monkeypatch.setattr(swiftcms_ws.SqliteLog, "PORT_LIFETIME", IDLE_SECONDS / 2)
+    redis.send(f"CONFIG SET timeout {timeout}")
+    logs = {
+        "memory": Shared(),
+        "file": Shared(DATABASE=str(tmp_path / "live.sqlite3")),
+        "redis": Shared(REDIS_URL=redis.url),
+    }
+    clients, tasks, publishers, pages = IdleClients(heartbeat), [], [], []
+    with contextlib.ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(serving(HEARTBEAT=heartbeat, **log.config))
+            for name, log in logs.items()
+        }
+        ports = [server.port for server in servers.values()]
+        fronts = stack.enter_context(nginx_before(tmp_path, ports, timeout))
+        for (name, server), front in zip(servers.items(), fronts, strict=True):
+            tasks += clients.tasks(name, server.port)
+            tasks += clients.tasks(f"{name} behind nginx", front)
+            # A script has a connection to the shared log, which is idle too.
+            is_shared = bool(logs[name].config)
+            hub = stack.enter_context(logs[name].hub()) if is_shared else server.hub
+            hub.publish("content.created", "posts", {"n": 0})
+            publishers.append(hub)
+            if CHROMIUM is not None:
+                browser = request.getfixturevalue("browser")
+                page = browser.page(f"http://127.0.0.1:{front}/")
+                pages.append(stack.enter_context(contextlib.closing(page)))
+                online(page)
+        with running(tasks, 4 * PATIENCE + IDLE_SECONDS):
+            until(clients.have_subscribed, "the subscriptions of all clients")
+            # This is the silence.
+            threading.Event().wait(IDLE_SECONDS)
+            for hub in publishers:
+                hub.publish("content.created", "posts", {"n": 1})
+            until(lambda: all(clients.received.values()), "an event at all clients")
+            clients.stop()
+        assert clients.received == {name: [{"n": 1}] for name in clients.received}
+        for page in pages:
+            page.wait("got.length > 0")
+            assert page.js("[got, onlines()]") == [[1], 1]
+            assert page.complaints() == []
+
+
+# SOAK=1 runs the whole test, with each log. By default it is a part of it, in memory.
+IS_SOAK = "SOAK" in os.environ
+SOAK_CONNECTIONS, SOAK_EVENTS = (20_000, 1_000_000) if IS_SOAK else (600, 20_000)
+
+
+@pytest.mark.parametrize("log", ["memory", "file", "redis"] if IS_SOAK else ["memory"])
+def test_memory_is_flat(request: pytest.FixtureRequest, tmp_path: Path, log: str) -> None:
+    """Connections that come and go leave nothing behind: no object, thread or descriptor.
+
+    Events do not either, although they arrive meanwhile and have many names and recipients.
+    """
+    config: dict[str, Any] = {"SWIFTCMS_WS_HEARTBEAT": 1, "SWIFTCMS_WS_HISTORY": 100}
+    if log == "file":
+        config["SWIFTCMS_WS_DATABASE"] = str(tmp_path / "live.sqlite3")
+    elif log == "redis":
+        config["SWIFTCMS_WS_REDIS_URL"] = request.getfixturevalue("redis").url
+    # How much may grow. Objects have a limit for each type, which is passed if one of the six ways
+    # to come and go leaves one. Strings and numbers count as blocks only.
+    limits = {"memory": 10_000_000, "threads": 0, "files": 2, "slots": 0}
+    limits["blocks"] = 2500 if IS_SOAK else 400
+    with script_site(tmp_path, SOAK_SITE, TEST_CONFIG=json.dumps(config)) as process:
+        url = f"http://127.0.0.1:{process.port}"
+        clients = SoakClients(process.port)
+
+        def state() -> dict[str, int]:
+            return dict(json.loads(http(f"{url}/state")[2]))
+
+        def growth() -> dict[str, int]:
+            """Return what has grown by more than its limit."""
+            most = defaultdict(lambda: SOAK_CONNECTIONS // 12, limits)
+            left = {name: count - before.get(name, 0) for name, count in state().items()}
+            return {name: count for name, count in left.items() if count > most[name]}
+
+        def publish(count: int) -> None:
+            for size in [5000] * (count // 5000) + [count % 5000]:
+                clients.published += json.loads(http(f"{url}/publish/{size}", "POST")[2])["public"]
+
+        def settle() -> None:
+            # Timers of closed connections are left for some seconds.
+            with contextlib.suppress(AssertionError):
+                until(lambda: not growth(), "the end of all that was left", timeout=6)
+
+        come_and_go = functools.partial(clients.come_and_go, SOAK_CONNECTIONS)
+        with running([clients.stay], timeout=3600):
+            # The history is full then, and everything was used once.
+            clients.come_and_go(30)
+            publish(1000)
+            # What is used for the first time stays, but a leak is there again the next time.
+            for _ in range(3):
+                before = state()
+                run_all([come_and_go, lambda: publish(SOAK_EVENTS)], timeout=3600)
+                settle()
+                if IS_SOAK:
+                    print(log, {name: (before[name], state()[name]) for name in limits})
+                if not growth():
+                    break
+            assert growth() == {}
+            until(clients.have_received_all, "all events at all clients")
+            clients.stop()
+        assert "Traceback" not in process.output()
 
 
 # -- Interleavings ---------------------------------------------------------------------------------
