@@ -17011,10 +17011,10 @@ def test_readme_demo_command(tmp_path: Path) -> None:
 def test_readme_command_lines(tmp_path: Path) -> None:
     """README's command lines work, with other addresses and ports."""
     block = readme_block("sh", "swiftcms-ws listen")
-    listen, check, demo = (shlex.split(line, comments=True)[1:] for line in block.splitlines())
+    listen, check = (shlex.split(line, comments=True)[1:] for line in block.splitlines())
     port = free_port()
-    demo = [{"8081": str(port)}.get(word, word) for word in demo]
-    with Process(sys.executable, str(HERE / "swiftcms_ws.py"), *demo, cwd=tmp_path, port=port):
+    demo = [sys.executable, str(HERE / "swiftcms_ws.py"), "--port", str(port)]
+    with Process(*demo, cwd=tmp_path, port=port):
         url = f"ws://localhost:{port}/ws"
         run = command(*[url if word.startswith("wss://") else word for word in check])
         assert (run.returncode, run.stdout.count("✓")) == (0, 6), run.stdout
