@@ -2158,6 +2158,22 @@ def send_and_vanish(site: Site, number: int) -> None:
 # -- Sites and pages of the demo -------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def demo_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """The single file, copied to an empty folder and run."""
+    path = tmp_path_factory.mktemp("demo")
+    shutil.copy(HERE / "swiftcms_ws.py", path)
+    port = free_port()
+    environ = {
+        "PYTHONPATH": "",
+        "SWIFTCMS_WS_DATABASE": str(path / "missing" / "live.sqlite3"),
+        "SWIFTCMS_WS_REDIS_URL": f"redis://127.0.0.1:{free_port()}/0",
+    }
+    command = (sys.executable, "swiftcms_ws.py", "--port", str(port))
+    with Process(*command, cwd=path, port=port, **environ) as process:
+        yield process
+
+
 @pytest.fixture
 def demo(demo_process: Process) -> Process:
     """The demo with its first entries, which a reset restores."""
@@ -6841,7 +6857,7 @@ def test_handshake_without_upgrade_header(
         for _ in range(2):
             server.get("/ws", Sec_WebSocket_Key=HANDSHAKE["Sec-WebSocket-Key"])
     assert only_log_line(caplog, "Upgrade and Connection on (README, Deployment, Proxies)")
-    assert "**Proxies:**" in README
+    assert "**Proxies.**" in README
 
 
 @pytest.mark.core
@@ -10546,7 +10562,7 @@ def test_shared_log_sign_in_after_sign_out(
             new.nothing_more()
 
 
-SCRIPT = """
+TWO_EVENTS = """
 import logging, sys, threading
 from flask import Flask
 from swiftcms_ws import Hub, blueprint, publish
@@ -10567,7 +10583,7 @@ def test_shared_log_script(shared: Shared) -> None:
     ((key, value),) = shared.config.items()
     with Server(**shared.config) as server, server.client() as client:
         client.subscribe()
-        run = run_code(SCRIPT, key.lower(), value, **shared.environ)
+        run = run_code(TWO_EVENTS, key.lower(), value, **shared.environ)
         assert (run.returncode, run.stderr) == (0, "")
         assert [message["id"] for message in client.receive_many(2)] == run.stdout.split()
 
@@ -11114,7 +11130,7 @@ def test_sqlite_disk_full(path: Path) -> None:
         with file_of(hub).use() as connection:
             pages = connection.execute("PRAGMA page_count").fetchone()[0]
             connection.execute(f"PRAGMA max_page_count = {pages}")
-        expect_failure(lambda: hub.publish("a", "b", "x" * 100_000), "Free some space")
+        expect_failure(lambda: hub.publish("a", "b", "x" * 100_000), "delete other files")
         hub.publish("a", "b", 2)
     assert query(path, "SELECT payload FROM events") == ["0", "1", "2"]
     assert is_intact(path)
