@@ -979,7 +979,8 @@ class Proxy:
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._lock = threading.Lock()
         self._is_closed = False
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -996,9 +997,20 @@ class Proxy:
                 if self._is_closed:
                     # It was accepted while the last connections were reset.
                     self.cut()
-                for source, sink in ((near, far), (far, near)):
-                    thread = threading.Thread(target=self._relay, args=(source, sink), daemon=True)
-                    thread.start()
+                threading.Thread(target=self._relay_both, args=(near, far), daemon=True).start()
+
+    def _relay_both(self, near: socket.socket, far: socket.socket) -> None:
+        """Relay in both directions, and close both sockets unless cut() has done so."""
+        thread = threading.Thread(target=self._relay, args=(far, near), daemon=True)
+        thread.start()
+        self._relay(near, far)
+        thread.join()
+        with self._lock:
+            if (near, far) not in self._pairs:
+                return
+            self._pairs.remove((near, far))
+        near.close()
+        far.close()
 
     @staticmethod
     def _relay(source: socket.socket, sink: socket.socket) -> None:
@@ -1022,7 +1034,10 @@ class Proxy:
 
     def __exit__(self, *exc: object) -> None:
         self._is_closed = True
+        # Otherwise accept() would go on in its thread after close().
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self._thread.join(PATIENCE)
         self.cut()
 
 
