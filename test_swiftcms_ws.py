@@ -17933,7 +17933,7 @@ def serve(orders, answers, config, log):
 
     actions = {
         "publish": lambda batches: publish(hub, batches),
-        "publish slowly": lambda batches: publish(hub, batches, pause=0.001),
+        "publish slowly": lambda batches: publish(hub, batches, pause=0.0002),
         "publish in a fork": lambda batches: in_child(lambda: publish(hub, batches)),
         "publish from a script": lambda batches: in_child(lambda: from_script(batches)),
         "count connections": lambda: hub.stats()["connections"],
@@ -18481,14 +18481,11 @@ class HttpClient(ModelClient):
 
 
 class Tunnel(Proxy):
-    """A proxy whose server may change, and which can swallow the data of its connections."""
+    """A proxy that can swallow the data of its connections."""
 
     def __init__(self) -> None:
         self._swallowed: set[socket.socket] = set()
         super().__init__(0)
-
-    def lead_to(self, port: int) -> None:
-        self._target = port
 
     def swallow(self) -> None:
         """From now on, the data of these connections vanish in both directions."""
@@ -18561,7 +18558,7 @@ class PageClient(ModelClient):
     def open(self, site: ModelSite) -> None:
         is_new = self.site is None
         self.site = self.connection = site
-        self.tunnel.lead_to(site.port)
+        self.tunnel.target = site.port
         if is_new:
             query = "" if self.user is None else f"?user={self.user}"
             self.page.js(f"create({self.index}, 'ws://127.0.0.1:{self.tunnel.port}/ws{query}')")
@@ -18627,6 +18624,8 @@ class PageClient(ModelClient):
         """The page connects again, as the same user."""
 
     def end(self) -> None:
+        if self.site is not None:
+            self.page.js(f"clients[{self.index}].cms.close()")
         self.tunnel.__exit__()
 
 
@@ -18880,6 +18879,7 @@ class Model(RuleBasedStateMachine):
         batches=MODEL_BATCHES,
         client=CLIENTS,
         patterns=st.lists(MODEL_PATTERNS, min_size=1, max_size=6, unique=True),
+        is_cut=st.booleans(),
     )
     def publish_while_subscribing(
         self,
@@ -18887,9 +18887,14 @@ class Model(RuleBasedStateMachine):
         batches: list[dict[str, Any]],
         client: int,
         patterns: list[tuple[str, str]],
+        is_cut: bool,
     ) -> None:
+        """Events come before, while and after a client subscribes, or loses its connection."""
         # Events come as long as the client subscribes.
-        longer = [{"many": False, "events": batch["events"] * 5} for batch in batches]
+        longer = [
+            {"many": False, "events": [(*event[:3], 10) for event in batch["events"]] * 20}
+            for batch in batches
+        ]
         site, batches = self.site(index), self.numbered(longer)
         numbers = {event[0] for batch in batches for event in batch["events"]}
         for other in self.clients:
@@ -18901,6 +18906,8 @@ class Model(RuleBasedStateMachine):
         site.order("publish slowly", batches)
         for pattern in patterns:
             self.subscribe(client, pattern)
+            if is_cut and pattern == patterns[-1]:
+                self.cut({client}, "reset")
             self.finish(subscriber)
         ids = site.answer()
         if self.page is not None:
