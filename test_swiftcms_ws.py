@@ -19301,7 +19301,8 @@ def test_model_client_js(
     script = swiftcms_ws.CLIENT_JS
     assert "wait += 1_000" in script
     monkeypatch.setattr(swiftcms_ws, "CLIENT_JS", script.replace("wait += 1_000", "wait += 50"))
-    set_times(MAX_WAIT=50)
+    # A handshake whose packets vanish is given up after CONNECT_TIMEOUT.
+    set_times(MAX_WAIT=50, CONNECT_TIMEOUT=3000)
     log = MemoryLog() if kind == "memory" else SqliteLog(tmp_path)
     with serving(MODEL_PAGE) as server:
         page = browser.page(f"http://127.0.0.1:{server.port}/")
