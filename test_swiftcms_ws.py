@@ -107,7 +107,7 @@ from flask.json.provider import DefaultJSONProvider
 from flask.sessions import SecureCookieSessionInterface, SessionInterface, SessionMixin
 from flask.testing import FlaskClient
 from flask_sock import Sock
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -17866,11 +17866,31 @@ def test_interleaved_registry(interleave: Callable[..., None]) -> None:
 #
 # The suite runs a few examples, always the same ones. This runs random ones for an hour:
 #
-#     SOAK_SECONDS=3600 pytest --hypothesis-profile soak "test_swiftcms_ws.py::test_model[redis]"
+#     export SOAK_SECONDS=3600
+#     pytest -p test_swiftcms_ws --hypothesis-profile soak "test_swiftcms_ws.py::test_model[redis]"
 #
+# With -p, pytest imports this file, and so the profiles below, before it looks for the profile.
 # It prints the seed of each ten examples, and at the end how often each fault has happened. Of a
 # failure it prints the shortest example that it finds. With MODEL_SEED=N, the ten examples of that
 # seed run again. Threads and processes run at their own pace, so a failure may need several runs.
+
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    stateful_step_count=25,
+    suppress_health_check=list(HealthCheck),
+)
+settings.register_profile(
+    "soak",
+    settings.get_profile("ci"),
+    derandomize=False,
+    max_examples=10,
+    stateful_step_count=40,
+)
+settings.load_profile("ci")
 
 
 # Forks a process for each site of the model, which is quicker than a new interpreter.
