@@ -5592,8 +5592,11 @@ class SharedLog:
             if time.monotonic() > self._logged_at + self.LOG_INTERVAL:
                 self._logged_at = time.monotonic()
                 log(logging.WARNING, "publish() failed: %s", error)
-            message = f"the event is not stored; publish it again later: {error}"
-            raise PublishError(message) from error
+            # Redis may store it all the same if it hangs after it has received the command.
+            raise PublishError(
+                "the shared log has not confirmed the event, so it is probably not stored; publish"
+                f" it again later: {error}"
+            ) from error
         with self._appended_lock:
             self.last_appended = max(self.last_appended, event_ids[-1])
         return event_ids
