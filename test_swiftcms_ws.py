@@ -826,6 +826,182 @@ def fragments(data: bytes, size: int) -> bytes:
     return b"".join(frames)
 
 
+# -- Closing ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def closed_by_server(server: Server, code: int) -> Iterator[socket.socket]:
+    """Open a connection, let the server close it, and read up to the code of its close frame."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
+        sock.sendall(upgrade_request(server.port, f"/ws?token={token()}"))
+        read_to(sock, b'"system.connected"')
+        until(lambda: stat(server, "connections") == 1, "the connection")
+        if code == 4401:
+            assert server.hub.disconnect("ana") == 1
+        else:
+            sock.sendall(Frames.masked(0x1, b"x" * 1001))
+        read_to(sock, struct.pack("!H", code))
+        yield sock
+
+
+# -- TLS and slow clients --------------------------------------------------------------------------
+
+
+def slow_client(server: Server) -> Client:
+    """Return a subscribed client with a small receive buffer, which reads only on request."""
+    client = server.client(receive_buffer=2048)
+    client.subscribe()
+    return client
+
+
+def self_signed(directory: Path) -> tuple[str, str]:
+    """Make a certificate for 127.0.0.1 with openssl; return the paths of it and of its key."""
+    certificate, key = directory / "cert.pem", directory / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    files = ["-subj", "/CN=127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *files], check=True, capture_output=True)
+    return str(certificate), str(key)
+
+
+def secure(sock: socket.socket) -> ssl.SSLSocket:
+    """Start TLS as a client that trusts every certificate."""
+    # ssl.create_default_context() takes 40 ms to load the system's certificates.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(sock)
+
+
+def with_tls(directory: Path) -> Callable[[Flask, Hub], None]:
+    """Return a function that lets a Server speak TLS."""
+    certificate = self_signed(directory)
+
+    def configure(app: Flask, hub: Hub) -> None:
+        app.config["TEST_SSL"] = certificate
+
+    return configure
+
+
+def tls_client(server: Server, receive_buffer: int | None = None) -> Client:
+    plain = socket.socket()
+    if receive_buffer is not None:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    plain.settimeout(PATIENCE)
+    plain.connect(("127.0.0.1", server.port))
+    return Client(server.port, sock=secure(plain))
+
+
+# -- Hooks and signals of a site -------------------------------------------------------------------
+
+
+def identify_as_ana(app: Flask, hub: Hub) -> None:
+    """Configure a site whose visitors are all the user ana."""
+
+    @hub.identify
+    def identify() -> str:
+        return "ana"
+
+
+class SlowHook:
+    """Configures a site whose authorize hook waits at a gate if the type is `slow`."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.was_asked = threading.Event()
+
+    def __call__(self, app: Flask, hub: Hub) -> None:
+        @hub.authorize
+        def authorize(user: object, event_type: str, content_type: str) -> bool:
+            if event_type == "slow":
+                self.was_asked.set()
+                assert self.gate.wait(PATIENCE)
+            return True
+
+
+@pytest.fixture
+def slow_hook() -> Iterator[SlowHook]:
+    """A SlowHook whose gate is opened after the test."""
+    hook = SlowHook()
+    yield hook
+    hook.gate.set()
+
+
+@contextlib.contextmanager
+def received_signals() -> Iterator[dict[str, list[str]]]:
+    """Collect the names of client_connected and client_disconnected, in order, by client."""
+    signals: dict[str, list[str]] = {}
+
+    def connected(app: Flask, client_id: str, **more: Any) -> None:
+        signals.setdefault(client_id, []).append("connected")
+
+    def disconnected(app: Flask, client_id: str, **more: Any) -> None:
+        signals.setdefault(client_id, []).append("disconnected")
+
+    with (
+        swiftcms_ws.client_connected.connected_to(connected),
+        swiftcms_ws.client_disconnected.connected_to(disconnected),
+    ):
+        yield signals
+
+
+def note_ends(app: Flask) -> list[str]:
+    """Collect the path of each request that the app has finished, session and teardown included."""
+    ends: list[str] = []
+    inner = app.wsgi_app
+
+    def noting(environ: Any, start_response: Any) -> Any:
+        try:
+            return inner(environ, start_response)
+        finally:
+            ends.append(environ["PATH_INFO"])
+
+    app.wsgi_app = noting  # type: ignore[method-assign]
+    return ends
+
+
+# -- A server under attack -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def attacked_server(caplog: pytest.LogCaptureFixture, **config: Any) -> Iterator[Server]:
+    """Run a server with a healthy client, and check after the attack that nothing is left of it.
+
+    The client has received every event, no failure is logged, and threads, descriptors, connections
+    and subscriptions are those of before.
+    """
+    with Server(**config) as server, server.client() as healthy:
+        healthy.subscribe()
+        threads, files = thread_count(), open_files()
+        stop, got = threading.Event(), []
+
+        def publish() -> None:
+            for number in itertools.count():
+                server.publish(number)
+                if stop.wait(0.01):
+                    server.hub.publish("the.end", "posts", {"count": number + 1})
+                    return
+
+        def listen() -> None:
+            while (message := healthy.receive())["type"] != "the.end":
+                if message["type"] == "content.created":
+                    got.append(message["payload"]["n"])
+            assert got == list(range(message["payload"]["count"]))
+
+        with running([publish, listen], PATIENCE):
+            try:
+                yield server
+            finally:
+                stop.set()
+        until(lambda: stat(server, "connections") == 1, "the end of all other connections")
+        assert (stat(server, "subscriptions"), stat(server, "waiting_bytes")) == (1, 0)
+        until(lambda: slots(server) == 1, "the release of their slots")
+        until(lambda: thread_count() <= threads, "the end of their threads")
+        until(lambda: open_files() <= files, "the closing of their descriptors")
+        assert healthy.ask("presence")["payload"]["entries"] == []
+    failures = log_lines(caplog, logger="", level=logging.ERROR)
+    assert [line for line in failures if "code 400" not in line and "code 50" not in line] == []
+    assert "Traceback" not in caplog.text
+
+
 # -- Processes -------------------------------------------------------------------------------------
 
 
@@ -965,777 +1141,6 @@ def run_script(tmp_path: Path, script: str) -> subprocess.CompletedProcess[str]:
         timeout=PATIENCE / 2,
         check=False,
     )
-
-
-# -- A proxy that resets connections ---------------------------------------------------------------
-
-
-class Proxy:
-    """A TCP proxy to the port `target`, which tests may change, that can reset its connections."""
-
-    def __init__(self, port: int) -> None:
-        self.target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._lock = threading.Lock()
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near = self._listener.accept()[0]
-                try:
-                    far = socket.create_connection(("127.0.0.1", self.target))
-                except OSError:
-                    # The server is down.
-                    near.close()
-                    continue
-                with self._lock:
-                    self._pairs.append((near, far))
-                if self._is_closed:
-                    # It was accepted while the last connections were reset.
-                    self.cut()
-                threading.Thread(target=self._relay_both, args=(near, far), daemon=True).start()
-
-    def _relay_both(self, near: socket.socket, far: socket.socket) -> None:
-        """Relay in both directions, and close both sockets unless cut() has done so."""
-        thread = threading.Thread(target=self._relay, args=(far, near), daemon=True)
-        thread.start()
-        self._relay(near, far)
-        thread.join()
-        with self._lock:
-            if (near, far) not in self._pairs:
-                return
-            self._pairs.remove((near, far))
-        near.close()
-        far.close()
-
-    @staticmethod
-    def _relay(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-
-    def cut(self) -> None:
-        """Reset every connection, to the client and to the server."""
-        with self._lock:
-            pairs, self._pairs = self._pairs, []
-        for sock in itertools.chain(*pairs):
-            # This wakes the thread that reads from the socket.
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            reset(sock)
-
-    def __enter__(self) -> Proxy:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._is_closed = True
-        # Otherwise accept() would go on in its thread after close().
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join(PATIENCE)
-        self.cut()
-
-
-# -- Chromium --------------------------------------------------------------------------------------
-
-CHROMIUM = (
-    shutil.which("chromium")
-    or shutil.which("google-chrome")
-    or shutil.which("chromium-browser")
-)
-
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
-
-
-class Browser:
-    """Headless Chromium, controlled over its DevTools protocol."""
-
-    def __init__(self) -> None:
-        assert CHROMIUM is not None
-        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.popen = subprocess.Popen(
-            [
-                CHROMIUM,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-quic",
-                "--disable-dev-shm-usage",
-                "--no-first-run",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-                "--remote-debugging-port=0",
-                f"--user-data-dir={self._profile.name}",
-                "about:blank",
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
-
-    def __enter__(self) -> Browser:
-        until(lambda: self._port() > 0, "Chromium's start", timeout=60)
-        return self
-
-    def _port(self) -> int:
-        try:
-            return int((Path(self._profile.name) / "DevToolsActivePort").read_text().split()[0])
-        except (OSError, IndexError):
-            return 0
-
-    def __exit__(self, *exc: object) -> None:
-        self.kill()
-        self._log.close()
-        self._profile.cleanup()
-
-    def kill(self) -> None:
-        """Kill Chromium."""
-        self.popen.kill()
-        self.popen.wait(PATIENCE)
-
-    def page(self, url: str, **options: Any) -> Page:
-        """Open a page in a new tab; `options` are those of Page.open()."""
-        port = self._port()
-        target = json.loads(http(f"http://127.0.0.1:{port}/json/new?about:blank", "PUT")[2])
-        path = target["webSocketDebuggerUrl"].split(str(port), 1)[1]
-        page = Page(port, path, target["id"])
-        page.open(url, **options)
-        return page
-
-
-class Navigated(AssertionError):
-    """The page was left while Chromium evaluated an expression in it."""
-
-
-class Page:
-    """One page of a Browser. `console` has the lines of its console, those of Chromium included."""
-
-    def __init__(self, port: int, path: str, target: str) -> None:
-        self._port, self._target = port, target
-        self._numbers = itertools.count(1)
-        self.console: list[str] = []
-        self._socket = simple_websocket.Client.connect(f"ws://127.0.0.1:{port}{path}")
-
-    def call(self, method: str, **params: Any) -> Any:
-        """Call a method of the DevTools protocol, and return its result."""
-        number = next(self._numbers)
-        self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
-        while True:
-            data = self._socket.receive(PATIENCE)
-            assert data is not None, f"Chromium did not answer {method}"
-            message = json.loads(data)
-            if message.get("id") == number:
-                if "navigated" in message.get("error", {}).get("message", ""):
-                    raise Navigated(str(message))
-                assert "error" not in message, message
-                return message["result"]
-            self._note(message)
-
-    def _note(self, message: dict[str, Any]) -> None:
-        params = message.get("params", {})
-        match message["method"]:
-            case "Runtime.consoleAPICalled":
-                values = [str(arg.get("value", arg.get("description"))) for arg in params["args"]]
-                self.console.append(f"{params['type']}: {' '.join(values)}")
-            case "Runtime.exceptionThrown":
-                self.console.append(f"exception: {params['exceptionDetails']}")
-            # Chromium requests the icon of a page that names none, and the site has none.
-            case "Log.entryAdded" if not params["entry"].get("url", "").endswith("/favicon.ico"):
-                self.console.append(f"{params['entry']['level']}: {params['entry']['text']}")
-
-    def open(self, url: str, before: str = "") -> None:
-        """Load a page, with a script that runs before those of the page."""
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-        if before:
-            self.call("Page.addScriptToEvaluateOnNewDocument", source=before)
-        self.call("Page.navigate", url=url)
-        is_loaded = "document.readyState === 'complete' && location.href !== 'about:blank'"
-        until(lambda: self.js(is_loaded), url)
-
-    def js(self, expression: str) -> Any:
-        """Evaluate JavaScript, and return its value or that of its promise."""
-        options = {"awaitPromise": True, "returnByValue": True}
-        result = self.call("Runtime.evaluate", expression=expression, **options)
-        assert "exceptionDetails" not in result, result["exceptionDetails"]
-        return result["result"].get("value")
-
-    def wait(self, expression: str, timeout: float = PATIENCE) -> Any:
-        """Wait until JavaScript is true, and return its value."""
-
-        def holds() -> Any:
-            # A page that is being loaded again has no answer yet.
-            with contextlib.suppress(Navigated):
-                return self.js(expression)
-
-        try:
-            return until(holds, expression, timeout)
-        except AssertionError as error:
-            shown = self.js("document.body?.innerText")
-            raise AssertionError(f"{error}; console: {self.console}; page: {shown}") from None
-
-    def be_offline(self, offline: bool) -> None:
-        """Switch the network of the page off or on."""
-        speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-        self.call("Network.emulateNetworkConditions", offline=offline, **speed)
-
-    def complaints(self) -> list[str]:
-        """Return the warnings and errors in the console."""
-        # This reads the lines that are on their way.
-        self.js("1")
-        return [line for line in self.console if not line.startswith(("log:", "info:"))]
-
-    def close(self) -> None:
-        """Close the tab."""
-        http(f"http://127.0.0.1:{self._port}/json/close/{self._target}")
-        # Chromium may have closed the connection already.
-        with contextlib.suppress(OSError, simple_websocket.ConnectionClosed):
-            self._socket.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One Chromium for all tests."""
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium on this machine")
-    with Browser() as running:
-        yield running
-
-
-def html(body: str) -> str:
-    """Return a page with this body."""
-    head = '<link rel="icon" href="data:,"><title>test</title>'
-    return f'<!doctype html><html lang="en">{head}<body>{body}</html>'
-
-
-# -- Hooks and signals of a site -------------------------------------------------------------------
-
-
-def identify_as_ana(app: Flask, hub: Hub) -> None:
-    """Configure a site whose visitors are all the user ana."""
-
-    @hub.identify
-    def identify() -> str:
-        return "ana"
-
-
-class SlowHook:
-    """Configures a site whose authorize hook waits at a gate if the type is `slow`."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.was_asked = threading.Event()
-
-    def __call__(self, app: Flask, hub: Hub) -> None:
-        @hub.authorize
-        def authorize(user: object, event_type: str, content_type: str) -> bool:
-            if event_type == "slow":
-                self.was_asked.set()
-                assert self.gate.wait(PATIENCE)
-            return True
-
-
-@pytest.fixture
-def slow_hook() -> Iterator[SlowHook]:
-    """A SlowHook whose gate is opened after the test."""
-    hook = SlowHook()
-    yield hook
-    hook.gate.set()
-
-
-@contextlib.contextmanager
-def received_signals() -> Iterator[dict[str, list[str]]]:
-    """Collect the names of client_connected and client_disconnected, in order, by client."""
-    signals: dict[str, list[str]] = {}
-
-    def connected(app: Flask, client_id: str, **more: Any) -> None:
-        signals.setdefault(client_id, []).append("connected")
-
-    def disconnected(app: Flask, client_id: str, **more: Any) -> None:
-        signals.setdefault(client_id, []).append("disconnected")
-
-    with (
-        swiftcms_ws.client_connected.connected_to(connected),
-        swiftcms_ws.client_disconnected.connected_to(disconnected),
-    ):
-        yield signals
-
-
-def note_ends(app: Flask) -> list[str]:
-    """Collect the path of each request that the app has finished, session and teardown included."""
-    ends: list[str] = []
-    inner = app.wsgi_app
-
-    def noting(environ: Any, start_response: Any) -> Any:
-        try:
-            return inner(environ, start_response)
-        finally:
-            ends.append(environ["PATH_INFO"])
-
-    app.wsgi_app = noting  # type: ignore[method-assign]
-    return ends
-
-
-# -- A server under attack -------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def attacked_server(caplog: pytest.LogCaptureFixture, **config: Any) -> Iterator[Server]:
-    """Run a server with a healthy client, and check after the attack that nothing is left of it.
-
-    The client has received every event, no failure is logged, and threads, descriptors, connections
-    and subscriptions are those of before.
-    """
-    with Server(**config) as server, server.client() as healthy:
-        healthy.subscribe()
-        threads, files = thread_count(), open_files()
-        stop, got = threading.Event(), []
-
-        def publish() -> None:
-            for number in itertools.count():
-                server.publish(number)
-                if stop.wait(0.01):
-                    server.hub.publish("the.end", "posts", {"count": number + 1})
-                    return
-
-        def listen() -> None:
-            while (message := healthy.receive())["type"] != "the.end":
-                if message["type"] == "content.created":
-                    got.append(message["payload"]["n"])
-            assert got == list(range(message["payload"]["count"]))
-
-        with running([publish, listen], PATIENCE):
-            try:
-                yield server
-            finally:
-                stop.set()
-        until(lambda: stat(server, "connections") == 1, "the end of all other connections")
-        assert (stat(server, "subscriptions"), stat(server, "waiting_bytes")) == (1, 0)
-        until(lambda: slots(server) == 1, "the release of their slots")
-        until(lambda: thread_count() <= threads, "the end of their threads")
-        until(lambda: open_files() <= files, "the closing of their descriptors")
-        assert healthy.ask("presence")["payload"]["entries"] == []
-    failures = log_lines(caplog, logger="", level=logging.ERROR)
-    assert [line for line in failures if "code 400" not in line and "code 50" not in line] == []
-    assert "Traceback" not in caplog.text
-
-
-# -- TLS and slow clients --------------------------------------------------------------------------
-
-
-def slow_client(server: Server) -> Client:
-    """Return a subscribed client with a small receive buffer, which reads only on request."""
-    client = server.client(receive_buffer=2048)
-    client.subscribe()
-    return client
-
-
-def self_signed(directory: Path) -> tuple[str, str]:
-    """Make a certificate for 127.0.0.1 with openssl; return the paths of it and of its key."""
-    certificate, key = directory / "cert.pem", directory / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    files = ["-subj", "/CN=127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*command.split(), *files], check=True, capture_output=True)
-    return str(certificate), str(key)
-
-
-def secure(sock: socket.socket) -> ssl.SSLSocket:
-    """Start TLS as a client that trusts every certificate."""
-    # ssl.create_default_context() takes 40 ms to load the system's certificates.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context.wrap_socket(sock)
-
-
-def with_tls(directory: Path) -> Callable[[Flask, Hub], None]:
-    """Return a function that lets a Server speak TLS."""
-    certificate = self_signed(directory)
-
-    def configure(app: Flask, hub: Hub) -> None:
-        app.config["TEST_SSL"] = certificate
-
-    return configure
-
-
-def tls_client(server: Server, receive_buffer: int | None = None) -> Client:
-    plain = socket.socket()
-    if receive_buffer is not None:
-        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    plain.settimeout(PATIENCE)
-    plain.connect(("127.0.0.1", server.port))
-    return Client(server.port, sock=secure(plain))
-
-
-# -- Shared logs -----------------------------------------------------------------------------------
-
-
-REDIS = shutil.which("redis-server") or shutil.which("valkey-server")
-
-needs_redis = pytest.mark.skipif(REDIS is None, reason="there is no redis-server on this machine")
-
-
-class Redis:
-    """A redis-server of the test, which can be killed, stopped and started again."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.start()
-
-    def start(self) -> None:
-        """Start the server, and wait until it answers."""
-        assert REDIS is not None
-        command = [REDIS, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        command += ["--dir", str(self._directory), "--appendonly", "yes", "--appendfsync", "always"]
-        command += ["--repl-diskless-sync-delay", "0"]
-        self.popen = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        until(self._answers, "the start of Redis")
-
-    def _answers(self) -> bool:
-        address = ("127.0.0.1", self.port)
-        with contextlib.suppress(OSError), socket.create_connection(address, 1) as sock:
-            sock.settimeout(1)
-            sock.sendall(b"PING\r\n")
-            return sock.recv(100).startswith(b"+PONG")
-        return False
-
-    def kill(self, forget: bool = False) -> None:
-        """Kill the server, and delete its data if `forget`."""
-        self.popen.kill()
-        self.popen.wait(PATIENCE)
-        if forget:
-            shutil.rmtree(self._directory / "appendonlydir", ignore_errors=True)
-
-    def stop(self) -> None:
-        """Stop the process without closing its connections."""
-        self.popen.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self.popen.send_signal(signal.SIGCONT)
-
-    def send(self, command: str | bytes) -> bytes:
-        """Send a command and return the answer, which must not be an error."""
-        data = command if isinstance(command, bytes) else f"{command}\r\n".encode()
-        with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as sock:
-            sock.sendall(data)
-            answer = sock.recv(1000)
-        assert answer[:1] in b"+:$", command
-        return answer
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[Redis]:
-    """A redis-server, which a test may stop."""
-    server = Redis(tmp_path)
-    yield server
-    server.resume()
-    server.kill()
-
-
-class Shared:
-    """A shared log of either kind: its configuration for Server(), and as environment variables."""
-
-    def __init__(self, redis: Redis | None = None, **config: str) -> None:
-        self.redis = redis
-        self.config: dict[str, Any] = config
-        self.environ = {f"SWIFTCMS_WS_{key}": value for key, value in config.items()}
-
-    @property
-    def path(self) -> Path:
-        """The file, if it is SQLite."""
-        return Path(self.config["DATABASE"])
-
-    def hub(self) -> Hub:
-        """Return a hub without an app, as a script uses it."""
-        return Hub(**{key.lower(): value for key, value in self.config.items()})
-
-    def delete_messages(self) -> None:
-        """Delete all control messages, as a process does that sends many."""
-        if self.redis is not None:
-            self.redis.send("XTRIM swiftcms_ws:messages MAXLEN 0")
-        else:
-            query(self.path, "DELETE FROM messages")
-
-
-def file_or_redis(kind: str, request: pytest.FixtureRequest, directory: Path) -> Shared:
-    """Return a shared log of the kind `sqlite` or `redis`."""
-    if kind == "sqlite":
-        return Shared(DATABASE=str(directory / "live.sqlite3"))
-    if REDIS is None:
-        pytest.skip("there is no redis-server on this machine")
-    server: Redis = request.getfixturevalue("redis")
-    return Shared(server, REDIS_URL=server.url)
-
-
-@pytest.fixture(params=["sqlite", "redis"])
-def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Shared:
-    """An SQLite file, and then Redis."""
-    return file_or_redis(request.param, request, tmp_path)
-
-
-def does_publish(server: Server, number: int) -> bool:
-    """Return whether publish() succeeds: the log is available."""
-    with contextlib.suppress(swiftcms_ws.PublishError):
-        server.publish(number)
-        return True
-    return False
-
-
-def expect_failure(publish: Callable[[], object], words: str) -> None:
-    """Call a function that must raise PublishError with these words, within two seconds."""
-    began = time.monotonic()
-    with pytest.raises(swiftcms_ws.PublishError, match=words):
-        publish()
-    assert time.monotonic() - began < 2 * SLOWNESS
-
-
-def expect_recovery(server: Server) -> None:
-    """Wait until events can be published, and a new client receives them."""
-
-    def has_recovered() -> bool:
-        # If the place in the log was lost, clients of the first second are disconnected.
-        with contextlib.suppress(Closed), server.client() as client:
-            client.subscribe("content.*")
-            server.publish(2)
-            while client.receive()["payload"] != {"n": 2}:
-                pass
-            return True
-        return False
-
-    until(lambda: does_publish(server, 1), "a publish() that succeeds")
-    until(has_recovered, "an event that is delivered")
-
-
-@dataclasses.dataclass
-class Fault:
-    """A failure of a shared log, with words of the PublishError. As a context, it is present."""
-
-    shared: Shared
-    words: str
-    begin: Callable[[], object]
-    end: Callable[[], object]
-    # Whether events of the time may be stored all the same.
-    may_store: bool = False
-
-    def __enter__(self) -> None:
-        self.begin()
-
-    def __exit__(self, *exc: object) -> None:
-        self.end()
-
-
-@pytest.fixture(params=["redis killed", "redis stopped", "redis full", "sqlite locked"])
-def fault(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fault]:
-    """A failure that begins while a site is running, and loses no event."""
-    kind, name = request.param.split()
-    shared = file_or_redis(kind, request, tmp_path)
-    with contextlib.ExitStack() as stack:
-
-        def lock() -> None:
-            backup = sqlite3.connect(shared.path, isolation_level=None)
-            stack.callback(backup.close)
-            backup.execute("BEGIN EXCLUSIVE")
-
-        if shared.redis is None:
-            words = "(?i)another program holds it|other threads"
-            yield Fault(shared, words, lock, stack.close)
-        elif name == "killed":
-            yield Fault(shared, "cannot use Redis", shared.redis.kill, shared.redis.start)
-        elif name == "stopped":
-            redis = shared.redis
-            yield Fault(shared, "cannot use Redis", redis.stop, redis.resume, may_store=True)
-        else:
-            limit = functools.partial(shared.redis.send, "CONFIG SET maxmemory 1")
-            no_limit = functools.partial(shared.redis.send, "CONFIG SET maxmemory 0")
-            yield Fault(shared, "maxmemory", limit, no_limit)
-
-
-# -- SQLite ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """The path of an SQLite file."""
-    return tmp_path / "live.sqlite3"
-
-
-def files_of(path: Path) -> list[Path]:
-    """Return the paths of a database, its journal and its shared memory."""
-    return [path.with_name(path.name + suffix) for suffix in swiftcms_ws.LogFile.SUFFIXES]
-
-
-def delete(path: Path) -> None:
-    for file in files_of(path):
-        file.unlink(missing_ok=True)
-
-
-def query(path: Path, statement: str, *values: Any) -> Any:
-    """Execute one statement in another connection, and return the first column of its rows."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        return [row[0] for row in connection.execute(statement, values)]
-
-
-def stored_ids(path: Path) -> list[str]:
-    """Return the ids of the events in a file."""
-    numbers = query(path, "SELECT id FROM events ORDER BY id")
-    return [f"{number >> 16}-{number & 0xFFFF}" for number in numbers]
-
-
-def is_intact(path: Path) -> bool:
-    return query(path, "PRAGMA integrity_check") == ["ok"]
-
-
-def run_code(code: str, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own, with the project's folder as its own."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=HERE,
-        env={**os.environ, **environ},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-@contextlib.contextmanager
-def alarm_handler(handle: Callable[..., object]) -> Iterator[None]:
-    """Call `handle` for each SIGALRM."""
-    before = signal.signal(signal.SIGALRM, handle)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-class TimeLimit(BaseException):
-    """As the exception of Celery's soft time limit, which its signal handler raises."""
-
-
-# -- Deployment ------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def gunicorn(
-    directory: Path, code: str, port: int, *options: str, **environ: str
-) -> Iterator[Process]:
-    """Run the site in `code` with gunicorn, and end its workers too."""
-    (directory / "deployed_app.py").write_text(code)
-    command = [sys.executable, "-m", "gunicorn", "deployed_app:app", *options]
-    command += ["--bind", f"127.0.0.1:{port}"]
-    with Process(*command, cwd=directory, port=port, **environ) as process:
-        try:
-            yield process
-        finally:
-            for pid in children(process.popen.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-
-def publish_from_script(
-    shared: Shared, ids: list[str], stop: threading.Event, rate: int = 50
-) -> None:
-    """Publish until `stop` as a script does, with a hub of its own, and collect the ids."""
-    with shared.hub() as hub:
-        publish_steadily(
-            lambda n: ids.append(hub.publish("content.created", "posts", n)), stop, rate
-        )
-
-
-class Swarm:
-    """Many clients in one thread, which reconnect with `since` and keep the ids of all events.
-
-    It searches only for ids in the data, because 200 strict clients would need more time than the
-    server.
-    """
-
-    EVENT_ID = re.compile(rb'"id": "(\d+-\d+)"')
-
-    def __init__(self, port: int, count: int, since: str) -> None:
-        self._port = port
-        self._selector = selectors.DefaultSelector()
-        # By client: the ids of its events, and the bytes after the last of them.
-        self.ids = [[since] for _ in range(count)]
-        self._rest = [b""] * count
-        # Clients that wait before they connect again, and until when.
-        self._waiting = dict.fromkeys(range(count), 0.0)
-        self.failures: list[bytes] = []
-        self.connects = 0
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Swarm:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stopped.set()
-        self._thread.join(PATIENCE)
-
-    def has_all(self, last: str) -> bool:
-        return all(ids[-1] == last for ids in self.ids)
-
-    def _run(self) -> None:
-        while not self._stopped.is_set():
-            for number, when in list(self._waiting.items()):
-                if when <= time.monotonic():
-                    self._connect(number)
-            for key, _ in self._selector.select(0.05):
-                self._read(key.fileobj, key.data)  # type: ignore[arg-type]
-        for key in list(self._selector.get_map().values()):
-            key.fileobj.close()  # type: ignore[union-attr]
-        self._selector.close()
-
-    def _connect(self, number: int) -> None:
-        try:
-            sock = socket.create_connection(("127.0.0.1", self._port), 1)
-        except OSError:
-            self._waiting[number] = time.monotonic() + 0.2
-            return
-        del self._waiting[number]
-        self.connects += 1
-        message = {"action": "subscribe", "type": "content.*", "since": self.ids[number][-1]}
-        sock.sendall(
-            upgrade_request(self._port)
-            + Frames.masked(1, json.dumps(message).encode())
-        )
-        sock.setblocking(False)
-        self._rest[number] = b""
-        self._selector.register(sock, selectors.EVENT_READ, number)
-
-    def _read(self, sock: socket.socket, number: int) -> None:
-        try:
-            data = sock.recv(1 << 18)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._selector.unregister(sock)
-            sock.close()
-            # As client.js does, so that not all arrive at once.
-            self._waiting[number] = time.monotonic() + random.uniform(0, 0.3)
-            return
-        if b'"recovered": false' in data or b"system.error" in data:
-            self.failures.append(data)
-        data = self._rest[number] + data
-        end = 0
-        for match in self.EVENT_ID.finditer(data):
-            self.ids[number].append(sys.intern(match[1].decode()))
-            end = match.end()
-        self._rest[number] = data[end:]
 
 
 # -- Web servers -----------------------------------------------------------------------------------
@@ -2171,83 +1576,1050 @@ def send_and_vanish(site: Site, number: int) -> None:
                 reset(sock)
 
 
-# -- Sites and pages of the demo -------------------------------------------------------------------
+# -- Shared logs -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def demo_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """The single file, copied to an empty folder and run."""
-    path = tmp_path_factory.mktemp("demo")
-    shutil.copy(HERE / "swiftcms_ws.py", path)
-    port = free_port()
-    environ = {
-        "PYTHONPATH": "",
-        "SWIFTCMS_WS_DATABASE": str(path / "missing" / "live.sqlite3"),
-        "SWIFTCMS_WS_REDIS_URL": f"redis://127.0.0.1:{free_port()}/0",
-    }
-    command = (sys.executable, "swiftcms_ws.py", "--port", str(port))
-    with Process(*command, cwd=path, port=port, **environ) as process:
-        yield process
+REDIS = shutil.which("redis-server") or shutil.which("valkey-server")
+
+needs_redis = pytest.mark.skipif(REDIS is None, reason="there is no redis-server on this machine")
+
+
+class Redis:
+    """A redis-server of the test, which can be killed, stopped and started again."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        """Start the server, and wait until it answers."""
+        assert REDIS is not None
+        command = [REDIS, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        command += ["--dir", str(self._directory), "--appendonly", "yes", "--appendfsync", "always"]
+        command += ["--repl-diskless-sync-delay", "0"]
+        self.popen = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        until(self._answers, "the start of Redis")
+
+    def _answers(self) -> bool:
+        address = ("127.0.0.1", self.port)
+        with contextlib.suppress(OSError), socket.create_connection(address, 1) as sock:
+            sock.settimeout(1)
+            sock.sendall(b"PING\r\n")
+            return sock.recv(100).startswith(b"+PONG")
+        return False
+
+    def kill(self, forget: bool = False) -> None:
+        """Kill the server, and delete its data if `forget`."""
+        self.popen.kill()
+        self.popen.wait(PATIENCE)
+        if forget:
+            shutil.rmtree(self._directory / "appendonlydir", ignore_errors=True)
+
+    def stop(self) -> None:
+        """Stop the process without closing its connections."""
+        self.popen.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.popen.send_signal(signal.SIGCONT)
+
+    def send(self, command: str | bytes) -> bytes:
+        """Send a command and return the answer, which must not be an error."""
+        data = command if isinstance(command, bytes) else f"{command}\r\n".encode()
+        with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as sock:
+            sock.sendall(data)
+            answer = sock.recv(1000)
+        assert answer[:1] in b"+:$", command
+        return answer
 
 
 @pytest.fixture
-def demo(demo_process: Process) -> Process:
-    """The demo with its first entries, which a reset restores."""
-    assert demo_api(demo_process, "POST", "reset", {})[0] == 200
-    return demo_process
+def redis(tmp_path: Path) -> Iterator[Redis]:
+    """A redis-server, which a test may stop."""
+    server = Redis(tmp_path)
+    yield server
+    server.resume()
+    server.kill()
 
 
-def demo_api(demo: Process, method: str, path: str, data: Any = None) -> tuple[int, Any]:
-    """Send a request to the demo's API; return the status and the JSON of the answer."""
-    status, _, body = http(f"http://localhost:{demo.port}/api/{path}", method, data)
-    return status, json.loads(body)
+class Shared:
+    """A shared log of either kind: its configuration for Server(), and as environment variables."""
+
+    def __init__(self, redis: Redis | None = None, **config: str) -> None:
+        self.redis = redis
+        self.config: dict[str, Any] = config
+        self.environ = {f"SWIFTCMS_WS_{key}": value for key, value in config.items()}
+
+    @property
+    def path(self) -> Path:
+        """The file, if it is SQLite."""
+        return Path(self.config["DATABASE"])
+
+    def hub(self) -> Hub:
+        """Return a hub without an app, as a script uses it."""
+        return Hub(**{key.lower(): value for key, value in self.config.items()})
+
+    def delete_messages(self) -> None:
+        """Delete all control messages, as a process does that sends many."""
+        if self.redis is not None:
+            self.redis.send("XTRIM swiftcms_ws:messages MAXLEN 0")
+        else:
+            query(self.path, "DELETE FROM messages")
+
+
+def file_or_redis(kind: str, request: pytest.FixtureRequest, directory: Path) -> Shared:
+    """Return a shared log of the kind `sqlite` or `redis`."""
+    if kind == "sqlite":
+        return Shared(DATABASE=str(directory / "live.sqlite3"))
+    if REDIS is None:
+        pytest.skip("there is no redis-server on this machine")
+    server: Redis = request.getfixturevalue("redis")
+    return Shared(server, REDIS_URL=server.url)
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Shared:
+    """An SQLite file, and then Redis."""
+    return file_or_redis(request.param, request, tmp_path)
+
+
+def does_publish(server: Server, number: int) -> bool:
+    """Return whether publish() succeeds: the log is available."""
+    with contextlib.suppress(swiftcms_ws.PublishError):
+        server.publish(number)
+        return True
+    return False
+
+
+def expect_failure(publish: Callable[[], object], words: str) -> None:
+    """Call a function that must raise PublishError with these words, within two seconds."""
+    began = time.monotonic()
+    with pytest.raises(swiftcms_ws.PublishError, match=words):
+        publish()
+    assert time.monotonic() - began < 2 * SLOWNESS
+
+
+def expect_recovery(server: Server) -> None:
+    """Wait until events can be published, and a new client receives them."""
+
+    def has_recovered() -> bool:
+        # If the place in the log was lost, clients of the first second are disconnected.
+        with contextlib.suppress(Closed), server.client() as client:
+            client.subscribe("content.*")
+            server.publish(2)
+            while client.receive()["payload"] != {"n": 2}:
+                pass
+            return True
+        return False
+
+    until(lambda: does_publish(server, 1), "a publish() that succeeds")
+    until(has_recovered, "an event that is delivered")
+
+
+@dataclasses.dataclass
+class Fault:
+    """A failure of a shared log, with words of the PublishError. As a context, it is present."""
+
+    shared: Shared
+    words: str
+    begin: Callable[[], object]
+    end: Callable[[], object]
+    # Whether events of the time may be stored all the same.
+    may_store: bool = False
+
+    def __enter__(self) -> None:
+        self.begin()
+
+    def __exit__(self, *exc: object) -> None:
+        self.end()
+
+
+@pytest.fixture(params=["redis killed", "redis stopped", "redis full", "sqlite locked"])
+def fault(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fault]:
+    """A failure that begins while a site is running, and loses no event."""
+    kind, name = request.param.split()
+    shared = file_or_redis(kind, request, tmp_path)
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            backup = sqlite3.connect(shared.path, isolation_level=None)
+            stack.callback(backup.close)
+            backup.execute("BEGIN EXCLUSIVE")
+
+        if shared.redis is None:
+            words = "(?i)another program holds it|other threads"
+            yield Fault(shared, words, lock, stack.close)
+        elif name == "killed":
+            yield Fault(shared, "cannot use Redis", shared.redis.kill, shared.redis.start)
+        elif name == "stopped":
+            redis = shared.redis
+            yield Fault(shared, "cannot use Redis", redis.stop, redis.resume, may_store=True)
+        else:
+            limit = functools.partial(shared.redis.send, "CONFIG SET maxmemory 1")
+            no_limit = functools.partial(shared.redis.send, "CONFIG SET maxmemory 0")
+            yield Fault(shared, "maxmemory", limit, no_limit)
+
+
+# -- SQLite ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The path of an SQLite file."""
+    return tmp_path / "live.sqlite3"
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the paths of a database, its journal and its shared memory."""
+    return [path.with_name(path.name + suffix) for suffix in swiftcms_ws.LogFile.SUFFIXES]
+
+
+def delete(path: Path) -> None:
+    for file in files_of(path):
+        file.unlink(missing_ok=True)
+
+
+def query(path: Path, statement: str, *values: Any) -> Any:
+    """Execute one statement in another connection, and return the first column of its rows."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        return [row[0] for row in connection.execute(statement, values)]
+
+
+def stored_ids(path: Path) -> list[str]:
+    """Return the ids of the events in a file."""
+    numbers = query(path, "SELECT id FROM events ORDER BY id")
+    return [f"{number >> 16}-{number & 0xFFFF}" for number in numbers]
+
+
+def is_intact(path: Path) -> bool:
+    return query(path, "PRAGMA integrity_check") == ["ok"]
+
+
+def run_code(code: str, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own, with the project's folder as its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=HERE,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 @contextlib.contextmanager
-def running_demo(*options: str, **more: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run the demo; yield its process and the line that it prints when it is ready."""
-    with subprocess.Popen(
-        [sys.executable, str(HERE / "swiftcms_ws.py"), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **more,
-    ) as popen:
+def alarm_handler(handle: Callable[..., object]) -> Iterator[None]:
+    """Call `handle` for each SIGALRM."""
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class TimeLimit(BaseException):
+    """As the exception of Celery's soft time limit, which its signal handler raises."""
+
+
+# -- Deployment ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def gunicorn(
+    directory: Path, code: str, port: int, *options: str, **environ: str
+) -> Iterator[Process]:
+    """Run the site in `code` with gunicorn, and end its workers too."""
+    (directory / "deployed_app.py").write_text(code)
+    command = [sys.executable, "-m", "gunicorn", "deployed_app:app", *options]
+    command += ["--bind", f"127.0.0.1:{port}"]
+    with Process(*command, cwd=directory, port=port, **environ) as process:
         try:
-            yield popen, read_line(popen)
+            yield process
         finally:
-            popen.kill()
+            for pid in children(process.popen.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
-def port_of(line: str) -> int:
-    """Return the port of the first address in a line."""
-    return int(re.findall(r"http://[^/]+:(\d+)/", line)[0])
+def publish_from_script(
+    shared: Shared, ids: list[str], stop: threading.Event, rate: int = 50
+) -> None:
+    """Publish until `stop` as a script does, with a hub of its own, and collect the ids."""
+    with shared.hub() as hub:
+        publish_steadily(
+            lambda n: ids.append(hub.publish("content.created", "posts", n)), stop, rate
+        )
 
 
-def press(page: Page, selector: str) -> None:
-    """Click a button that is enabled and shown."""
-    button = f"document.querySelector('{selector}')"
-    page.wait(f"(b => !!b && !b.disabled && !!b.offsetParent)({button})")
-    page.js(f"{button}.click()")
+class Swarm:
+    """Many clients in one thread, which reconnect with `since` and keep the ids of all events.
+
+    It searches only for ids in the data, because 200 strict clients would need more time than the
+    server.
+    """
+
+    EVENT_ID = re.compile(rb'"id": "(\d+-\d+)"')
+
+    def __init__(self, port: int, count: int, since: str) -> None:
+        self._port = port
+        self._selector = selectors.DefaultSelector()
+        # By client: the ids of its events, and the bytes after the last of them.
+        self.ids = [[since] for _ in range(count)]
+        self._rest = [b""] * count
+        # Clients that wait before they connect again, and until when.
+        self._waiting = dict.fromkeys(range(count), 0.0)
+        self.failures: list[bytes] = []
+        self.connects = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Swarm:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stopped.set()
+        self._thread.join(PATIENCE)
+
+    def has_all(self, last: str) -> bool:
+        return all(ids[-1] == last for ids in self.ids)
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            for number, when in list(self._waiting.items()):
+                if when <= time.monotonic():
+                    self._connect(number)
+            for key, _ in self._selector.select(0.05):
+                self._read(key.fileobj, key.data)  # type: ignore[arg-type]
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+        self._selector.close()
+
+    def _connect(self, number: int) -> None:
+        try:
+            sock = socket.create_connection(("127.0.0.1", self._port), 1)
+        except OSError:
+            self._waiting[number] = time.monotonic() + 0.2
+            return
+        del self._waiting[number]
+        self.connects += 1
+        message = {"action": "subscribe", "type": "content.*", "since": self.ids[number][-1]}
+        sock.sendall(
+            upgrade_request(self._port)
+            + Frames.masked(1, json.dumps(message).encode())
+        )
+        sock.setblocking(False)
+        self._rest[number] = b""
+        self._selector.register(sock, selectors.EVENT_READ, number)
+
+    def _read(self, sock: socket.socket, number: int) -> None:
+        try:
+            data = sock.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._selector.unregister(sock)
+            sock.close()
+            # As client.js does, so that not all arrive at once.
+            self._waiting[number] = time.monotonic() + random.uniform(0, 0.3)
+            return
+        if b'"recovered": false' in data or b"system.error" in data:
+            self.failures.append(data)
+        data = self._rest[number] + data
+        end = 0
+        for match in self.EVENT_ID.finditer(data):
+            self.ids[number].append(sys.intern(match[1].decode()))
+            end = match.end()
+        self._rest[number] = data[end:]
 
 
-def submit(page: Page, form: str, **fields: str) -> None:
-    """Fill a form and submit it by its first button that submits."""
-    element = f"document.querySelector('{form}')"
-    for name, value in fields.items():
-        page.js(f"{element}.elements.{name}.value = {json.dumps(value)}")
-    page.js(f"{element}.requestSubmit({element}.querySelector('button:not([type])'))")
+# -- Streams and polls -----------------------------------------------------------------------------
 
 
-def log_has(page: Page, words: str) -> None:
-    """Wait for a row of the log with these words."""
-    page.wait(f"document.querySelector('#log').textContent.includes({json.dumps(words)})")
+class Blocks:
+    """Parses an event stream (WHATWG HTML, section 9.2.6), and keeps its last id as a browser."""
+
+    def __init__(self) -> None:
+        self.last_id: str | None = None
+        self.retry = float("nan")
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """Yield the complete messages: the JSON object, with the fields `event` and `id`."""
+        *blocks, self._rest = (self._rest + data).split(b"\n\n")
+        for block in blocks:
+            fields: dict[str, list[str]] = {}
+            for line in block.decode().split("\n"):
+                name, _, value = line.partition(":")
+                fields.setdefault(name, []).append(value.removeprefix(" "))
+            assert fields.keys() <= {"", "id", "event", "data", "retry"}, block
+            if "retry" in fields:
+                self.retry = int(fields["retry"][0]) / 1000
+            if "id" in fields:
+                self.last_id = fields["id"][0]
+            if "data" in fields:
+                message = json.loads("\n".join(fields["data"]))
+                message["event"] = fields.get("event", [None])[0]
+                message["blockId"] = fields.get("id", [None])[0]
+                yield message
 
 
-def sign_in(page: Page, name: str) -> None:
-    """Give the name that the demo's page asks for, and wait until its list is there."""
-    submit(page, "#name", name=name)
-    page.wait("document.querySelectorAll('#entries li').length >= 3")
+class Stream:
+    """A client over plain HTTP whose response need not end. It is strict in what it accepts."""
+
+    def __init__(
+        self,
+        sock: socket.socket | int,
+        query: str = "",
+        since: str | None = None,
+        path: str = "/ws/events",
+        **headers: str,
+    ) -> None:
+        if isinstance(sock, int):
+            sock = socket.create_connection(("127.0.0.1", sock), timeout=PATIENCE)
+        self.sock = sock
+        self.sock.settimeout(PATIENCE)
+        self.messages: deque[dict[str, Any]] = deque()
+        self._blocks = Blocks()
+        self._chunks: bytes | None = None
+        sent = {"Host": "127.0.0.1", **({"Last-Event-ID": since} if since else {})}
+        sent.update({name.replace("_", "-"): value for name, value in headers.items()})
+        lines = [f"GET {path}?{query} HTTP/1.1"]
+        lines += [f"{name}: {value}" for name, value in sent.items()]
+        try:
+            self.sock.sendall("\r\n".join([*lines, "", ""]).encode())
+            head, rest = self._read_head()
+        except BaseException:
+            self.sock.close()
+            raise
+        status, *fields = head.decode("latin-1").split("\r\n")
+        self.status = int(status.split()[1])
+        self.headers = dict(field.split(": ", 1) for field in fields)
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            self._chunks = b""
+        self._feed(rest)
+
+    def _read_head(self) -> tuple[bytes, bytes]:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            data = self.sock.recv(65536)
+            if not data:
+                raise ConnectionError
+            head += data
+        head, _, rest = head.partition(b"\r\n\r\n")
+        return head, rest
+
+    def _feed(self, data: bytes) -> None:
+        if self._chunks is not None:
+            # A proxy frames the response.
+            self._chunks, data = self._chunks + data, b""
+            while match := re.match(rb"([0-9a-f]+)\r\n", self._chunks):
+                end = match.end() + int(match[1], 16)
+                if len(self._chunks) < end + 2:
+                    break
+                data += self._chunks[match.end() : end]
+                self._chunks = self._chunks[end + 2 :]
+        if self.headers.get("Content-Type", "").startswith("text/event-stream"):
+            self.messages.extend(self._blocks.feed(data))
+
+    @property
+    def last_id(self) -> str | None:
+        return self._blocks.last_id
+
+    @property
+    def retry(self) -> float:
+        return self._blocks.retry
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.sock.close()
+
+    def receive(self, timeout: float = PATIENCE, heartbeats: bool = False) -> dict[str, Any]:
+        """Return the next message, heartbeats only if wanted; raise Closed at the end."""
+        deadline = time.monotonic() + timeout
+        while True:
+            while self.messages:
+                message = self.messages.popleft()
+                if heartbeats or message["type"] != "system.heartbeat":
+                    return message
+            self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+            data = self.sock.recv(65536)
+            if not data:
+                raise Closed(None, None)
+            self._feed(data)
+
+    def receive_many(self, count: int) -> list[dict[str, Any]]:
+        return [self.receive() for _ in range(count)]
+
+    def closing(self) -> str | None:
+        """Read to the end; return the code of the last message if that is a system.error."""
+        last: dict[str, Any] = {}
+        with contextlib.suppress(Closed):
+            while True:
+                last = self.receive()
+        return last["payload"]["code"] if last.get("type") == "system.error" else None
+
+
+def open_events(
+    way: str, server: Server, query: str = "", since: str | None = None
+) -> Stream:
+    """Request a stream or a poll, over a connection."""
+    return Stream(server.port, f"{query}&mode={way}", since)
+
+
+class Polled:
+    """The response of one poll, of http() or of a test client."""
+
+    def __init__(self, answer: Any) -> None:
+        if isinstance(answer, tuple):
+            self.status, self.headers, body = answer
+        else:
+            self.status, self.headers = answer.status_code, dict(answer.headers)
+            body = answer.data
+        blocks = Blocks()
+        is_stream = self.headers["Content-Type"].startswith("text/event-stream")
+        self.messages = list(blocks.feed(body)) if is_stream else []
+        self.retry, self.last_id = blocks.retry, blocks.last_id
+        self.types = [message["type"] for message in self.messages]
+        self.payloads = [m["payload"] for m in self.messages if m["event"] is None]
+        self.first: dict[str, Any] = self.messages[0]["payload"] if self.messages else {}
+
+
+def poll(server: Server, query: str = "", since: str | None = None, **headers: str) -> Polled:
+    """Poll with Flask's test client."""
+    if since is not None:
+        headers["Last-Event-ID"] = since
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Polled(server.app.test_client().get(f"/ws/events?mode=poll&{query}", headers=sent))
+
+
+def events_site(site: Site, query: str = "", **headers: str) -> Polled:
+    return Polled(site.ask("GET", f"/ws/events?mode=poll&{query}", **headers))
+
+
+def npm_files(directory: Path, *packages: str) -> None:
+    """Put files of npm packages into a directory; skip the test without access to the registry."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("there is no npm on this machine")
+    command = [npm, "pack", "--silent", *packages]
+    run = subprocess.run(command, check=False, cwd=directory, capture_output=True, timeout=60)
+    if run.returncode != 0:
+        pytest.skip("npm finds no packages from here")
+    for archive in directory.glob("*.tgz"):
+        files = ("--strip-components=2", "--wildcards", "package/dist/*.min.js")
+        command = ["tar", "-xzf", str(archive), *files]
+        subprocess.run(command, cwd=directory, check=True, timeout=PATIENCE)
+
+
+# -- Live pages: sites and sessions ----------------------------------------------------------------
+
+
+LIVE = {"X-SwiftCMS-Live": "1"}
+
+
+@pytest.fixture
+def bare_site() -> Iterator[tuple[Flask, Hub]]:
+    """A site without a server and without routes, which the test adds."""
+    app, hub = Flask("site"), Hub()
+    app.secret_key, app.testing = KEY, True
+    hub.init_app(app)
+    yield app, hub
+    hub.close()
+
+
+def newest_id_of(response: Any) -> str | None:
+    """Return the id in a response's Server-Timing, or None."""
+    found = re.fullmatch(r'swiftcms;desc="(\d+-\d+)"', response.headers.get("Server-Timing", ""))
+    return found and found[1]
+
+
+class MemorySessions(SessionInterface):
+    """Sessions that stay in memory: open_session() returns the object that is stored."""
+
+    class Stored(dict[str, Any], SessionMixin):
+        pass
+
+    def __init__(self) -> None:
+        self.stored = self.Stored()
+
+    def open_session(self, app: Flask, request: Any) -> Any:
+        return self.stored
+
+    def save_session(self, app: Flask, session: Any, response: Response) -> None:
+        response.set_cookie("seen", "yes")
+
+
+def use_sessions(app: Flask, kind: str, directory: Path) -> None:
+    """Choose how the site stores its sessions."""
+    if kind == "permanent":
+        app.before_request(lambda: setattr(session, "permanent", True))
+    elif kind == "memory":
+        app.session_interface = MemorySessions()
+    elif kind == "cachelib":
+        flask_session = pytest.importorskip("flask_session")
+        cachelib = pytest.importorskip("cachelib")
+        app.config["SESSION_TYPE"] = "cachelib"
+        app.config["SESSION_CACHELIB"] = cachelib.FileSystemCache(str(directory))
+        flask_session.Session(app)
+
+
+@pytest.fixture(params=["cookie", "permanent", "cachelib", "memory"])
+def shop(
+    request: pytest.FixtureRequest, bare_site: tuple[Flask, Hub], tmp_path: Path
+) -> FlaskClient:
+    """A visitor, signed in to a site whose views change the session, for each kind of session."""
+    app, _ = bare_site
+    use_sessions(app, request.param, tmp_path)
+    has_begun, may_end = threading.Event(), threading.Event()
+    app.extensions.update(has_begun=has_begun, may_end=may_end)
+
+    @app.post("/login")
+    def login() -> str:
+        session.update(user="ana", cart={"books": 0}, visits=0)
+        flash("Welcome")
+        return "welcome"
+
+    @app.post("/logout")
+    def logout() -> str:
+        del session["user"]
+        # Otherwise the message of the login would be shown too.
+        get_flashed_messages()
+        flash("Goodbye")
+        return "goodbye"
+
+    @app.get("/")
+    def page() -> Response:
+        session["visits"] = session.get("visits", 0) + 1
+        session["cart"]["books"] += 1
+        session.modified = True
+        response = make_response(f"{session.get('user')} {get_flashed_messages()}")
+        response.set_cookie("last_page", "/")
+        return response
+
+    @app.get("/slow")
+    def slow() -> Response:
+        has_begun.set()
+        assert may_end.wait(PATIENCE)
+        return page()
+
+    @app.route("/token", methods=["GET", "POST"])
+    def add_token() -> str:
+        session["csrf_token"] = "a token"
+        return "form"
+
+    app.add_url_rule("/session", "session", lambda: dict(session))
+    client = app.test_client()
+    client.post("/login")
+    return client
+
+
+# -- Models of SQLAlchemy --------------------------------------------------------------------------
+
+
+class Base(orm.DeclarativeBase):
+    pass
+
+
+class Post(Base):
+    __tablename__ = "post"
+    id = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
+    kind = orm.mapped_column(sqlalchemy.String, default="post")
+    title = orm.mapped_column(sqlalchemy.String, default="")
+    views = orm.mapped_column(sqlalchemy.Integer, server_default="7")
+    comments = orm.relationship(
+        "Comment", cascade="all, delete-orphan", back_populates="post", order_by="Comment.id"
+    )
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "post"}  # noqa: RUF012
+
+
+class Article(Post):
+    """A subclass with a table of its own: one row of each."""
+
+    __tablename__ = "article"
+    id = orm.mapped_column(sqlalchemy.ForeignKey("post.id"), primary_key=True)
+    body = orm.mapped_column(sqlalchemy.String, default="")
+    __mapper_args__ = {"polymorphic_identity": "article"}  # noqa: RUF012
+
+
+class Comment(Base):
+    __tablename__ = "comment"
+    id = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
+    text = orm.mapped_column(sqlalchemy.String, default="")
+    post_id = orm.mapped_column(sqlalchemy.ForeignKey("post.id"))
+    post = orm.relationship("Post", back_populates="comments")
+    replies = orm.relationship("Reply", cascade="all")
+
+
+class Reply(Base):
+    __tablename__ = "reply"
+    id = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
+    comment_id = orm.mapped_column(sqlalchemy.ForeignKey("comment.id"))
+
+
+class Seat(Base):
+    """A composite key, and a foreign key that the database checks at COMMIT."""
+
+    __tablename__ = "seat"
+    row = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
+    number = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
+    guest = orm.mapped_column(sqlalchemy.String)
+    post_id = orm.mapped_column(
+        sqlalchemy.ForeignKey("post.id", deferrable=True, initially="DEFERRED")
+    )
+    post = orm.relationship("Post", cascade="all, delete-orphan", single_parent=True)
+
+
+class Note(Base):
+    """A model that is not tracked."""
+
+    __tablename__ = "note"
+    id = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
+    text = orm.mapped_column(sqlalchemy.String)
+
+
+def memory_database() -> Any:
+    """Return an engine for a database in memory, with savepoints and foreign keys that work."""
+    engine = sqlalchemy.create_engine(
+        "sqlite://", poolclass=sqlalchemy.StaticPool, connect_args={"check_same_thread": False}
+    )
+
+    @sqlalchemy.event.listens_for(engine, "connect")
+    def connect(connection: Any, _: object) -> None:
+        # The driver would send BEGIN too late for a savepoint.
+        connection.isolation_level = None
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @sqlalchemy.event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    Base.metadata.create_all(engine)
+    return engine
+
+
+class Tracked:
+    """A hub with an app and a database, which keeps the events that it publishes."""
+
+    def __init__(self) -> None:
+        self.hub = Hub()
+        self.app = Flask("tracked")
+        self.hub.init_app(self.app)
+        # Some tests publish without a client.
+        self.app.testing = True
+        self.engine = memory_database()
+        self.sessions = orm.sessionmaker(self.engine)
+        # By thread.
+        self._events: dict[int, list[tuple[Any, ...]]] = {}
+        swiftcms_ws.event_published.connect(self._receive, self.app)
+
+    def _receive(self, app: Flask, **event: Any) -> None:
+        published = (event["type"], event["content_type"], event["payload"], event["to"])
+        self._events.setdefault(threading.get_ident(), []).append(published)
+
+    def events(self) -> list[tuple[Any, ...]]:
+        """Return the events that this thread has published since the last call."""
+        return self._events.pop(threading.get_ident(), [])
+
+    def taken(self) -> list[str]:
+        """Return the same, such as "created posts 1"."""
+        return [
+            f"{event_type.removeprefix('content.')} {content_type} {payload['id']}"
+            for event_type, content_type, payload, _ in self.events()
+        ]
+
+    def close(self) -> None:
+        self.hub.close()
+        self.engine.dispose()
+
+
+@pytest.fixture
+def tracked() -> Iterator[Tracked]:
+    site = Tracked()
+    yield site
+    site.close()
+
+
+def do(work: str, session: Any) -> None:
+    """Execute Python statements on the session `s`."""
+    exec(work, {**globals(), "s": session})
+
+
+def load(session: Any, model: Any, key: Any) -> Any:
+    """Return an object whose columns are loaded."""
+    obj = session.get(model, key)
+    session.refresh(obj)
+    return obj
+
+
+def update(session: Any, **values: Any) -> None:
+    for name, value in values.items():
+        setattr(session.get(Post, 1), name, value)
+
+
+def create_and_delete(session: Any) -> None:
+    post = Post(id=4)
+    session.add(post)
+    session.flush()
+    session.delete(post)
+
+
+def delete_and_create(session: Any) -> None:
+    session.delete(session.get(Seat, (1, 2)))
+    session.flush()
+    session.add(Seat(row=1, number=2, guest="new"))
+
+
+def save_as_new_version(session: Any) -> None:
+    """Save a change as a new row, as in SQLAlchemy's documentation of versioned objects."""
+    post = session.get(Post, 1)
+    post.title = "changed"
+    session.flush()
+    session.expunge(post)
+    orm.make_transient(post)
+    post.id = 4
+    session.add(post)
+
+
+class RandomSession:
+    """Random work in a session with a database of its own.
+
+    Values are new, so that no column is set back, and no row is deleted and inserted again with the
+    same values. Only a comment may be moved back; `moved` has their keys.
+    """
+
+    ACTIONS = re.findall(
+        r"\w+",
+        "create create update update update increment delete delete recreate renumber move orphan"
+        " merge flush flush expire expunge read nest nest release release undo undo commit commit"
+        " commit commit_root fail rollback close",
+    )
+
+    def __init__(self, tracked: Tracked, chance: random.Random) -> None:
+        self.tracked = tracked
+        self.chance = chance
+        self.engine = memory_database()
+        self.values = itertools.count(1)
+        self.session = tracked.sessions(
+            bind=self.engine,
+            autoflush=chance.random() < 0.5,
+            expire_on_commit=chance.random() < 0.5,
+        )
+        self.committed = self.contents()
+        self.moved: set[str] = set()
+        self.steps: list[str] = []
+
+    def contents(self) -> dict[str, tuple[Any, ...]]:
+        """Return all rows, by content type and key. No transaction is open."""
+        with self.engine.connect() as connection:
+            select = connection.exec_driver_sql
+            posts = select(
+                "SELECT id, kind, title, views, body FROM post LEFT JOIN article USING (id)"
+            )
+            found = {f"{row.kind}s {row.id}": tuple(row) for row in posts}
+            comments = select("SELECT * FROM comment")
+            found.update({f"comments {row.id}": tuple(row) for row in comments})
+            seats = select("SELECT * FROM seat")
+            found.update({f"seats [{row.row}, {row.number}]": tuple(row) for row in seats})
+        return found
+
+    def check(self) -> None:
+        """Compare the events with the difference of the database."""
+        before, after = self.committed, self.contents()
+        expected = [f"deleted {key}" for key in before.keys() - after.keys()]
+        expected += [f"created {key}" for key in after.keys() - before.keys()]
+        both = after.keys() & before.keys()
+        expected += [f"updated {key}" for key in both if after[key] != before[key]]
+        moved_back = {f"updated {key}" for key in self.moved} - set(expected)
+        published = self.tracked.taken()
+        assert sorted(expected) == sorted(set(published) - moved_back), self.steps
+        assert len(published) == len(set(published)), self.steps
+        self.committed, self.moved, self.steps = after, set(), []
+
+    def step(self) -> None:
+        action = self.chance.choice(self.ACTIONS)
+        self.steps.append(action)
+        try:
+            # The other actions are methods of the session.
+            getattr(self, action, getattr(self.session, action, None))()
+        except (sqlalchemy.exc.SQLAlchemyError, orm.exc.StaleDataError) as error:
+            self.steps.append(type(error).__name__)
+            self.session.rollback()
+        if self.session.in_transaction():
+            assert self.tracked.taken() == [], self.steps
+        else:
+            self.check()
+
+    def pick(self, *models: Any) -> Any:
+        """Return an object that is not deleted; the first time, create one."""
+        model = self.chance.choice(models)
+        found = self.session.scalars(sqlalchemy.select(model))
+        objs = [obj for obj in found if obj not in self.session.deleted]
+        return self.chance.choice(objs) if objs else self.create(model)
+
+    def create(self, model: Any = None) -> Any:
+        model = model or self.chance.choice([Post, Article, Comment, Seat])
+        value = next(self.values)
+        values: dict[str, Any] = {"id": value}
+        if model is Seat:
+            values = {"row": value, "number": 1, "guest": f"{value}"}
+        elif model is Comment:
+            values.update(text=f"{value}", post=self.pick(Post))
+        obj = model(**values)
+        self.session.add(obj)
+        return obj
+
+    def update(self) -> None:
+        obj, value = self.pick(Post, Article, Comment, Seat), f"{next(self.values)}"
+        columns = {Post: ["title"], Article: ["title", "body"], Comment: ["text"], Seat: ["guest"]}
+        setattr(obj, self.chance.choice(columns[type(obj)]), value)
+
+    def increment(self) -> None:
+        self.pick(Post, Article).views = Post.views + 1
+
+    def delete(self) -> None:
+        self.session.delete(self.pick(Post, Article, Comment, Seat))
+
+    def recreate(self) -> None:
+        seat = self.pick(Seat)
+        self.session.delete(seat)
+        if self.chance.random() < 0.5:
+            self.session.flush()
+        self.session.add(Seat(row=seat.row, number=seat.number, guest=f"{next(self.values)}"))
+
+    def renumber(self) -> None:
+        self.pick(Seat).number = next(self.values)
+
+    def move(self) -> None:
+        comment = self.pick(Comment)
+        self.moved.add(f"comments {comment.id}")
+        comment.post = self.pick(Post)
+
+    def orphan(self) -> None:
+        post = self.pick(Post)
+        if post.comments:
+            post.comments.pop()
+
+    def merge(self) -> None:
+        post = self.pick(Post)
+        self.session.merge(type(post)(id=post.id, title=f"{next(self.values)}"))
+
+    def expire(self) -> None:
+        self.session.flush()
+        self.session.expire_all()
+
+    def expunge(self) -> None:
+        self.session.flush()
+        self.session.expunge(self.pick(Post, Comment, Seat))
+
+    def read(self) -> None:
+        post = self.pick(Post)
+        assert [post.views, *post.comments]
+
+    def nest(self) -> None:
+        self.session.begin_nested()
+
+    def release(self) -> None:
+        (self.session.get_nested_transaction() or self.session).commit()
+
+    def undo(self) -> None:
+        if self.session.in_nested_transaction():
+            self.session.get_nested_transaction().rollback()
+
+    def commit_root(self) -> None:
+        if self.session.in_transaction():
+            self.session.get_transaction().commit()
+
+    def fail(self) -> None:
+        """Break a foreign key that the database checks at COMMIT."""
+        self.session.add(Seat(row=next(self.values), number=1, post_id=-1))
+        with pytest.raises(sqlalchemy.exc.IntegrityError):
+            self.session.commit()
+        self.session.rollback()
+
+
+# -- A proxy that resets connections ---------------------------------------------------------------
+
+
+class Proxy:
+    """A TCP proxy to the port `target`, which tests may change, that can reset its connections."""
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near = self._listener.accept()[0]
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:
+                    # The server is down.
+                    near.close()
+                    continue
+                with self._lock:
+                    self._pairs.append((near, far))
+                if self._is_closed:
+                    # It was accepted while the last connections were reset.
+                    self.cut()
+                threading.Thread(target=self._relay_both, args=(near, far), daemon=True).start()
+
+    def _relay_both(self, near: socket.socket, far: socket.socket) -> None:
+        """Relay in both directions, and close both sockets unless cut() has done so."""
+        thread = threading.Thread(target=self._relay, args=(far, near), daemon=True)
+        thread.start()
+        self._relay(near, far)
+        thread.join()
+        with self._lock:
+            if (near, far) not in self._pairs:
+                return
+            self._pairs.remove((near, far))
+        near.close()
+        far.close()
+
+    @staticmethod
+    def _relay(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """Reset every connection, to the client and to the server."""
+        with self._lock:
+            pairs, self._pairs = self._pairs, []
+        for sock in itertools.chain(*pairs):
+            # This wakes the thread that reads from the socket.
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            reset(sock)
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._is_closed = True
+        # Otherwise accept() would go on in its thread after close().
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(PATIENCE)
+        self.cut()
 
 
 # -- The command line ------------------------------------------------------------------------------
@@ -2377,199 +2749,178 @@ def hide_socket(app: Flask, hub: Hub) -> None:
     app.wsgi_app = serve_without_socket  # type: ignore[method-assign]
 
 
-# -- README ----------------------------------------------------------------------------------------
+# -- Chromium --------------------------------------------------------------------------------------
+
+CHROMIUM = (
+    shutil.which("chromium")
+    or shutil.which("google-chrome")
+    or shutil.which("chromium-browser")
+)
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 
 
-README = (HERE / "README.md").read_text()
+class Browser:
+    """Headless Chromium, controlled over its DevTools protocol."""
 
-# A shell finds the commands of this environment here.
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    def __init__(self) -> None:
+        assert CHROMIUM is not None
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.popen = subprocess.Popen(
+            [
+                CHROMIUM,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--disable-dev-shm-usage",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--remote-debugging-port=0",
+                f"--user-data-dir={self._profile.name}",
+                "about:blank",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
 
+    def __enter__(self) -> Browser:
+        until(lambda: self._port() > 0, "Chromium's start", timeout=60)
+        return self
 
-def readme_block(language: str, words: str) -> str:
-    """Return README's one block that has these words."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
-    (found,) = [block for block in blocks if words in block]
-    return str(found)
+    def _port(self) -> int:
+        try:
+            return int((Path(self._profile.name) / "DevToolsActivePort").read_text().split()[0])
+        except (OSError, IndexError):
+            return 0
 
+    def __exit__(self, *exc: object) -> None:
+        self.kill()
+        self._log.close()
+        self._profile.cleanup()
 
-def readme_table(heading: str) -> list[list[str]]:
-    """Return the rows of README's table whose first column has this heading."""
-    (found,) = re.findall(rf"^\| {re.escape(heading)} .*\n\| -.*\n((?:\|.*\n)+)", README, re.M)
-    return [line[2:-2].split(" | ") for line in found.splitlines()]
+    def kill(self) -> None:
+        """Kill Chromium."""
+        self.popen.kill()
+        self.popen.wait(PATIENCE)
 
-
-def readme_site(tmp_path: Path) -> None:
-    """Write the first of README's blocks of Python to app.py."""
-    (tmp_path / "app.py").write_text(readme_block("python", "LIST_PAGE = "))
-
-
-def readme_app(code: str) -> tuple[Flask, Hub]:
-    """Return the app of README's code, and the ready-made hub, which the test closes."""
-    # The app of another test of README may still be alive, in a cycle, and have the same hub.
-    gc.collect()
-    found: dict[str, Any] = {"__name__": "readme"}
-    exec(compile(code, "README.md", "exec"), found)
-    return found["app"], found["hub"]
-
-
-def post_form(port: int, path: str = "/", **fields: str) -> None:
-    """Send a form as a browser does."""
-    data = urlencode(fields).encode()
-    urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data, PATIENCE).close()
-
-
-def can_install(tmp_path: Path) -> bool:
-    """Return whether pip finds packages from here: there may be no network."""
-    options = ("-q", "--no-deps", "-d", str(tmp_path))
-    download = (sys.executable, "-m", "pip", "download", *options, "flask-sock")
-    return subprocess.run(download, check=False, capture_output=True, timeout=60).returncode == 0
-
-
-def readme_flask_run(tmp_path: Path) -> Process:
-    """Run README's app.py by its command, in this environment instead of a new one."""
-    command = readme_block("sh", "flask run").strip().rpartition(" && .venv/bin/")[2]
-    port = free_port()
-    return Process(
-        *("bash", "-c", f"exec {command} --port {port}"), cwd=tmp_path, port=port, PATH=PATH
-    )
-
-
-def editing_script(script: str) -> str:
-    """Return the body of a page with client.js, whose script may use `cms`."""
-    script = f"const cms = new SwiftCMS(); {script}"
-    return f"<script src='/ws/client.js'></script><script>{script}</script>"
+    def page(self, url: str, **options: Any) -> Page:
+        """Open a page in a new tab; `options` are those of Page.open()."""
+        port = self._port()
+        target = json.loads(http(f"http://127.0.0.1:{port}/json/new?about:blank", "PUT")[2])
+        path = target["webSocketDebuggerUrl"].split(str(port), 1)[1]
+        page = Page(port, path, target["id"])
+        page.open(url, **options)
+        return page
 
 
-@contextlib.contextmanager
-def serving_html(
-    body: str, configure: Callable[[Flask, Hub], None] | None = None, **config: Any
-) -> Iterator[Server]:
-    """Serve a site whose first page has this body."""
-
-    def add_page(app: Flask, hub: Hub) -> None:
-        app.add_url_rule("/", "page", lambda: html(body))
-        if configure is not None:
-            configure(app, hub)
-
-    with Server(add_page, **config) as server:
-        yield server
+class Navigated(AssertionError):
+    """The page was left while Chromium evaluated an expression in it."""
 
 
-# -- Messages, hooks and floods of a session -------------------------------------------------------
+class Page:
+    """One page of a Browser. `console` has the lines of its console, those of Chromium included."""
 
+    def __init__(self, port: int, path: str, target: str) -> None:
+        self._port, self._target = port, target
+        self._numbers = itertools.count(1)
+        self.console: list[str] = []
+        self._socket = simple_websocket.Client.connect(f"ws://127.0.0.1:{port}{path}")
 
-def message_ids(rows: list[Any]) -> list[str]:
-    """Return test ids for rows that begin with an action and the fields of a message."""
-    ids = []
-    for action, fields, *_ in rows:
-        shown = [f"{name}={value!r:.20}" for name, value in fields.items()]
-        ids.append(" ".join([action, *shown]))
-    return ids
+    def call(self, method: str, **params: Any) -> Any:
+        """Call a method of the DevTools protocol, and return its result."""
+        number = next(self._numbers)
+        self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
+        while True:
+            data = self._socket.receive(PATIENCE)
+            assert data is not None, f"Chromium did not answer {method}"
+            message = json.loads(data)
+            if message.get("id") == number:
+                if "navigated" in message.get("error", {}).get("message", ""):
+                    raise Navigated(str(message))
+                assert "error" not in message, message
+                return message["result"]
+            self._note(message)
 
+    def _note(self, message: dict[str, Any]) -> None:
+        params = message.get("params", {})
+        match message["method"]:
+            case "Runtime.consoleAPICalled":
+                values = [str(arg.get("value", arg.get("description"))) for arg in params["args"]]
+                self.console.append(f"{params['type']}: {' '.join(values)}")
+            case "Runtime.exceptionThrown":
+                self.console.append(f"exception: {params['exceptionDetails']}")
+            # Chromium requests the icon of a page that names none, and the site has none.
+            case "Log.entryAdded" if not params["entry"].get("url", "").endswith("/favicon.ico"):
+                self.console.append(f"{params['entry']['level']}: {params['entry']['text']}")
 
-def receive_heartbeat(client: Client) -> dict[str, Any]:
-    """Receive messages up to the next heartbeat, and return that."""
-    deadline = time.monotonic() + PATIENCE
-    while (message := client.receive(heartbeats=True))["type"] != "system.heartbeat":
-        assert time.monotonic() < deadline, "no heartbeat was received"
-    return message
+    def open(self, url: str, before: str = "") -> None:
+        """Load a page, with a script that runs before those of the page."""
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+        if before:
+            self.call("Page.addScriptToEvaluateOnNewDocument", source=before)
+        self.call("Page.navigate", url=url)
+        is_loaded = "document.readyState === 'complete' && location.href !== 'about:blank'"
+        until(lambda: self.js(is_loaded), url)
 
+    def js(self, expression: str) -> Any:
+        """Evaluate JavaScript, and return its value or that of its promise."""
+        options = {"awaitPromise": True, "returnByValue": True}
+        result = self.call("Runtime.evaluate", expression=expression, **options)
+        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        return result["result"].get("value")
 
-def allow(allowed: set[tuple[str, str]]) -> Callable[[Flask, Hub], None]:
-    """Configure a site whose authorize hook allows these patterns. A test may change the set."""
+    def wait(self, expression: str, timeout: float = PATIENCE) -> Any:
+        """Wait until JavaScript is true, and return its value."""
 
-    def configure(app: Flask, hub: Hub) -> None:
-        hub.authorize(lambda user, event_type, content_type: (event_type, content_type) in allowed)
+        def holds() -> Any:
+            # A page that is being loaded again has no answer yet.
+            with contextlib.suppress(Navigated):
+                return self.js(expression)
 
-    return configure
+        try:
+            return until(holds, expression, timeout)
+        except AssertionError as error:
+            shown = self.js("document.body?.innerText")
+            raise AssertionError(f"{error}; console: {self.console}; page: {shown}") from None
 
+    def be_offline(self, offline: bool) -> None:
+        """Switch the network of the page off or on."""
+        speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.call("Network.emulateNetworkConditions", offline=offline, **speed)
 
-def push_until_full(sock: socket.socket, data: bytes, most: int = 40_000_000) -> int:
-    """Send without reading until the socket buffers are full; return how many bytes they took."""
-    # They are full if they accept nothing for so long.
-    sock.settimeout(0.3)
-    pushed = 0
-    deadline = time.monotonic() + 2
-    with contextlib.suppress(TimeoutError):
-        while pushed < most and time.monotonic() < deadline:
-            pushed += sock.send(data)
-    return pushed
+    def complaints(self) -> list[str]:
+        """Return the warnings and errors in the console."""
+        # This reads the lines that are on their way.
+        self.js("1")
+        return [line for line in self.console if not line.startswith(("log:", "info:"))]
 
-
-# -- Closing ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def closed_by_server(server: Server, code: int) -> Iterator[socket.socket]:
-    """Open a connection, let the server close it, and read up to the code of its close frame."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
-        sock.sendall(upgrade_request(server.port, f"/ws?token={token()}"))
-        read_to(sock, b'"system.connected"')
-        until(lambda: stat(server, "connections") == 1, "the connection")
-        if code == 4401:
-            assert server.hub.disconnect("ana") == 1
-        else:
-            sock.sendall(Frames.masked(0x1, b"x" * 1001))
-        read_to(sock, struct.pack("!H", code))
-        yield sock
-
-
-# -- Tokens in handshakes, forged tokens, secrecy -------------------------------------------------
-
-
-def forged(header: dict[str, Any], key: bytes) -> str:
-    """Return a token with an HMAC signature, or none if the key is empty.
-
-    PyJWT refuses to sign with such headers and keys.
-    """
-
-    def encoded(data: bytes) -> str:
-        return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
-
-    claims = {"sub": "root", "exp": int(time.time()) + 600}
-    signed = ".".join(encoded(json.dumps(part).encode()) for part in (header, claims))
-    signature = b""
-    if key:
-        digest = {"HS384": "sha384", "HS512": "sha512"}.get(header["alg"], "sha256")
-        signature = hmac.digest(key, signed.encode(), digest)
-    return f"{signed}.{encoded(signature)}"
-
-
-def in_address(signed: str) -> dict[str, Any]:
-    return {"path": f"/ws?token={signed}"}
-
-
-def in_header(signed: str) -> dict[str, Any]:
-    return {"headers": {"Authorization": f"Bearer {signed}"}}
-
-
-@pytest.fixture
-def short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the server look for expired tokens more often, so that tests need not wait."""
-    monkeypatch.setattr(swiftcms_ws.Expiry, "CHECK_INTERVAL", 0.02)
+    def close(self) -> None:
+        """Close the tab."""
+        http(f"http://127.0.0.1:{self._port}/json/close/{self._target}")
+        # Chromium may have closed the connection already.
+        with contextlib.suppress(OSError, simple_websocket.ConnectionClosed):
+            self._socket.close()
 
 
 @pytest.fixture(scope="module")
-def rsa_keys() -> dict[str, Any]:
-    """Two private keys, and the first one's public key as text."""
-    pytest.importorskip("cryptography")
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import rsa
-
-    own, other = (rsa.generate_private_key(public_exponent=65537, key_size=2048) for _ in "12")
-    form = serialization.PublicFormat.SubjectPublicKeyInfo
-    public = own.public_key().public_bytes(serialization.Encoding.PEM, form)
-    return {"own": own, "other": other, "public": public.decode()}
+def browser() -> Iterator[Browser]:
+    """One Chromium for all tests."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+    with Browser() as running:
+        yield running
 
 
-def check_secret(secret: str, caplog: pytest.LogCaptureFixture, answers: list[Any]) -> None:
-    """Check that neither the claims nor the signature of a token were logged or answered."""
-    logged = repr([record.__dict__ for record in caplog.records])
-    everything = caplog.text + logged + repr(answers)
-    for part in secret.split(".")[1:]:
-        at = everything.find(part)
-        assert at < 0, everything[max(0, at - 300) :][:400]
+def html(body: str) -> str:
+    """Return a page with this body."""
+    head = '<link rel="icon" href="data:,"><title>test</title>'
+    return f'<!doctype html><html lang="en">{head}<body>{body}</html>'
 
 
 # -- Firefox ---------------------------------------------------------------------------------------
@@ -2730,6 +3081,262 @@ def browser_called(name: str, request: pytest.FixtureRequest) -> Browser | Firef
 def either(request: pytest.FixtureRequest) -> Browser | Firefox:
     """Chromium, and then Firefox."""
     return browser_called(request.param, request)
+
+
+# -- Sites and pages of the demo -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """The single file, copied to an empty folder and run."""
+    path = tmp_path_factory.mktemp("demo")
+    shutil.copy(HERE / "swiftcms_ws.py", path)
+    port = free_port()
+    environ = {
+        "PYTHONPATH": "",
+        "SWIFTCMS_WS_DATABASE": str(path / "missing" / "live.sqlite3"),
+        "SWIFTCMS_WS_REDIS_URL": f"redis://127.0.0.1:{free_port()}/0",
+    }
+    command = (sys.executable, "swiftcms_ws.py", "--port", str(port))
+    with Process(*command, cwd=path, port=port, **environ) as process:
+        yield process
+
+
+@pytest.fixture
+def demo(demo_process: Process) -> Process:
+    """The demo with its first entries, which a reset restores."""
+    assert demo_api(demo_process, "POST", "reset", {})[0] == 200
+    return demo_process
+
+
+def demo_api(demo: Process, method: str, path: str, data: Any = None) -> tuple[int, Any]:
+    """Send a request to the demo's API; return the status and the JSON of the answer."""
+    status, _, body = http(f"http://localhost:{demo.port}/api/{path}", method, data)
+    return status, json.loads(body)
+
+
+@contextlib.contextmanager
+def running_demo(*options: str, **more: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run the demo; yield its process and the line that it prints when it is ready."""
+    with subprocess.Popen(
+        [sys.executable, str(HERE / "swiftcms_ws.py"), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **more,
+    ) as popen:
+        try:
+            yield popen, read_line(popen)
+        finally:
+            popen.kill()
+
+
+def port_of(line: str) -> int:
+    """Return the port of the first address in a line."""
+    return int(re.findall(r"http://[^/]+:(\d+)/", line)[0])
+
+
+def press(page: Page, selector: str) -> None:
+    """Click a button that is enabled and shown."""
+    button = f"document.querySelector('{selector}')"
+    page.wait(f"(b => !!b && !b.disabled && !!b.offsetParent)({button})")
+    page.js(f"{button}.click()")
+
+
+def submit(page: Page, form: str, **fields: str) -> None:
+    """Fill a form and submit it by its first button that submits."""
+    element = f"document.querySelector('{form}')"
+    for name, value in fields.items():
+        page.js(f"{element}.elements.{name}.value = {json.dumps(value)}")
+    page.js(f"{element}.requestSubmit({element}.querySelector('button:not([type])'))")
+
+
+def log_has(page: Page, words: str) -> None:
+    """Wait for a row of the log with these words."""
+    page.wait(f"document.querySelector('#log').textContent.includes({json.dumps(words)})")
+
+
+def sign_in(page: Page, name: str) -> None:
+    """Give the name that the demo's page asks for, and wait until its list is there."""
+    submit(page, "#name", name=name)
+    page.wait("document.querySelectorAll('#entries li').length >= 3")
+
+
+# -- README ----------------------------------------------------------------------------------------
+
+
+README = (HERE / "README.md").read_text()
+
+# A shell finds the commands of this environment here.
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+def readme_block(language: str, words: str) -> str:
+    """Return README's one block that has these words."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
+    (found,) = [block for block in blocks if words in block]
+    return str(found)
+
+
+def readme_table(heading: str) -> list[list[str]]:
+    """Return the rows of README's table whose first column has this heading."""
+    (found,) = re.findall(rf"^\| {re.escape(heading)} .*\n\| -.*\n((?:\|.*\n)+)", README, re.M)
+    return [line[2:-2].split(" | ") for line in found.splitlines()]
+
+
+def readme_site(tmp_path: Path) -> None:
+    """Write the first of README's blocks of Python to app.py."""
+    (tmp_path / "app.py").write_text(readme_block("python", "LIST_PAGE = "))
+
+
+def readme_app(code: str) -> tuple[Flask, Hub]:
+    """Return the app of README's code, and the ready-made hub, which the test closes."""
+    # The app of another test of README may still be alive, in a cycle, and have the same hub.
+    gc.collect()
+    found: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), found)
+    return found["app"], found["hub"]
+
+
+def post_form(port: int, path: str = "/", **fields: str) -> None:
+    """Send a form as a browser does."""
+    data = urlencode(fields).encode()
+    urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data, PATIENCE).close()
+
+
+def can_install(tmp_path: Path) -> bool:
+    """Return whether pip finds packages from here: there may be no network."""
+    options = ("-q", "--no-deps", "-d", str(tmp_path))
+    download = (sys.executable, "-m", "pip", "download", *options, "flask-sock")
+    return subprocess.run(download, check=False, capture_output=True, timeout=60).returncode == 0
+
+
+def readme_flask_run(tmp_path: Path) -> Process:
+    """Run README's app.py by its command, in this environment instead of a new one."""
+    command = readme_block("sh", "flask run").strip().rpartition(" && .venv/bin/")[2]
+    port = free_port()
+    return Process(
+        *("bash", "-c", f"exec {command} --port {port}"), cwd=tmp_path, port=port, PATH=PATH
+    )
+
+
+def editing_script(script: str) -> str:
+    """Return the body of a page with client.js, whose script may use `cms`."""
+    script = f"const cms = new SwiftCMS(); {script}"
+    return f"<script src='/ws/client.js'></script><script>{script}</script>"
+
+
+@contextlib.contextmanager
+def serving_html(
+    body: str, configure: Callable[[Flask, Hub], None] | None = None, **config: Any
+) -> Iterator[Server]:
+    """Serve a site whose first page has this body."""
+
+    def add_page(app: Flask, hub: Hub) -> None:
+        app.add_url_rule("/", "page", lambda: html(body))
+        if configure is not None:
+            configure(app, hub)
+
+    with Server(add_page, **config) as server:
+        yield server
+
+
+# -- Messages, hooks and floods of a session -------------------------------------------------------
+
+
+def message_ids(rows: list[Any]) -> list[str]:
+    """Return test ids for rows that begin with an action and the fields of a message."""
+    ids = []
+    for action, fields, *_ in rows:
+        shown = [f"{name}={value!r:.20}" for name, value in fields.items()]
+        ids.append(" ".join([action, *shown]))
+    return ids
+
+
+def receive_heartbeat(client: Client) -> dict[str, Any]:
+    """Receive messages up to the next heartbeat, and return that."""
+    deadline = time.monotonic() + PATIENCE
+    while (message := client.receive(heartbeats=True))["type"] != "system.heartbeat":
+        assert time.monotonic() < deadline, "no heartbeat was received"
+    return message
+
+
+def allow(allowed: set[tuple[str, str]]) -> Callable[[Flask, Hub], None]:
+    """Configure a site whose authorize hook allows these patterns. A test may change the set."""
+
+    def configure(app: Flask, hub: Hub) -> None:
+        hub.authorize(lambda user, event_type, content_type: (event_type, content_type) in allowed)
+
+    return configure
+
+
+def push_until_full(sock: socket.socket, data: bytes, most: int = 40_000_000) -> int:
+    """Send without reading until the socket buffers are full; return how many bytes they took."""
+    # They are full if they accept nothing for so long.
+    sock.settimeout(0.3)
+    pushed = 0
+    deadline = time.monotonic() + 2
+    with contextlib.suppress(TimeoutError):
+        while pushed < most and time.monotonic() < deadline:
+            pushed += sock.send(data)
+    return pushed
+
+
+# -- Tokens in handshakes, forged tokens, secrecy -------------------------------------------------
+
+
+def forged(header: dict[str, Any], key: bytes) -> str:
+    """Return a token with an HMAC signature, or none if the key is empty.
+
+    PyJWT refuses to sign with such headers and keys.
+    """
+
+    def encoded(data: bytes) -> str:
+        return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+    claims = {"sub": "root", "exp": int(time.time()) + 600}
+    signed = ".".join(encoded(json.dumps(part).encode()) for part in (header, claims))
+    signature = b""
+    if key:
+        digest = {"HS384": "sha384", "HS512": "sha512"}.get(header["alg"], "sha256")
+        signature = hmac.digest(key, signed.encode(), digest)
+    return f"{signed}.{encoded(signature)}"
+
+
+def in_address(signed: str) -> dict[str, Any]:
+    return {"path": f"/ws?token={signed}"}
+
+
+def in_header(signed: str) -> dict[str, Any]:
+    return {"headers": {"Authorization": f"Bearer {signed}"}}
+
+
+@pytest.fixture
+def short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the server look for expired tokens more often, so that tests need not wait."""
+    monkeypatch.setattr(swiftcms_ws.Expiry, "CHECK_INTERVAL", 0.02)
+
+
+@pytest.fixture(scope="module")
+def rsa_keys() -> dict[str, Any]:
+    """Two private keys, and the first one's public key as text."""
+    pytest.importorskip("cryptography")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    own, other = (rsa.generate_private_key(public_exponent=65537, key_size=2048) for _ in "12")
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    public = own.public_key().public_bytes(serialization.Encoding.PEM, form)
+    return {"own": own, "other": other, "public": public.decode()}
+
+
+def check_secret(secret: str, caplog: pytest.LogCaptureFixture, answers: list[Any]) -> None:
+    """Check that neither the claims nor the signature of a token were logged or answered."""
+    logged = repr([record.__dict__ for record in caplog.records])
+    everything = caplog.text + logged + repr(answers)
+    for part in secret.split(".")[1:]:
+        at = everything.find(part)
+        assert at < 0, everything[max(0, at - 300) :][:400]
 
 
 # -- Pages with client.js --------------------------------------------------------------------------
@@ -3069,108 +3676,6 @@ class PrefixProxy(Proxy):
             sink.shutdown(socket.SHUT_WR)
 
 
-# -- Live pages: sites and sessions ----------------------------------------------------------------
-
-
-LIVE = {"X-SwiftCMS-Live": "1"}
-
-
-@pytest.fixture
-def bare_site() -> Iterator[tuple[Flask, Hub]]:
-    """A site without a server and without routes, which the test adds."""
-    app, hub = Flask("site"), Hub()
-    app.secret_key, app.testing = KEY, True
-    hub.init_app(app)
-    yield app, hub
-    hub.close()
-
-
-def newest_id_of(response: Any) -> str | None:
-    """Return the id in a response's Server-Timing, or None."""
-    found = re.fullmatch(r'swiftcms;desc="(\d+-\d+)"', response.headers.get("Server-Timing", ""))
-    return found and found[1]
-
-
-class MemorySessions(SessionInterface):
-    """Sessions that stay in memory: open_session() returns the object that is stored."""
-
-    class Stored(dict[str, Any], SessionMixin):
-        pass
-
-    def __init__(self) -> None:
-        self.stored = self.Stored()
-
-    def open_session(self, app: Flask, request: Any) -> Any:
-        return self.stored
-
-    def save_session(self, app: Flask, session: Any, response: Response) -> None:
-        response.set_cookie("seen", "yes")
-
-
-def use_sessions(app: Flask, kind: str, directory: Path) -> None:
-    """Choose how the site stores its sessions."""
-    if kind == "permanent":
-        app.before_request(lambda: setattr(session, "permanent", True))
-    elif kind == "memory":
-        app.session_interface = MemorySessions()
-    elif kind == "cachelib":
-        flask_session = pytest.importorskip("flask_session")
-        cachelib = pytest.importorskip("cachelib")
-        app.config["SESSION_TYPE"] = "cachelib"
-        app.config["SESSION_CACHELIB"] = cachelib.FileSystemCache(str(directory))
-        flask_session.Session(app)
-
-
-@pytest.fixture(params=["cookie", "permanent", "cachelib", "memory"])
-def shop(
-    request: pytest.FixtureRequest, bare_site: tuple[Flask, Hub], tmp_path: Path
-) -> FlaskClient:
-    """A visitor, signed in to a site whose views change the session, for each kind of session."""
-    app, _ = bare_site
-    use_sessions(app, request.param, tmp_path)
-    has_begun, may_end = threading.Event(), threading.Event()
-    app.extensions.update(has_begun=has_begun, may_end=may_end)
-
-    @app.post("/login")
-    def login() -> str:
-        session.update(user="ana", cart={"books": 0}, visits=0)
-        flash("Welcome")
-        return "welcome"
-
-    @app.post("/logout")
-    def logout() -> str:
-        del session["user"]
-        # Otherwise the message of the login would be shown too.
-        get_flashed_messages()
-        flash("Goodbye")
-        return "goodbye"
-
-    @app.get("/")
-    def page() -> Response:
-        session["visits"] = session.get("visits", 0) + 1
-        session["cart"]["books"] += 1
-        session.modified = True
-        response = make_response(f"{session.get('user')} {get_flashed_messages()}")
-        response.set_cookie("last_page", "/")
-        return response
-
-    @app.get("/slow")
-    def slow() -> Response:
-        has_begun.set()
-        assert may_end.wait(PATIENCE)
-        return page()
-
-    @app.route("/token", methods=["GET", "POST"])
-    def add_token() -> str:
-        session["csrf_token"] = "a token"
-        return "form"
-
-    app.add_url_rule("/session", "session", lambda: dict(session))
-    client = app.test_client()
-    client.post("/login")
-    return client
-
-
 # -- Live pages in a browser -----------------------------------------------------------------------
 
 
@@ -3355,511 +3860,6 @@ def received_users(users: list[Any]) -> Iterator[None]:
 
     with swiftcms_ws.client_connected.connected_to(note):
         yield
-
-
-# -- Models of SQLAlchemy --------------------------------------------------------------------------
-
-
-class Base(orm.DeclarativeBase):
-    pass
-
-
-class Post(Base):
-    __tablename__ = "post"
-    id = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
-    kind = orm.mapped_column(sqlalchemy.String, default="post")
-    title = orm.mapped_column(sqlalchemy.String, default="")
-    views = orm.mapped_column(sqlalchemy.Integer, server_default="7")
-    comments = orm.relationship(
-        "Comment", cascade="all, delete-orphan", back_populates="post", order_by="Comment.id"
-    )
-    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "post"}  # noqa: RUF012
-
-
-class Article(Post):
-    """A subclass with a table of its own: one row of each."""
-
-    __tablename__ = "article"
-    id = orm.mapped_column(sqlalchemy.ForeignKey("post.id"), primary_key=True)
-    body = orm.mapped_column(sqlalchemy.String, default="")
-    __mapper_args__ = {"polymorphic_identity": "article"}  # noqa: RUF012
-
-
-class Comment(Base):
-    __tablename__ = "comment"
-    id = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
-    text = orm.mapped_column(sqlalchemy.String, default="")
-    post_id = orm.mapped_column(sqlalchemy.ForeignKey("post.id"))
-    post = orm.relationship("Post", back_populates="comments")
-    replies = orm.relationship("Reply", cascade="all")
-
-
-class Reply(Base):
-    __tablename__ = "reply"
-    id = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
-    comment_id = orm.mapped_column(sqlalchemy.ForeignKey("comment.id"))
-
-
-class Seat(Base):
-    """A composite key, and a foreign key that the database checks at COMMIT."""
-
-    __tablename__ = "seat"
-    row = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
-    number = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
-    guest = orm.mapped_column(sqlalchemy.String)
-    post_id = orm.mapped_column(
-        sqlalchemy.ForeignKey("post.id", deferrable=True, initially="DEFERRED")
-    )
-    post = orm.relationship("Post", cascade="all, delete-orphan", single_parent=True)
-
-
-class Note(Base):
-    """A model that is not tracked."""
-
-    __tablename__ = "note"
-    id = orm.mapped_column(sqlalchemy.Integer, primary_key=True)
-    text = orm.mapped_column(sqlalchemy.String)
-
-
-def memory_database() -> Any:
-    """Return an engine for a database in memory, with savepoints and foreign keys that work."""
-    engine = sqlalchemy.create_engine(
-        "sqlite://", poolclass=sqlalchemy.StaticPool, connect_args={"check_same_thread": False}
-    )
-
-    @sqlalchemy.event.listens_for(engine, "connect")
-    def connect(connection: Any, _: object) -> None:
-        # The driver would send BEGIN too late for a savepoint.
-        connection.isolation_level = None
-        connection.execute("PRAGMA foreign_keys=ON")
-
-    @sqlalchemy.event.listens_for(engine, "begin")
-    def begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN")
-
-    Base.metadata.create_all(engine)
-    return engine
-
-
-class Tracked:
-    """A hub with an app and a database, which keeps the events that it publishes."""
-
-    def __init__(self) -> None:
-        self.hub = Hub()
-        self.app = Flask("tracked")
-        self.hub.init_app(self.app)
-        # Some tests publish without a client.
-        self.app.testing = True
-        self.engine = memory_database()
-        self.sessions = orm.sessionmaker(self.engine)
-        # By thread.
-        self._events: dict[int, list[tuple[Any, ...]]] = {}
-        swiftcms_ws.event_published.connect(self._receive, self.app)
-
-    def _receive(self, app: Flask, **event: Any) -> None:
-        published = (event["type"], event["content_type"], event["payload"], event["to"])
-        self._events.setdefault(threading.get_ident(), []).append(published)
-
-    def events(self) -> list[tuple[Any, ...]]:
-        """Return the events that this thread has published since the last call."""
-        return self._events.pop(threading.get_ident(), [])
-
-    def taken(self) -> list[str]:
-        """Return the same, such as "created posts 1"."""
-        return [
-            f"{event_type.removeprefix('content.')} {content_type} {payload['id']}"
-            for event_type, content_type, payload, _ in self.events()
-        ]
-
-    def close(self) -> None:
-        self.hub.close()
-        self.engine.dispose()
-
-
-@pytest.fixture
-def tracked() -> Iterator[Tracked]:
-    site = Tracked()
-    yield site
-    site.close()
-
-
-def do(work: str, session: Any) -> None:
-    """Execute Python statements on the session `s`."""
-    exec(work, {**globals(), "s": session})
-
-
-def load(session: Any, model: Any, key: Any) -> Any:
-    """Return an object whose columns are loaded."""
-    obj = session.get(model, key)
-    session.refresh(obj)
-    return obj
-
-
-def update(session: Any, **values: Any) -> None:
-    for name, value in values.items():
-        setattr(session.get(Post, 1), name, value)
-
-
-def create_and_delete(session: Any) -> None:
-    post = Post(id=4)
-    session.add(post)
-    session.flush()
-    session.delete(post)
-
-
-def delete_and_create(session: Any) -> None:
-    session.delete(session.get(Seat, (1, 2)))
-    session.flush()
-    session.add(Seat(row=1, number=2, guest="new"))
-
-
-def save_as_new_version(session: Any) -> None:
-    """Save a change as a new row, as in SQLAlchemy's documentation of versioned objects."""
-    post = session.get(Post, 1)
-    post.title = "changed"
-    session.flush()
-    session.expunge(post)
-    orm.make_transient(post)
-    post.id = 4
-    session.add(post)
-
-
-class RandomSession:
-    """Random work in a session with a database of its own.
-
-    Values are new, so that no column is set back, and no row is deleted and inserted again with the
-    same values. Only a comment may be moved back; `moved` has their keys.
-    """
-
-    ACTIONS = re.findall(
-        r"\w+",
-        "create create update update update increment delete delete recreate renumber move orphan"
-        " merge flush flush expire expunge read nest nest release release undo undo commit commit"
-        " commit commit_root fail rollback close",
-    )
-
-    def __init__(self, tracked: Tracked, chance: random.Random) -> None:
-        self.tracked = tracked
-        self.chance = chance
-        self.engine = memory_database()
-        self.values = itertools.count(1)
-        self.session = tracked.sessions(
-            bind=self.engine,
-            autoflush=chance.random() < 0.5,
-            expire_on_commit=chance.random() < 0.5,
-        )
-        self.committed = self.contents()
-        self.moved: set[str] = set()
-        self.steps: list[str] = []
-
-    def contents(self) -> dict[str, tuple[Any, ...]]:
-        """Return all rows, by content type and key. No transaction is open."""
-        with self.engine.connect() as connection:
-            select = connection.exec_driver_sql
-            posts = select(
-                "SELECT id, kind, title, views, body FROM post LEFT JOIN article USING (id)"
-            )
-            found = {f"{row.kind}s {row.id}": tuple(row) for row in posts}
-            comments = select("SELECT * FROM comment")
-            found.update({f"comments {row.id}": tuple(row) for row in comments})
-            seats = select("SELECT * FROM seat")
-            found.update({f"seats [{row.row}, {row.number}]": tuple(row) for row in seats})
-        return found
-
-    def check(self) -> None:
-        """Compare the events with the difference of the database."""
-        before, after = self.committed, self.contents()
-        expected = [f"deleted {key}" for key in before.keys() - after.keys()]
-        expected += [f"created {key}" for key in after.keys() - before.keys()]
-        both = after.keys() & before.keys()
-        expected += [f"updated {key}" for key in both if after[key] != before[key]]
-        moved_back = {f"updated {key}" for key in self.moved} - set(expected)
-        published = self.tracked.taken()
-        assert sorted(expected) == sorted(set(published) - moved_back), self.steps
-        assert len(published) == len(set(published)), self.steps
-        self.committed, self.moved, self.steps = after, set(), []
-
-    def step(self) -> None:
-        action = self.chance.choice(self.ACTIONS)
-        self.steps.append(action)
-        try:
-            # The other actions are methods of the session.
-            getattr(self, action, getattr(self.session, action, None))()
-        except (sqlalchemy.exc.SQLAlchemyError, orm.exc.StaleDataError) as error:
-            self.steps.append(type(error).__name__)
-            self.session.rollback()
-        if self.session.in_transaction():
-            assert self.tracked.taken() == [], self.steps
-        else:
-            self.check()
-
-    def pick(self, *models: Any) -> Any:
-        """Return an object that is not deleted; the first time, create one."""
-        model = self.chance.choice(models)
-        found = self.session.scalars(sqlalchemy.select(model))
-        objs = [obj for obj in found if obj not in self.session.deleted]
-        return self.chance.choice(objs) if objs else self.create(model)
-
-    def create(self, model: Any = None) -> Any:
-        model = model or self.chance.choice([Post, Article, Comment, Seat])
-        value = next(self.values)
-        values: dict[str, Any] = {"id": value}
-        if model is Seat:
-            values = {"row": value, "number": 1, "guest": f"{value}"}
-        elif model is Comment:
-            values.update(text=f"{value}", post=self.pick(Post))
-        obj = model(**values)
-        self.session.add(obj)
-        return obj
-
-    def update(self) -> None:
-        obj, value = self.pick(Post, Article, Comment, Seat), f"{next(self.values)}"
-        columns = {Post: ["title"], Article: ["title", "body"], Comment: ["text"], Seat: ["guest"]}
-        setattr(obj, self.chance.choice(columns[type(obj)]), value)
-
-    def increment(self) -> None:
-        self.pick(Post, Article).views = Post.views + 1
-
-    def delete(self) -> None:
-        self.session.delete(self.pick(Post, Article, Comment, Seat))
-
-    def recreate(self) -> None:
-        seat = self.pick(Seat)
-        self.session.delete(seat)
-        if self.chance.random() < 0.5:
-            self.session.flush()
-        self.session.add(Seat(row=seat.row, number=seat.number, guest=f"{next(self.values)}"))
-
-    def renumber(self) -> None:
-        self.pick(Seat).number = next(self.values)
-
-    def move(self) -> None:
-        comment = self.pick(Comment)
-        self.moved.add(f"comments {comment.id}")
-        comment.post = self.pick(Post)
-
-    def orphan(self) -> None:
-        post = self.pick(Post)
-        if post.comments:
-            post.comments.pop()
-
-    def merge(self) -> None:
-        post = self.pick(Post)
-        self.session.merge(type(post)(id=post.id, title=f"{next(self.values)}"))
-
-    def expire(self) -> None:
-        self.session.flush()
-        self.session.expire_all()
-
-    def expunge(self) -> None:
-        self.session.flush()
-        self.session.expunge(self.pick(Post, Comment, Seat))
-
-    def read(self) -> None:
-        post = self.pick(Post)
-        assert [post.views, *post.comments]
-
-    def nest(self) -> None:
-        self.session.begin_nested()
-
-    def release(self) -> None:
-        (self.session.get_nested_transaction() or self.session).commit()
-
-    def undo(self) -> None:
-        if self.session.in_nested_transaction():
-            self.session.get_nested_transaction().rollback()
-
-    def commit_root(self) -> None:
-        if self.session.in_transaction():
-            self.session.get_transaction().commit()
-
-    def fail(self) -> None:
-        """Break a foreign key that the database checks at COMMIT."""
-        self.session.add(Seat(row=next(self.values), number=1, post_id=-1))
-        with pytest.raises(sqlalchemy.exc.IntegrityError):
-            self.session.commit()
-        self.session.rollback()
-
-
-# -- Streams and polls -----------------------------------------------------------------------------
-
-
-class Blocks:
-    """Parses an event stream (WHATWG HTML, section 9.2.6), and keeps its last id as a browser."""
-
-    def __init__(self) -> None:
-        self.last_id: str | None = None
-        self.retry = float("nan")
-        self._rest = b""
-
-    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
-        """Yield the complete messages: the JSON object, with the fields `event` and `id`."""
-        *blocks, self._rest = (self._rest + data).split(b"\n\n")
-        for block in blocks:
-            fields: dict[str, list[str]] = {}
-            for line in block.decode().split("\n"):
-                name, _, value = line.partition(":")
-                fields.setdefault(name, []).append(value.removeprefix(" "))
-            assert fields.keys() <= {"", "id", "event", "data", "retry"}, block
-            if "retry" in fields:
-                self.retry = int(fields["retry"][0]) / 1000
-            if "id" in fields:
-                self.last_id = fields["id"][0]
-            if "data" in fields:
-                message = json.loads("\n".join(fields["data"]))
-                message["event"] = fields.get("event", [None])[0]
-                message["blockId"] = fields.get("id", [None])[0]
-                yield message
-
-
-class Stream:
-    """A client over plain HTTP whose response need not end. It is strict in what it accepts."""
-
-    def __init__(
-        self,
-        sock: socket.socket | int,
-        query: str = "",
-        since: str | None = None,
-        path: str = "/ws/events",
-        **headers: str,
-    ) -> None:
-        if isinstance(sock, int):
-            sock = socket.create_connection(("127.0.0.1", sock), timeout=PATIENCE)
-        self.sock = sock
-        self.sock.settimeout(PATIENCE)
-        self.messages: deque[dict[str, Any]] = deque()
-        self._blocks = Blocks()
-        self._chunks: bytes | None = None
-        sent = {"Host": "127.0.0.1", **({"Last-Event-ID": since} if since else {})}
-        sent.update({name.replace("_", "-"): value for name, value in headers.items()})
-        lines = [f"GET {path}?{query} HTTP/1.1"]
-        lines += [f"{name}: {value}" for name, value in sent.items()]
-        try:
-            self.sock.sendall("\r\n".join([*lines, "", ""]).encode())
-            head, rest = self._read_head()
-        except BaseException:
-            self.sock.close()
-            raise
-        status, *fields = head.decode("latin-1").split("\r\n")
-        self.status = int(status.split()[1])
-        self.headers = dict(field.split(": ", 1) for field in fields)
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            self._chunks = b""
-        self._feed(rest)
-
-    def _read_head(self) -> tuple[bytes, bytes]:
-        head = b""
-        while b"\r\n\r\n" not in head:
-            data = self.sock.recv(65536)
-            if not data:
-                raise ConnectionError
-            head += data
-        head, _, rest = head.partition(b"\r\n\r\n")
-        return head, rest
-
-    def _feed(self, data: bytes) -> None:
-        if self._chunks is not None:
-            # A proxy frames the response.
-            self._chunks, data = self._chunks + data, b""
-            while match := re.match(rb"([0-9a-f]+)\r\n", self._chunks):
-                end = match.end() + int(match[1], 16)
-                if len(self._chunks) < end + 2:
-                    break
-                data += self._chunks[match.end() : end]
-                self._chunks = self._chunks[end + 2 :]
-        if self.headers.get("Content-Type", "").startswith("text/event-stream"):
-            self.messages.extend(self._blocks.feed(data))
-
-    @property
-    def last_id(self) -> str | None:
-        return self._blocks.last_id
-
-    @property
-    def retry(self) -> float:
-        return self._blocks.retry
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.sock.close()
-
-    def receive(self, timeout: float = PATIENCE, heartbeats: bool = False) -> dict[str, Any]:
-        """Return the next message, heartbeats only if wanted; raise Closed at the end."""
-        deadline = time.monotonic() + timeout
-        while True:
-            while self.messages:
-                message = self.messages.popleft()
-                if heartbeats or message["type"] != "system.heartbeat":
-                    return message
-            self.sock.settimeout(max(0.001, deadline - time.monotonic()))
-            data = self.sock.recv(65536)
-            if not data:
-                raise Closed(None, None)
-            self._feed(data)
-
-    def receive_many(self, count: int) -> list[dict[str, Any]]:
-        return [self.receive() for _ in range(count)]
-
-    def closing(self) -> str | None:
-        """Read to the end; return the code of the last message if that is a system.error."""
-        last: dict[str, Any] = {}
-        with contextlib.suppress(Closed):
-            while True:
-                last = self.receive()
-        return last["payload"]["code"] if last.get("type") == "system.error" else None
-
-
-def open_events(
-    way: str, server: Server, query: str = "", since: str | None = None
-) -> Stream:
-    """Request a stream or a poll, over a connection."""
-    return Stream(server.port, f"{query}&mode={way}", since)
-
-
-class Polled:
-    """The response of one poll, of http() or of a test client."""
-
-    def __init__(self, answer: Any) -> None:
-        if isinstance(answer, tuple):
-            self.status, self.headers, body = answer
-        else:
-            self.status, self.headers = answer.status_code, dict(answer.headers)
-            body = answer.data
-        blocks = Blocks()
-        is_stream = self.headers["Content-Type"].startswith("text/event-stream")
-        self.messages = list(blocks.feed(body)) if is_stream else []
-        self.retry, self.last_id = blocks.retry, blocks.last_id
-        self.types = [message["type"] for message in self.messages]
-        self.payloads = [m["payload"] for m in self.messages if m["event"] is None]
-        self.first: dict[str, Any] = self.messages[0]["payload"] if self.messages else {}
-
-
-def poll(server: Server, query: str = "", since: str | None = None, **headers: str) -> Polled:
-    """Poll with Flask's test client."""
-    if since is not None:
-        headers["Last-Event-ID"] = since
-    sent = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Polled(server.app.test_client().get(f"/ws/events?mode=poll&{query}", headers=sent))
-
-
-def events_site(site: Site, query: str = "", **headers: str) -> Polled:
-    return Polled(site.ask("GET", f"/ws/events?mode=poll&{query}", **headers))
-
-
-def npm_files(directory: Path, *packages: str) -> None:
-    """Put files of npm packages into a directory; skip the test without access to the registry."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("there is no npm on this machine")
-    command = [npm, "pack", "--silent", *packages]
-    run = subprocess.run(command, check=False, cwd=directory, capture_output=True, timeout=60)
-    if run.returncode != 0:
-        pytest.skip("npm finds no packages from here")
-    for archive in directory.glob("*.tgz"):
-        files = ("--strip-components=2", "--wildcards", "package/dist/*.min.js")
-        command = ["tar", "-xzf", str(archive), *files]
-        subprocess.run(command, cwd=directory, check=True, timeout=PATIENCE)
 
 
 # -- The lesson ------------------------------------------------------------------------------------
