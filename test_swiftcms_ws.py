@@ -107,7 +107,7 @@ from flask.json.provider import DefaultJSONProvider
 from flask.sessions import SecureCookieSessionInterface, SessionInterface, SessionMixin
 from flask.testing import FlaskClient
 from flask_sock import Sock
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -2614,6 +2614,8 @@ class Proxy:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self._is_closed:
+            return
         self._is_closed = True
         # Otherwise accept() would go on in its thread after close().
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -15581,7 +15583,10 @@ def test_live_page_delay(browser: Browser, live: LivePageSite) -> None:
     # A value that is not a number must not undo the server's wish.
     page.js("$('posts').dataset.liveWithin = '3s'")
     live.change(page)
-    assert page.js("timers.map(([, time]) => time)") == [250, 1500, 2500, 2500]
+    times = page.js("timers.map(([, time]) => time)")
+    assert times[:3] == [250, 1500, 2500]
+    # The average of the refreshes, and so `spread`, may be a little less by now.
+    assert 2000 < times[3] <= 2500
 
 
 @pytest.mark.parametrize(
@@ -17881,6 +17886,8 @@ settings.register_profile(
     deadline=None,
     print_blob=True,
     stateful_step_count=25,
+    # Looking for a shorter example can take five minutes, which the suite does not have.
+    phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
 settings.register_profile(
@@ -17888,6 +17895,7 @@ settings.register_profile(
     settings.get_profile("ci"),
     derandomize=False,
     max_examples=10,
+    phases=list(Phase),
     stateful_step_count=40,
 )
 settings.load_profile("ci")
