@@ -12026,6 +12026,8 @@ def test_spread_by_connections() -> None:
     with Server(with_slow_pages) as server, server.client() as one:
         assert one.ask("heartbeat")["payload"]["spread"] == 0
         server.get("/page", **LIVE)
+        # The time is known when the server has closed the response, after the client has read it.
+        until(lambda: engine_of(server).refresh_seconds > 0, "the time of the refresh")
         average = engine_of(server).refresh_seconds
         with server.client() as two:
             spread = two.hello["payload"]["spread"]
