@@ -4544,9 +4544,6 @@ class Expiry:
         if connection is None or now < connection.session.expiry._check_at:
             return
         expiry = connection.session.expiry
-        if not engine.heartbeat.could_be_answered(connection):
-            # The process was suspended, so the client got no heartbeat that it could answer.
-            connection.silent_since = max(connection.silent_since, now)
         expiry._check_at = float("inf")
         expiry._close_expired(now)
         if connection.state is State.OPEN:
@@ -4555,7 +4552,7 @@ class Expiry:
     def _close_expired(self, now: float) -> None:
         session, limit = self._session, self._max_silence()
         connection = session.connection
-        if now - connection.silent_since >= limit:
+        if self._is_silent(now):
             reason = f"nothing received for {limit:g} seconds; reconnect with since"
             connection.close(CloseCode.HEARTBEAT_TIMEOUT, reason)
         elif connection.is_stuck(now, limit):
@@ -4568,6 +4565,17 @@ class Expiry:
         elif self._has_token_expired():
             message = "the token has expired; reconnect with a fresh one"
             self._report(ClientError("token_expired", message, CloseCode.UNAUTHORIZED))
+
+    def _is_silent(self, now: float) -> bool:
+        """Return whether the client has answered no heartbeat for too long."""
+        connection = self._session.connection
+        if now - connection.silent_since < self._max_silence():
+            return False
+        if self._session.engine.heartbeat.could_be_answered(connection):
+            return True
+        # The process was suspended, so the client got no heartbeat that it could answer.
+        connection.silent_since = now
+        return False
 
     def _has_token_expired(self) -> bool:
         user = self._session.connection.user
