@@ -72,6 +72,7 @@ What each lock guards (comments where the locks are created say more)
     Workers._lock    tasks and threads              Editing._lock    editors of entries
     Counters._lock   the numbers of stats()         SerialQueue._lock one queue of ordered tasks
     LogFile._queue   one connection to its file     _fork_lock       two forks at the same time
+    SharedLog._appended_lock  the newest id that this process has appended, for flush()
 A thread holds one lock at a time, except that it may take others while it holds Hub._starting.
 No code of the site, no logging and no network I/O runs while a lock is held. LogFile._queue is used
 as a lock: the thread that is first in it reads and writes the file.

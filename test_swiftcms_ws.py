@@ -3414,24 +3414,20 @@ HIDEABLE = """
 
 def live_page(script: str = SIMPLE, client: str = "/ws/client.js") -> str:
     """Return a page that uses client.js and runs this script."""
-    return html(f"<script src='{client}'></script><script>{RECORD}{script}</script>")
+    return html(live_body(script, client))
 
 
-@contextlib.contextmanager
+def live_body(script: str = SIMPLE, client: str = "/ws/client.js") -> str:
+    return f"<script src='{client}'></script><script>{RECORD}{script}</script>"
+
+
 def serving(
     script: str = SIMPLE,
     configure: Callable[[Flask, Hub], None] | None = None,
     **config: Any,
-) -> Iterator[Server]:
-    """Run a site with a page that uses client.js and runs this script."""
-
-    def add_page(app: Flask, hub: Hub) -> None:
-        app.add_url_rule("/", "page", lambda: live_page(script))
-        if configure is not None:
-            configure(app, hub)
-
-    with Server(add_page, **config) as server:
-        yield server
+) -> contextlib.AbstractContextManager[Server]:
+    """Serve a site with a page that uses client.js and runs this script."""
+    return serving_html(live_body(script), configure, **config)
 
 
 @contextlib.contextmanager
@@ -4759,6 +4755,19 @@ def test_map_threads() -> None:
     # swiftcms_ws.Handshake lends its name to a thread of simple-websocket that is never started.
     started = re.findall(r'name ?= ?f?"swiftcms-ws (\w+)(?: \{number\})?"', SOURCE)
     assert {*listed, "handshake"} == set(started)
+
+
+def test_map_locks() -> None:
+    """The map lists all locks, except those of the command line and of the demo."""
+    found = {"LogFile._queue"}
+    owner = ""
+    for line in SOURCE[SOURCE.index("# == 2. ") : SOURCE.index("# == 17. ")].split("\n"):
+        if match := re.match(r"class (\w+)", line):
+            owner = f"{match[1]}."
+        elif match := re.match(r"(\s+self\.)?(_\w+) = threading\.R?Lock\(\)", line):
+            found.add((owner if match[1] else "") + match[2])
+    table = MAP[MAP.index("What each lock guards") : MAP.index("A thread holds one lock")]
+    assert set(re.findall(r"(?:[A-Z]\w+\.)?_\w+", table)) == found
 
 
 def test_class_docstrings() -> None:
